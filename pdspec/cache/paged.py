@@ -56,7 +56,7 @@ class PagedCache:
         rows = self._row_bytes(group, layer)
         parts = [rows[a:b, :, heads] for a, b in self._runs(pages, start, stop)]
         if self.device.type == "cpu":
-            return b"".join([np.ascontiguousarray(part.numpy()) for part in parts])
+            return b"".join([np.ascontiguousarray(part.numpy()).data for part in parts])
         return torch.cat(parts).cpu().numpy().tobytes() if parts else b""
 
     def write_rows(
