@@ -1,0 +1,1 @@
+"""Model: configuration, loading, weights, the forward pass."""

@@ -1,0 +1,1 @@
+"""Speculation: the drafter protocol, draft families, trees and verification."""

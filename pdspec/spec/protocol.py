@@ -1,0 +1,141 @@
+"""The drafter protocol: two verbs, ``propose`` and ``observe``; prefill is observing the prompt.
+
+Notation of the papers: target p, draft q. Prompt t_0..t_{n-1}; h_i is the target's hidden state of row i.
+The *root* is the last output token: known to the client, not yet in the target KV. A draft is a tree below
+the root; a chain is a tree. A depth-1 node stands for absolute position ``root_position + 1``.
+
+Coupling (DESIGN 5): position t of a request has fixed Gumbel noise g[t, v]; a drafter proposes the best of
+``log q + g``, the target's token is ``argmax(log p + g)``. Any choice of draft is lossless.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Sequence
+
+import numpy as np
+import torch
+
+from pdspec.types import CacheGroup, SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A tree of N nodes below the root, parents before children.
+
+    ``parents[i]`` is the index of node i's parent, -1 for the root. Children of one parent are distinct.
+    ``log_q[i]`` is the drafter's log probability of the node given its parent (temperature applied, no noise),
+    NaN where the drafter has none. ``survival[i]`` estimates that the whole path down to i is accepted.
+    """
+
+    token_ids: np.ndarray  # [N] int32
+    parents: np.ndarray  # [N] int32
+    log_q: np.ndarray  # [N] float32
+    survival: np.ndarray  # [N] float32, never above the parent's
+
+    @property
+    def num_nodes(self) -> int:
+        """N."""
+        return len(self.token_ids)
+
+
+def empty_draft() -> Draft:
+    """The draft of zero nodes: the verification is then a plain decode step."""
+    return Draft(
+        token_ids=np.empty(0, np.int32), parents=np.empty(0, np.int32),
+        log_q=np.empty(0, np.float32), survival=np.empty(0, np.float32),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Outcome of one verification. ``path`` are the accepted node indices, root side first; ``output_ids``
+    the accepted tokens plus one more (*recovered* after a rejection, *bonus* after a fully accepted path)."""
+
+    path: tuple[int, ...]
+    output_ids: tuple[int, ...]
+
+    @property
+    def num_accepted(self) -> int:
+        """a."""
+        return len(self.path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """First draft tokens of a sequence, as shipped in DraftStart: the W best ids by log q + g[n+1].
+
+    ``score`` is log-softmax of (log q + g) over the draft vocabulary at those ids: what trees rank by.
+    """
+
+    token_ids: np.ndarray  # [W] int32, target ids, best first
+    log_q: np.ndarray  # [W] float32
+    score: np.ndarray  # [W] float32
+
+
+@dataclass(kw_only=True)
+class DraftContext:
+    """What a drafter may know of one running sequence. Owned by the engine; the drafter keeps its own part
+    in ``state`` and nowhere else, so that dropping the context drops everything."""
+
+    request_id: str
+    sampling: SamplingParams
+    noise_key: tuple[int, int]  # (seed, sample)
+    token_ids: list[int]  # prompt and output, the root last
+    pages: list[int]  # page ids, shared by all cache groups
+    prompt_len: int
+    tree: str  # tree specification of this request
+    state: Any = None  # the drafter's own per-sequence state
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def root_position(self) -> int:
+        """Absolute position of the last output token."""
+        return len(self.token_ids) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenRows:
+    """Target hidden states of consecutive positions ``start .. start+len-1`` of one sequence."""
+
+    start: int
+    captured: torch.Tensor | None  # [rows, C, H] float32
+    final: torch.Tensor | None  # [rows, H] float32
+
+
+class Drafter(Protocol):
+    """One draft family with its weights. Stateless between calls but for its KV pages and ``ctx.state``.
+
+    ``groups`` are its cache groups (none for model-free drafters); ``capture``/``want_final`` say which target
+    hidden states ``observe`` and ``prefill`` need. ``rows_at(n)`` is the number of draft KV rows that are final
+    per group once t_n is known (the index table of DESIGN 4).
+    """
+
+    name: str
+    groups: tuple[CacheGroup, ...]
+    capture: tuple[int, ...]
+    want_final: bool
+    max_nodes: int  # extra KV slots a proposal may need
+
+    def fingerprint(self) -> str:
+        """Hash of content, geometry, vocabulary map and padding; equal on both sides of a handoff."""
+
+    def rows_at(self, num_tokens: int) -> dict[str, int]:
+        """Final rows per group when tokens t_0..t_{num_tokens-1} and t_{num_tokens} are known."""
+
+    def prefill(self, ctx: DraftContext, hidden: HiddenRows) -> None:
+        """Extend the draft KV by the rows that ``hidden`` and the tokens known so far (``ctx.token_ids``)
+        make final. Called chunk by chunk, in order; the last call has t_n in ``ctx.token_ids``."""
+
+    def start(self, ctx: DraftContext) -> tuple[Candidates | None, dict[str, torch.Tensor]]:
+        """After the last ``prefill``: what DraftStart carries (first candidates, named float32 rows)."""
+
+    def resume(self, ctx: DraftContext, candidates: Candidates | None, rows: dict[str, torch.Tensor]) -> None:
+        """The other end of ``start``, on the worker that decodes. Draft KV has landed in ``ctx.pages``."""
+
+    def propose(self, batch: Sequence[DraftContext], budgets: Sequence[int]) -> list[Draft]:
+        """A draft of at most ``budgets[i]`` nodes for each sequence."""
+
+    def observe(self, batch: Sequence[tuple[DraftContext, Verdict, HiddenRows]]) -> None:
+        """After a verification: ``ctx.token_ids`` already holds the outputs; ``hidden`` has the target's rows of
+        the root and the accepted path. Rebuilds the draft KV of committed tokens (``stable_kv``)."""
