@@ -1,0 +1,1 @@
+"""The handoff: frames, their ledger, and one small file per byte mover."""

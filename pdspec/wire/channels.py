@@ -1,0 +1,94 @@
+"""gRPC channels and servers with the options that this project's traffic needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from pdspec.errors import ConfigError
+from pdspec.wire import pdspec_pb2 as pb
+from pdspec.wire.interceptors import ErrorInterceptor
+
+MAX_MESSAGE_BYTES = 32 << 20  # transport limit between workers; a frame stays far below
+USER_MESSAGE_BYTES = 4 << 20  # a user's request: a million token ids
+_KEEPALIVE = (
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+_SERVER = (
+    # A silent prefill is no ping flood. The key has no "recv" in it; the one that has is ignored in silence.
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.so_reuseport", 0),  # otherwise two servers share a taken port in silence
+)
+_CLIENT = (
+    ("grpc.enable_http_proxy", 0),  # workers speak to workers
+    ("grpc.enable_retries", 0),  # the router's own policy decides
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+)
+
+
+def size_options(max_bytes: int) -> tuple[tuple[str, int], ...]:
+    """Both directions; gRPC's own default would be 4 MiB for what is received."""
+    return (("grpc.max_send_message_length", max_bytes), ("grpc.max_receive_message_length", max_bytes))
+
+
+def make_channel(address: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Channel:
+    """A lazy channel to ``host:port``. The caller closes it, and cancels every call in ``finally``: since grpcio
+    1.83 an abandoned call is never cancelled (grpc#43462)."""
+    return grpc.aio.insecure_channel(address, options=(*_KEEPALIVE, *_CLIENT, *size_options(max_message_bytes)))
+
+
+def make_server(
+    *, max_message_bytes: int = MAX_MESSAGE_BYTES, max_request_bytes: int = 0, interceptors: Sequence = ()
+) -> grpc.aio.Server:
+    """A server with the error interceptor outermost. ``max_request_bytes`` bounds one unary request with a clear
+    error; ``max_message_bytes`` is the transport's limit and answers RESOURCE_EXHAUSTED. Call within an event loop."""
+    return grpc.aio.server(
+        interceptors=(ErrorInterceptor(max_request_bytes=max_request_bytes), *interceptors),
+        options=(*_KEEPALIVE, *_SERVER, *size_options(max_message_bytes)),
+    )
+
+
+def bind(server: grpc.aio.Server, host: str, port: int) -> str:
+    """Listen on ``host:port`` (0: any free port). Returns the address with the real port. Raises ConfigError naming
+    the port when it is taken or the host is not ours."""
+    name = f"[{host}]" if ":" in host and not host.startswith("[") else host
+    try:
+        bound = server.add_insecure_port(f"{name}:{port}")
+    except RuntimeError as error:
+        raise _taken(name, port) from error
+    if bound == 0:
+        raise _taken(name, port)
+    return f"{name}:{bound}"
+
+
+async def add_health(server: grpc.aio.Server, services: Sequence[str]) -> health.aio.HealthServicer:
+    """Register ``grpc.health.v1`` (all ``services``, and "" for the server, start as SERVING) and reflection.
+
+    ``services`` are full names such as ``service_name("Router")``. On shutdown ``await
+    servicer.enter_graceful_shutdown()`` tells everyone NOT_SERVING.
+    """
+    servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    for name in ("", *services):
+        await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+    reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    return servicer
+
+
+def service_name(short: str) -> str:
+    """``pdspec.v1.Router`` for ``Router``. Raises KeyError for a service the proto does not have."""
+    return pb.DESCRIPTOR.services_by_name[short].full_name
+
+
+def _taken(host: str, port: int) -> ConfigError:
+    message = f"cannot listen on {host}:{port}: the port is taken or the host is not an address of this machine"
+    return ConfigError(message, field="port", remedy="stop what holds the port, or choose another (0: any free one)")
