@@ -1,0 +1,127 @@
+"""The settings of workers, router and cluster: frozen, keyword-only, checked when made (``settings.py``).
+
+Every field is a key of a config file and a flag (``cache_dir`` is ``--cache-dir``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from pdspec.errors import ConfigError
+from pdspec.settings import Settings, option, unknown_name
+
+ROLES = ("prefill", "decode")
+DTYPES = ("bfloat16", "float32")
+NUMERICS = ("exact", "fast")
+HANDOFFS = ("direct", "relay")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorkerConfig(Settings):
+    """One prefill or decode worker."""
+
+    role: str = option("decode", "what the worker does", choices=ROLES)
+    model: str = option("smollm2-135m", "alias, hub id or folder of the target model")
+    dtype: str = option("bfloat16", "type of weights and KV", choices=DTYPES)
+    numerics: str = option("exact", "exact: a row's bits depend on its token prefix alone", choices=NUMERICS)
+    drafter: str = option("eagle3", "drafter of requests that name none")
+    drafters: tuple[str, ...] = option(("none", "ngram", "eagle3"), "drafters to hold ready")
+    heads: dict[str, str] = option({}, "draft head folders by drafter name; others use the shipped head")
+    tree: str = option("", "draft tree of requests that name none, e.g. chain(4) or dynamic(4,4,8)")
+    draft_prefill: str = option("prefill", "who runs the drafter over the prompt", choices=ROLES)
+    host: str = option("127.0.0.1", "address to listen on and to be reached at")
+    port: int = option(0, "0: any free port", low=0, high=65535)
+    worker_id: str = option("", "name in logs and statistics; empty: made from role and address")
+    page_size: int = option(16, "tokens of one KV page", low=1, high=4096)
+    num_pages: int = option(0, "KV pages; 0: from cache_tokens", low=0)
+    cache_tokens: int = option(65536, "tokens that the KV cache holds", low=1)
+    max_batch: int = option(64, "sequences that run at once", low=1)
+    chunk: int = option(512, "prompt tokens of one prefill step", low=1)
+    threads: int = option(0, "CPU threads; 0: all cores", low=0)
+    reserve_headroom: int = option(512, "tokens reserved beyond the prompt before a prefill is asked for", low=0)
+    stall_timeout_s: float = option(5.0, "a peer that makes no progress for so long is cut", low=0.05)
+    strict_target: bool = option(False, "refuse a head trained on other weights of the same geometry")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    cache_dir: str = option("", "folder of converted models; empty: PDSPEC_CACHE or ~/.cache/pdspec")
+    on_prefill_failure: str = option("retry", "when a prefill worker fails", choices=("retry", "local", "fail"))
+    log_level: str = option("info", "least level written to stderr", choices=LOG_LEVELS)
+    poison: bool = option(False, "fill erased KV rows with NaN (a debug aid)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.device not in ("auto", "cpu", "cuda") and not (
+            self.device.startswith("cuda:") and self.device[5:].isdecimal()
+        ):
+            raise ConfigError(f"unknown device {self.device!r}", field="device", remedy="auto, cpu, cuda or cuda:N")
+        if self.drafter not in self.drafters:
+            raise unknown_name("drafter", self.drafter, self.drafters, field="drafter", where="drafters")
+        for name in self.heads:
+            if name not in self.drafters:
+                raise unknown_name("drafter", name, self.drafters, field="heads", where="drafters")
+
+    def pages(self) -> int:
+        """Size of the page pool."""
+        return self.num_pages or -(-self.cache_tokens // self.page_size)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterConfig(Settings):
+    """The token router, and the relay that stands beside it."""
+
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(50051, "0: any free port", low=0, high=65535)
+    prefill: tuple[str, ...] = option((), "addresses of the prefill workers; none: decode workers prefill")
+    decode: tuple[str, ...] = option((), "addresses of the decode workers")
+    handoff: str = option("direct", "path of KV for requests that name none", choices=HANDOFFS)
+    relay: str = option("", "address of the relay")
+    model: str = option("smollm2-135m", "alias, hub id or folder: its tokenizer is used")
+    cache_dir: str = option("", "folder of converted models; empty: PDSPEC_CACHE or ~/.cache/pdspec")
+    max_message_bytes: int = option(4 << 20, "largest request taken", low=1024)
+    heartbeat_s: float = option(0.5, "interval of the questions to the workers", low=0.05, high=60)
+    log_level: str = option("info", "least level written to stderr", choices=LOG_LEVELS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClusterConfig(Settings):
+    """A whole deployment under Ray: ``prefill`` and ``decode`` workers, one router and its relay.
+
+    ``worker`` holds for both roles; ``prefill_worker`` and ``decode_worker`` change single keys of it.
+    """
+
+    prefill: int = option(1, "prefill workers; 0: decode workers prefill, too (colocated)", low=0)
+    decode: int = option(1, "decode workers", low=1)
+    address: str = option("", "Ray cluster to join: auto or host:port; empty: an embedded one on this machine")
+    namespace: str = option("pdspec", "Ray namespace of the actors")
+    placement: str = option("SPREAD", "of the workers over nodes", choices=("SPREAD", "PACK", "STRICT_SPREAD"))
+    gpus_per_worker: float = option(-1.0, "-1: shared out evenly, 0: none; fractions are allowed", low=-1)
+    cpus_per_worker: float = option(-1.0, "-1: shared out evenly; for placement only", low=-1)
+    prefill_resources: dict[str, float] = option({}, "Ray resources that pin prefill workers to nodes")
+    decode_resources: dict[str, float] = option({}, "Ray resources that pin decode workers to nodes")
+    start_timeout_s: float = option(300.0, "to place and start every worker", low=1)
+    worker: WorkerConfig = dataclasses.field(default_factory=WorkerConfig)
+    prefill_worker: dict[str, Any] = dataclasses.field(default_factory=dict)
+    decode_worker: dict[str, Any] = dataclasses.field(default_factory=dict)
+    router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
+
+    def worker_config(self, role: str, index: int) -> WorkerConfig:
+        """The config of the ``index``-th worker of ``role``, its changed keys applied."""
+        changes = self.prefill_worker if role == "prefill" else self.decode_worker
+        values = {**self.worker.to_mapping(), **changes, "role": role, "worker_id": f"{role}-{index}"}
+        return WorkerConfig.from_mapping(values)
+
+    def router_config(self) -> RouterConfig:
+        """The router's config: its model and cache folder are the workers'."""
+        return self.router.replace(model=self.worker.model, cache_dir=self.worker.cache_dir)
+
+
+def cache_folder(cache_dir: str = "") -> Path:
+    """Where converted models and the state of detached deployments are kept (not created here)."""
+    chosen = cache_dir or os.environ.get("PDSPEC_CACHE", "")
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "pdspec"
