@@ -1,0 +1,216 @@
+"""Draft trees: how a request names one, which nodes are worth verifying, and where their rows stand.
+
+    chain(k)                        k nodes, one below the other
+    static(name)                    a published shape: static(mc_sim_7b_63)
+    static(4x2x1)                   a shape: the root has 4 children, each has 2, each of those 1
+    dynamic(depth, top_k, nodes)    EAGLE-2: the ``nodes`` best of what ``depth`` rounds of top-k make
+
+In all arrays a tree of N nodes is its ``parents`` [N], -1 for the root, parents before children; a chain is a tree.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pdspec.errors import InvalidRequest, UnknownName
+from pdspec.spec.protocol import Draft
+
+Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+
+MAX_NODES = 256  # of any tree that a request may ask for
+MAX_TOP_K = 64
+
+# EAGLE-1's tree (SafeAILab/EAGLE, choices.py): each node as the child ranks that lead to it.
+_PUBLISHED = {
+    "mc_sim_7b_63": (
+        "0 1 2 3 0.0 0.1 0.2 1.0 1.1 2.0 2.1 3.0 0.0.0 0.0.1 0.0.2 0.1.0 0.1.1 0.2.0 0.2.1 1.0.0 "
+        "0.0.0.0 0.0.0.1 0.0.0.2 0.0.0.0.0 0.0.0.0.1"
+    ),
+}
+_REMEDY = "use chain(k), static(name), static(AxBxC) or dynamic(depth,top_k,nodes)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainTree:
+    """``depth`` nodes, one below the other."""
+
+    depth: int
+
+    @property
+    def max_nodes(self) -> int:
+        """N."""
+        return self.depth
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticTree:
+    """A fixed shape: node i is its parent's child of rank ``ranks[i]`` (0 the best)."""
+
+    parents: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    @property
+    def max_nodes(self) -> int:
+        """N."""
+        return len(self.parents)
+
+    @property
+    def depth(self) -> int:
+        """Levels below the root."""
+        return int(depths(np.array(self.parents, np.int32)).max())
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicTree:
+    """``depth`` rounds, each giving the ``top_k`` best nodes ``top_k`` children; the ``nodes`` best of all stay."""
+
+    depth: int
+    top_k: int
+    nodes: int
+
+    @property
+    def max_nodes(self) -> int:
+        """N."""
+        return self.nodes
+
+
+TreeSpec = ChainTree | StaticTree | DynamicTree
+
+
+def parse_tree(text: str) -> TreeSpec:
+    """The tree that ``text`` names. Raises UnknownName for a kind or published shape that does not exist,
+    InvalidRequest for wrong arguments, both naming the field ``tree`` and the remedy."""
+    match = re.fullmatch(r"\s*(\w+)\s*\(([^()]*)\)\s*", text)
+    if match is None:
+        raise InvalidRequest(f"{text!r} is not a tree", field="tree", remedy=_REMEDY)
+    kind, arguments = match[1], [part.strip() for part in match[2].split(",")]
+    if kind == "chain":
+        (depth,) = _numbers(text, arguments, ("k",), (MAX_NODES,))
+        return ChainTree(depth=depth)
+    if kind == "dynamic":
+        limits = (MAX_NODES, MAX_TOP_K, MAX_NODES)
+        depth, top_k, nodes = _numbers(text, arguments, ("depth", "top_k", "nodes"), limits)
+        return DynamicTree(depth=depth, top_k=top_k, nodes=nodes)
+    if kind == "static":
+        return _static(text, arguments[0] if len(arguments) == 1 else "")
+    raise UnknownName(f"no tree of kind {kind!r}", field="tree", remedy=_REMEDY)
+
+
+def depths(parents: Ints) -> Ints:
+    """Depth of each node, 1 below the root. Raises ValueError for a child before its parent."""
+    result = np.zeros(len(parents), np.int32)
+    for node, parent in enumerate(parents.tolist()):
+        if not -1 <= parent < node:
+            raise ValueError(f"node {node} stands before its parent {parent}")
+        result[node] = 1 if parent < 0 else result[parent] + 1
+    return result
+
+
+def ancestor_lists(parents: Ints) -> Ints:
+    """[N, A]: the path of each node below the root, itself last, padded with -1; A is the largest depth."""
+    levels = depths(parents)
+    result = np.full((len(parents), int(levels.max(initial=0))), -1, np.int32)
+    for node, parent in enumerate(parents.tolist()):
+        if parent >= 0:
+            result[node] = result[parent]
+        result[node, levels[node] - 1] = node
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class TreeRows:
+    """The target rows of one verification, row 0 the root's, row 1 + i node i's; int32, as ForwardBatch wants them."""
+
+    positions: Ints  # [1 + N]
+    slots: Ints  # [1 + N]
+    prefix_len: Ints  # [1 + N]
+    ancestors: Ints  # [1 + N, A] KV slots, -1 pads; A is the tree's depth
+
+
+def tree_rows(draft: Draft, base_slot: int, root_position: int) -> TreeRows:
+    """Where the rows stand: the root, a plain decode row, writes slot ``base_slot``; node i writes base_slot + 1 + i,
+    and sees the slots up to the root's and then its own path."""
+    rows = np.arange(1 + draft.num_nodes, dtype=np.int32)
+    levels = np.concatenate([np.zeros(1, np.int32), depths(draft.parents)])
+    paths = ancestor_lists(draft.parents)
+    ancestors = np.full((len(rows), paths.shape[1]), -1, np.int32)
+    ancestors[1:] = np.where(paths < 0, -1, paths + np.int32(base_slot + 1))
+    return TreeRows(
+        positions=levels + np.int32(root_position), slots=rows + np.int32(base_slot),
+        prefix_len=np.full(len(rows), base_slot + 1, np.int32), ancestors=ancestors,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """A part of a tree that is a tree again: old node indices ``kept`` [M], ascending, and the new ``parents`` [M]."""
+
+    kept: Ints
+    parents: Ints
+
+
+def select_nodes(parents: Ints, scores: Floats, count: int) -> Selection:
+    """The ``count`` nodes of best cumulative score, closed under parents. A node counts for no more than its parent;
+    ties go to the shallower node, then to the lower index. Raises ValueError for a NaN score."""
+    levels = depths(parents)
+    if np.isnan(scores).any():
+        raise ValueError("nodes without a score cannot be ranked")
+    capped = np.array(scores, np.float32)
+    for node, parent in enumerate(parents.tolist()):
+        if parent >= 0:
+            capped[node] = min(capped[node], capped[parent])
+    order = np.lexsort((np.arange(len(parents)), levels, -capped))  # the last key counts most
+    kept = np.sort(order[: max(count, 0)]).astype(np.int32)
+    renumbered = np.full(len(parents) + 1, -1, np.int32)  # the last entry is the root's: index -1
+    renumbered[kept] = np.arange(len(kept), dtype=np.int32)
+    return Selection(kept=kept, parents=renumbered[parents[kept]])
+
+
+def prune(draft: Draft, count: int) -> Draft:
+    """The ``count`` nodes of a draft that are most likely to be accepted, as a draft."""
+    if count >= draft.num_nodes:
+        return draft
+    chosen = select_nodes(draft.parents, draft.survival, count)
+    return Draft(
+        token_ids=draft.token_ids[chosen.kept], parents=chosen.parents,
+        log_q=draft.log_q[chosen.kept], survival=draft.survival[chosen.kept],
+    )
+
+
+def _numbers(text: str, arguments: Sequence[str], names: Sequence[str], limits: Sequence[int]) -> list[int]:
+    if len(arguments) != len(names) or not all(re.fullmatch(r"[0-9]{1,9}", argument) for argument in arguments):
+        raise InvalidRequest(f"{text!r} needs the whole numbers {', '.join(names)}", field="tree", remedy=_REMEDY)
+    values = [int(argument) for argument in arguments]
+    for name, value, limit in zip(names, values, limits, strict=True):
+        if not 1 <= value <= limit:
+            raise InvalidRequest(f"{name} is {value} in {text!r}", field="tree", remedy=f"keep {name} in 1..{limit}")
+    return values
+
+
+def _static(text: str, shape: str) -> StaticTree:
+    if shape in _PUBLISHED:
+        return _from_paths([tuple(map(int, path.split("."))) for path in _PUBLISHED[shape].split()])
+    if not re.fullmatch(r"[0-9]{1,4}(x[0-9]{1,4})*", shape):
+        known = ", ".join(_PUBLISHED)
+        raise UnknownName(f"no static tree {shape!r}", field="tree", remedy=f"use {known} or a shape like 4x2x1")
+    level: list[tuple[int, ...]] = [()]
+    paths: list[tuple[int, ...]] = []
+    for width in map(int, shape.split("x")):
+        if width < 1 or len(paths) + len(level) * width > MAX_NODES:
+            remedy = f"at least 1 child a level, at most {MAX_NODES} nodes"
+            raise InvalidRequest(f"{text!r} cannot be verified", field="tree", remedy=remedy)
+        level = [(*path, rank) for path in level for rank in range(width)]
+        paths.extend(level)
+    return _from_paths(paths)
+
+
+def _from_paths(paths: Sequence[tuple[int, ...]]) -> StaticTree:
+    index = {path: node for node, path in enumerate(paths)}
+    parents = tuple(index[path[:-1]] if len(path) > 1 else -1 for path in paths)
+    return StaticTree(parents=parents, ranks=tuple(path[-1] for path in paths))
