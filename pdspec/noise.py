@@ -22,6 +22,7 @@ _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 _MIX_1, _MIX_2 = np.uint32(0x85EBCA6B), np.uint32(0xC2B2AE35)  # the finaliser of MurmurHash3
 _GOLDEN = np.uint32(0x9E3779B1)
+LARGEST = 22.88  # no g is above it: -log(-log(1 - 2^-33)) = 22.874
 _LARGEST_U = np.float32(1.0 - 2.0**-24)  # the float32 next below 1: h near 2^32 would round to 1 and log(0)
 
 Words = npt.NDArray[np.uint32]

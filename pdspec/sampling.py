@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from pdspec.errors import InvalidRequest, PdspecError
-from pdspec.noise import gumbel, gumbel_all, gumbel_noise
+from pdspec.noise import LARGEST, gumbel, gumbel_noise
 from pdspec.types import SamplingParams, TokenLogprob
 
 __all__ = [
@@ -141,12 +141,15 @@ def support(logits: torch.Tensor, params: SamplingParams, history: History, *, e
 def pick(support: Support, params: SamplingParams, *, seed: int, sample: int, position: int) -> int:
     """``argmax(log p + g[position])`` in float32, ties to the lowest id."""
     scores = support.scores
-    if params.temperature != 0.0:
-        if support.token_ids is None:
-            scores = scores + gumbel_all(seed, sample, position, len(scores))
-        else:
-            scores = scores + gumbel(seed, sample, position, support.token_ids)
-    return support.token(int(scores.argmax()))
+    if params.temperature == 0.0:
+        return support.token(int(scores.argmax()))
+    if support.token_ids is None:
+        ids = _contenders(scores, seed, sample, position)
+        scores = scores if len(ids) == len(scores) else scores[ids]
+    else:
+        ids = support.token_ids
+    noise = gumbel(seed, sample, position, ids)
+    return int(ids[(scores + noise).argmax()])
 
 
 def token_logprob(support: Support, token_id: int, top: int) -> TokenLogprob:
@@ -176,6 +179,14 @@ def draft_scores(
         raise ValueError("draft_scores needs noise at a temperature above 0")
     log_q = torch.log_softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
     return log_q, log_q + noise
+
+
+def _contenders(scores: Floats, seed: int, sample: int, position: int) -> Ids:
+    """The ids, ascending, that can still win: the best id's score with its own noise is what they must reach with the
+    largest noise there is. Saves most of the noise on peaked distributions, and changes no choice."""
+    best = np.array([scores.argmax()])
+    reached = scores[best] + gumbel(seed, sample, position, best)
+    return np.flatnonzero(scores >= reached - np.float32(LARGEST + 1e-3))
 
 
 def _penalised(logits: Floats, params: SamplingParams, history: History, end_ids: Sequence[int]) -> Floats:
@@ -231,7 +242,17 @@ def _best(x: Floats, count: int) -> Ids:
     if count <= 0:
         return _no_ids()
     if count >= len(x):
-        return np.argsort(-x, kind="stable")
+        return _descending(x)
     threshold = np.partition(x, len(x) - count)[len(x) - count]
     candidates = np.flatnonzero(x >= threshold)
-    return candidates[np.argsort(-x[candidates], kind="stable")][:count]
+    return candidates[_descending(x[candidates])][:count]
+
+
+def _descending(x: Floats) -> Ids:
+    """Indices in descending order of x, ties to the lowest: one sort of integers (order-reversing bits of x, index),
+    several times faster than a stable argsort of floats."""
+    bits = (x + np.float32(0.0)).view(np.int32)  # -0 becomes 0
+    falling = np.where(bits < 0, bits, ~bits & 0x7FFFFFFF).view(np.uint32)
+    keys = falling.astype(np.uint64) << np.uint64(32) | np.arange(len(x), dtype=np.uint64)
+    keys.sort()
+    return (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pdspec import noise
 from pdspec.errors import InvalidRequest, PdspecError
-from pdspec.sampling import History, choose, draft_scores, gumbel_noise, pick, support, token_logprob
+from pdspec.sampling import History, _best, choose, draft_scores, gumbel_noise, pick, support, token_logprob
 from pdspec.types import SamplingParams
 
 NONE = History.of((0,))
@@ -176,6 +176,13 @@ def test_top_p_prefilter_equals_a_full_sort(seed, spread, top_p, vocab_size):
     assert kept(row, temperature=1.0, top_p=top_p) == sorted(expected.tolist())
 
 
+def test_ranking_is_a_stable_descending_sort():
+    x = np.random.default_rng(3).normal(0, 3, 4000).round(1).astype(np.float32)
+    x[:6] = [0.0, -0.0, 0.0, -np.inf, np.float32(1e38), -1e-45]
+    for count in (0, 1, 7, 300, 3999, 4000, 5000):
+        assert _best(x, count).tolist() == np.argsort(-x, kind="stable")[:count].tolist()
+
+
 @pytest.mark.parametrize("temperature", [1e-30, 1e-6, 1e6])
 def test_extreme_temperatures_stay_defined(temperature):
     row = torch.tensor([30.0, -40.0, 29.0])
@@ -184,7 +191,7 @@ def test_extreme_temperatures_stay_defined(temperature):
 
 
 def test_everything_excluded_is_refused_with_a_remedy():
-    with pytest.raises(InvalidRequest, match="allowed_ids.*every token is excluded"):
+    with pytest.raises(InvalidRequest, match=r"allowed_ids.*every token is excluded"):
         dense([1.0, 2.0], allowed_ids=(1,), banned_ids=(1,))
 
 
@@ -203,6 +210,20 @@ def test_sparse_choice_equals_the_dense_definition(seed, truncation):
     chosen = choose(row, params, NONE, seed=seed, sample=1, position=17, end_ids=())
     scores = dense(row.tolist(), temperature=0.8, **truncation) + gumbel_noise(seed, 1, 17, vocab_size=300).numpy()
     assert scores[chosen] >= scores.max() - 1e-5
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**63), st.sampled_from([0.5, 4.0, 12.0]))
+def test_leaving_out_the_hopeless_changes_no_choice(seed, spread):
+    row = torch.tensor(np.random.default_rng(seed).normal(0, spread, 2000), dtype=torch.float32)
+    params = SamplingParams(temperature=0.8)
+    for position in range(8):
+        scores = support(row, params, NONE, end_ids=()).scores + noise.gumbel_all(seed, 0, position, 2000)
+        assert choose(row, params, NONE, seed=seed, sample=0, position=position, end_ids=()) == scores.argmax()
+
+
+def test_no_noise_is_above_the_bound():
+    assert noise._gumbel(np.array([0], np.uint32))[0] <= noise.LARGEST
 
 
 @given(st.lists(st.integers(0, 20), max_size=150), st.integers(1, 7))
