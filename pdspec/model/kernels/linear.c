@@ -1,0 +1,95 @@
+/* y = x W^T (+ bias) (+ y): W packed as [ceil(N/16)][K][16] in bf16 or float32, x and y float32.
+ * Rows are taken in tiles of up to 6, blocks of 16 outputs one or two at a time; the order of operations for one
+ * output is k = 0 .. K-1 in every tile shape. */
+#include "pdk.h"
+
+typedef struct {
+    const float *x; const void *w; const float *bias; float *y;
+    int R, N, K, ldx, ldy, bf16, add;
+} Linear;
+
+void pd_pack(const void *weight, int N, int K, int bf16, void *out) {
+    for (int b = 0; b < (N + 15) / 16; b++)
+        for (int k = 0; k < K; k++)
+            for (int l = 0; l < 16; l++) {
+                size_t to = ((size_t)b * K + k) * 16 + (bf16 ? lane_index(l) : l), from = (size_t)(b * 16 + l) * K + k;
+                int in = b * 16 + l < N;
+                if (bf16) ((uint16_t *)out)[to] = in ? ((const uint16_t *)weight)[from] : 0;
+                else ((float *)out)[to] = in ? ((const float *)weight)[from] : 0;
+            }
+}
+
+INLINE void tile(const Linear *t, int r0, int b0, const int rows, const int blocks, const int bf16) {
+    vf acc[6][2 * NV];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < blocks * NV; v++) acc[r][v] = splat(0);
+    const float *x[6];
+    for (int r = 0; r < rows; r++) x[r] = t->x + (size_t)(r0 + r) * t->ldx;
+    const size_t block = (size_t)t->K * 16, base = (size_t)b0 * block;
+    for (int k = 0; k < t->K; k++) {
+        vf w[2 * NV];
+        for (int b = 0; b < blocks; b++) load_block(t->w, base + b * block + (size_t)k * 16, w + b * NV, bf16);
+        for (int r = 0; r < rows; r++) {
+            vf xs = splat(x[r][k]);
+            for (int v = 0; v < blocks * NV; v++) acc[r][v] += xs * w[v];
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        float *y = t->y + (size_t)(r0 + r) * t->ldy;
+        for (int v = 0; v < blocks * NV; v++) {
+            int n = b0 * 16 + v * LANES;
+            for (int l = 0; l < LANES && n + l < t->N; l++) {
+                float s = acc[r][v][l];
+                if (t->bias) s += t->bias[n + l];
+                y[n + l] = t->add ? y[n + l] + s : s;
+            }
+        }
+    }
+}
+
+#define CASE(rows, blocks) case rows: tile(t, r, b, rows, blocks, bf16); break
+INLINE void column(const Linear *t, int r0, int r1, int b, const int wide, const int bf16) {
+    int tiles = (r1 - r0 + 5) / 6; /* even tiles: 8 rows are 4 + 4, not 6 + 2 */
+    for (int i = 0, r = r0; i < tiles; i++) {
+        int rows = (r1 - r + tiles - i - 1) / (tiles - i);
+        if (wide) switch (rows) { CASE(1, 2); CASE(2, 2); CASE(3, 2); CASE(4, 2); CASE(5, 2); CASE(6, 2); }
+        else switch (rows) { CASE(1, 1); CASE(2, 1); CASE(3, 1); CASE(4, 1); CASE(5, 1); CASE(6, 1); }
+        r += rows;
+    }
+}
+
+#define ROW_TILE 96
+INLINE void span(const Linear *t, int thread, int threads, const int bf16) {
+    int blocks = (t->N + 15) / 16;
+    int from = (int)((long)blocks * thread / threads), to = (int)((long)blocks * (thread + 1) / threads);
+    for (int r0 = 0; r0 < t->R; r0 += ROW_TILE) {
+        int r1 = r0 + ROW_TILE < t->R ? r0 + ROW_TILE : t->R, b = from;
+        if (t->R <= 3 || NV == 1)
+            for (; b + 2 <= to; b += 2) column(t, r0, r1, b, 1, bf16);
+        for (; b < to; b++) column(t, r0, r1, b, 0, bf16);
+    }
+}
+
+static void run(void *arg, int thread, int threads) {
+    const Linear *t = arg;
+    if (t->bf16) span(t, thread, threads, 1); else span(t, thread, threads, 0);
+}
+
+void pd_linear(Pool *pool, const float *x, int ldx, const void *w, int bf16, const float *bias, float *y, int ldy,
+               int R, int N, int K, int add) {
+    Linear t = {x, w, bias, y, R, N, K, ldx, ldy, bf16, add};
+    pd_parallel(pool, run, &t);
+}
+
+/* Rows of a packed matrix: y[r] = W[ids[r]]. */
+void pd_embed(const void *w, int bf16, int K, const int32_t *ids, int R, float *y) {
+    for (int r = 0; r < R; r++) {
+        size_t base = (size_t)(ids[r] / 16) * K * 16 + (size_t)(bf16 ? lane_index(ids[r] % 16) : ids[r] % 16);
+        for (int k = 0; k < K; k++) {
+            if (bf16) {
+                uint32_t u = (uint32_t)((const uint16_t *)w)[base + (size_t)k * 16] << 16;
+                memcpy(&y[(size_t)r * K + k], &u, 4);
+            } else y[(size_t)r * K + k] = ((const float *)w)[base + (size_t)k * 16];
+        }
+    }
+}
