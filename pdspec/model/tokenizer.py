@@ -97,7 +97,8 @@ class TextStream:
     """Turns ids into text as they come, whole characters only: the pieces joined are ``decode`` of all ids.
 
     Tokenizers decode a token differently at the start of a text and may need several tokens for one character, so
-    a window of recent ids is decoded again and the part not yet given out is returned.
+    a window of recent ids is decoded again and the part not yet given out is returned. (Byte-fallback tokenizers
+    decode a run of bytes to U+FFFD as a whole once one is wrong; characters of that run already given out stay.)
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
