@@ -217,6 +217,7 @@ class ErrorFrame(Frame, kind="error"):
             return TransferDamaged(str(error), field="error")
 
 
+DATA_FRAMES = (Pages, HiddenRows, DraftStart)
 _START_ARRAYS = (("token_ids", "<i4"), ("log_q", "<f4"), ("score", "<f4"))
 
 
@@ -228,3 +229,13 @@ def parse_frame(data: bytes | memoryview) -> Frame:
 
 def _is_pair(pair: object) -> bool:
     return isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is int and type(pair[1]) is float
+
+
+def payload_bytes(frame: Frame) -> int:
+    """What ``frame`` counts against the credit window."""
+    match frame:
+        case Pages() | HiddenRows():
+            return memoryview(frame.payload).nbytes
+        case DraftStart():
+            return sum(row.nbytes for row in frame.rows.values())
+    return 0

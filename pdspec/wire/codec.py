@@ -6,8 +6,6 @@ values make sense is for ``pdspec.validation`` to say. Defaults stand only where
 
 from __future__ import annotations
 
-import sys
-from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +25,7 @@ from pdspec.types import (
     WorkerInfo,
 )  # fmt: skip
 from pdspec.wire import pdspec_pb2 as pb
+from pdspec.wire.ids import bytes_to_ids, ids_to_bytes
 
 _SCALARS = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
@@ -38,27 +37,6 @@ _INFO = (
     "worker_id", "role", "address", "model", "fingerprint", "queued", "running", "free_pages", "total_pages",
     "page_size", "max_context", "vocab_size", "steps", "draining",
 )  # fmt: skip
-_INT32 = 4
-
-
-def ids_to_bytes(ids: Sequence[int]) -> bytes:
-    """Little-endian int32. Raises OverflowError for an id outside int32."""
-    values = array("i", ids)
-    if sys.byteorder == "big":
-        values.byteswap()
-    return values.tobytes()
-
-
-def bytes_to_ids(data: bytes, field: str) -> tuple[int, ...]:
-    """The ids in ``data``. Raises InvalidRequest naming ``field`` when its length is not a multiple of 4."""
-    if len(data) % _INT32:
-        remedy = "send ids as little-endian int32, 4 bytes each"
-        raise InvalidRequest(f"{len(data)} bytes are no whole number of ids", field=field, remedy=remedy)
-    values = array("i")
-    values.frombytes(data)
-    if sys.byteorder == "big":
-        values.byteswap()
-    return tuple(values)
 
 
 # ------------------------------------------------------------------ requests

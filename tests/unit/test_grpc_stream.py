@@ -13,7 +13,8 @@ import pytest
 
 from pdspec.errors import Incompatible, PdspecError, PeerLost, TransferDamaged
 from pdspec.transfer import frames
-from pdspec.transfer.grpc_stream import METHOD, PrefillCall, PrefillStream, prefill_handler
+from pdspec.transfer.grpc_serve import PrefillStream, prefill_handler
+from pdspec.transfer.grpc_stream import METHOD, PrefillCall
 from pdspec.types import GenerateRequest
 from pdspec.wire.channels import bind, make_channel, make_server
 
