@@ -6,8 +6,6 @@ Every field is a key of a config file and a flag (``cache_dir`` is ``--cache-dir
 from __future__ import annotations
 
 import dataclasses
-import os
-from pathlib import Path
 from typing import Any
 
 from pdspec.errors import ConfigError
@@ -116,12 +114,3 @@ class ClusterConfig(Settings):
     def router_config(self) -> RouterConfig:
         """The router's config: its model and cache folder are the workers'."""
         return self.router.replace(model=self.worker.model, cache_dir=self.worker.cache_dir)
-
-
-def cache_folder(cache_dir: str = "") -> Path:
-    """Where converted models and the state of detached deployments are kept (not created here)."""
-    chosen = cache_dir or os.environ.get("PDSPEC_CACHE", "")
-    if chosen:
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "pdspec"

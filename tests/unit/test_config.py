@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from pdspec.config import ClusterConfig, RouterConfig, WorkerConfig, cache_folder
+from pdspec.config import ClusterConfig, RouterConfig, WorkerConfig
 from pdspec.errors import ConfigError
 
 
@@ -87,12 +87,3 @@ def test_frozen_and_whole_round_trip():
 def test_pages_from_tokens():
     assert WorkerConfig(cache_tokens=100, page_size=16).pages() == 7
     assert WorkerConfig(num_pages=5).pages() == 5
-
-
-def test_cache_folder_order(monkeypatch, tmp_path):
-    monkeypatch.delenv("PDSPEC_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "pdspec"
-    monkeypatch.setenv("PDSPEC_CACHE", "/elsewhere")
-    assert str(cache_folder()) == "/elsewhere"
-    assert str(cache_folder("/here")) == "/here"

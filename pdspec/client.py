@@ -1,0 +1,189 @@
+"""A synchronous client of ``pdspec.v1.Router``: what the command line, the studies and user scripts call.
+
+    with RouterClient("127.0.0.1:50051") as client:
+        for piece in client.stream(UserRequest(text="Once upon a time")):
+            print(piece.text, end="")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from pdspec.errors import PeerLost
+from pdspec.types import GenerationStats, TokenChunk, TokenLogprob, UserRequest
+from pdspec.wire import pdspec_pb2 as pb
+from pdspec.wire import pdspec_pb2_grpc as rpc
+from pdspec.wire.channels import USER_MESSAGE_BYTES, size_options
+from pdspec.wire.codec import chunk_from_pb, user_request_to_pb
+from pdspec.wire.status import from_rpc_error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """One message of an answer: its tokens, and the whole characters that they complete."""
+
+    chunk: TokenChunk
+    text: str
+    seed: int = 0  # with the first piece
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A finished answer with what it took, as the client saw it. Times in milliseconds."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    stop_match: str
+    seed: int
+    stats: GenerationStats
+    ttft_ms: float  # request sent to first token
+    total_ms: float
+    piece_ms: tuple[float, ...]  # when each piece came
+    logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)
+
+    @property
+    def tpot_ms(self) -> float:
+        """Mean time of an output token after the first; 0 for a single token."""
+        later = len(self.token_ids) - 1
+        return (self.total_ms - self.ttft_ms) / later if later > 0 else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that every ``--json`` of an answer has."""
+        stats = self.stats
+        return {
+            "text": self.text,
+            "token_ids": list(self.token_ids),
+            "finish_reason": self.finish_reason,
+            "seed": self.seed,
+            "prompt_tokens": stats.prompt_tokens,
+            "output_tokens": len(self.token_ids),
+            "ttft_ms": round(self.ttft_ms, 3),
+            "tpot_ms": round(self.tpot_ms, 3),
+            "total_ms": round(self.total_ms, 3),
+            "acceptance_length": round(stats.acceptance_length, 4),
+            "verifications": stats.verifications,
+            "first_draft_accepted": stats.first_draft_accepted,
+            "drafted_tokens": stats.drafted_tokens,
+            "accepted_tokens": stats.accepted_tokens,
+            "drafter": stats.drafter,
+            "handoff": stats.handoff,
+            "prefill_worker": stats.prefill_worker,
+            "decode_worker": stats.decode_worker,
+            "kv_bytes": stats.kv_bytes,
+            "draft_kv_bytes": stats.draft_kv_bytes,
+            "hidden_bytes": stats.hidden_bytes,
+        }
+
+
+class RouterClient:
+    """One channel to a router. Not shared between threads; close it, or use it in ``with``."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+        options = (*size_options(USER_MESSAGE_BYTES), ("grpc.enable_retries", 0))
+        self._channel = grpc.insecure_channel(endpoint, options=options)
+        self._stub = rpc.RouterStub(self._channel)
+
+    def stream(self, request: UserRequest, *, timeout_s: float | None = None) -> Iterator[Piece]:
+        """The answer as it comes. Closing the iterator cancels the request on every hop. Raises the PdspecError
+        that the cluster sent, PeerLost when there is no router."""
+        call = self._stub.Generate(user_request_to_pb(request), timeout=timeout_s)
+        try:
+            for message in call:
+                yield Piece(chunk=chunk_from_pb(message), text=message.text, seed=message.seed)
+        except grpc.RpcError as error:
+            raise self._error(error) from error
+        finally:
+            call.cancel()
+
+    def generate(
+        self,
+        request: UserRequest,
+        *,
+        on_text: Callable[[str], None] | None = None,
+        timeout_s: float | None = None,
+    ) -> Answer:
+        """The whole answer; ``on_text`` is called with each new part of the text."""
+        return collect(self.stream(request, timeout_s=timeout_s), on_text)
+
+    def workers(self, *, timeout_s: float = 5.0) -> list[dict[str, Any]]:
+        """What the router knows of each worker (``WorkerStatus`` of the proto as a map)."""
+        try:
+            answer = self._stub.ListWorkers(pb.ListWorkersRequest(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise self._error(error) from error
+        names = [entry.name for entry in pb.WorkerStatus.DESCRIPTOR.fields]
+        plain = [{name: getattr(worker, name) for name in names} for worker in answer.workers]
+        return [{**entry, "drafters": list(entry["drafters"]), "metrics": dict(entry["metrics"])} for entry in plain]
+
+    def wait_ready(self, *, workers: int = 1, timeout_s: float = 30.0) -> None:
+        """Return when the router answers and calls at least ``workers`` of its workers ready. Raises PeerLost."""
+        deadline, seen = time.monotonic() + timeout_s, "no answer"
+        while time.monotonic() < deadline:
+            with contextlib.suppress(PeerLost):
+                states = {entry["worker_id"] or entry["address"]: entry for entry in self.workers(timeout_s=1.0)}
+                if sum(entry["state"] == "ready" for entry in states.values()) >= workers:
+                    return
+                seen = ", ".join(f"{name} {e['state']} {e['reason']}".strip() for name, e in states.items()) or "none"
+            time.sleep(0.05)
+        raise PeerLost(f"router {self.endpoint}: {workers} workers were not ready in {timeout_s:g} s: {seen}")
+
+    def close(self) -> None:
+        """End the channel and every call on it."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _error(self, error: grpc.RpcError) -> Exception:
+        found = from_rpc_error(error, peer=self.endpoint)
+        if isinstance(found, PeerLost) and "failed to connect" in found.message.lower():
+            remedy = "start one with `pdspec up`, or name another with --endpoint"
+            return PeerLost(f"no router answers at {self.endpoint}", field="endpoint", remedy=remedy)
+        return found
+
+
+def collect(pieces: Iterable[Piece], on_text: Callable[[str], None] | None = None) -> Answer:
+    """Put an answer together; the clock starts here. Raises PeerLost when the stream ends without its last
+    message, or leaves out or repeats a token: a cut answer never looks complete."""
+    begin, times, ids, texts = time.perf_counter(), [], list[int](), list[str]()
+    logprobs: list[TokenLogprob] = []
+    seed, last = 0, None
+    for piece in pieces:
+        chunk = piece.chunk
+        if chunk.start != len(ids):
+            raise PeerLost(f"tokens {len(ids)}..{chunk.start} of the answer are missing or repeated")
+        times.append(1e3 * (time.perf_counter() - begin))
+        seed = seed or piece.seed
+        ids += chunk.token_ids
+        logprobs += chunk.logprobs
+        texts.append(piece.text)
+        if on_text and piece.text:
+            on_text(piece.text)
+        if chunk.finish_reason is not None:
+            last = chunk
+    if last is None:
+        raise PeerLost("the answer ended without its last message")
+    return Answer(
+        text="".join(texts),
+        token_ids=tuple(ids),
+        finish_reason=str(last.finish_reason),
+        stop_match=last.stop_match,
+        seed=seed,
+        stats=last.stats or GenerationStats(),
+        ttft_ms=times[0],
+        total_ms=1e3 * (time.perf_counter() - begin),
+        piece_ms=tuple(times),
+        logprobs=tuple(logprobs),
+    )

@@ -1,0 +1,258 @@
+"""Ray topology: places workers, router and relay as actors, and wires them up.
+
+Ray does placement, life cycle and restart; requests, tokens and KV travel over gRPC alone.
+
+    driver (pdspec up) ── creates ──▶ router, relay          on the driver's node
+                       ── creates ──▶ prefill-i, decode-j    in a placement group, over the nodes
+    worker, on every start ── register(id, role, address) ──▶ router
+
+With no ``address`` a Ray cluster is started on this machine and ends with the driver (*embedded*). Its processes
+share a token that only this process tree knows, whatever ``~/.ray/auth_token`` holds; a cluster that is joined
+keeps its own authentication.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from decode_worker.actor import DecodeActor
+from pdspec.client import RouterClient
+from pdspec.config import ClusterConfig, RouterConfig, WorkerConfig
+from pdspec.errors import ConfigError, PdspecError, PeerLost
+from pdspec.wire.status import error_from_dict
+from prefill_worker.actor import PrefillActor
+from router.actor import RelayActor, RouterActor
+
+log = logging.getLogger(__name__)
+LOOPBACK = "127.0.0.1"
+OBJECT_STORE_BYTES = 80 << 20  # close to Ray's least: nothing of ours goes there
+STOP_TIMEOUT_S = 5.0
+Progress = Callable[[str], None]
+
+
+def start_cluster(config: ClusterConfig, *, progress: Progress = log.info) -> Cluster:
+    """Start every actor of ``config`` and return when the router calls all workers ready.
+
+    Raises ConfigError when the cluster cannot be joined or has no room, and the worker's own error when one cannot
+    start. Nothing is left running then.
+    """
+    cluster = Cluster(config, progress)
+    try:
+        cluster.start()
+    except BaseException:
+        cluster.stop()
+        raise
+    return cluster
+
+
+class Cluster:
+    """A running deployment. ``endpoint`` is the router's ``host:port``. ``stop`` ends all that was started."""
+
+    def __init__(self, config: ClusterConfig, progress: Progress = log.info) -> None:
+        self.config = config
+        self.endpoint = ""
+        self.relay = ""
+        self.log_folder = ""
+        self.actors: dict[str, Any] = {}  # worker ids, "router", "relay" → actor handles
+        self._progress = progress
+        self._group: PlacementGroup | None = None
+        self._owns_ray = False
+        self._folder = ""
+
+    def start(self) -> None:
+        """See ``start_cluster``; on an error the caller must ``stop``."""
+        self._progress("starting Ray" if not self.config.address else "joining the Ray cluster")
+        self._join()
+        workers = [("prefill", i) for i in range(self.config.prefill)]
+        workers += [("decode", i) for i in range(self.config.decode)]
+        configs = [self._reachable(self.config.worker_config(role, index)) for role, index in workers]
+        self._place(configs)
+        self._start_router(configs)
+        self._start_workers(configs)
+        self._progress(f"loading {self.config.worker.model} on {len(configs)} workers")
+        self._await_started()
+        with RouterClient(self.endpoint) as client:
+            client.wait_ready(workers=len(configs), timeout_s=self.config.start_timeout_s)
+
+    def process_ids(self) -> dict[str, int]:
+        """Process of each actor, by name."""
+        return {name: ray.get(actor.process_id.remote(), timeout=10) for name, actor in self.actors.items()}
+
+    def stop(self) -> None:
+        """End the actors, and Ray with every process of it where this object started it. Safe to repeat."""
+        if ray.is_initialized():
+            stopping = [actor.stop.remote() for actor in self.actors.values()]
+            if stopping:
+                ray.wait(stopping, num_returns=len(stopping), timeout=STOP_TIMEOUT_S)
+            for actor in self.actors.values():
+                ray.kill(actor, no_restart=True)
+            if self._group is not None:
+                remove_placement_group(self._group)
+        self.actors, self._group = {}, None
+        if self._owns_ray:
+            ray.shutdown()
+            self._owns_ray = False
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    # ------------------------------------------------------------------ steps of start
+
+    def _join(self) -> None:
+        if ray.is_initialized():  # the caller's own cluster
+            return
+        common: dict[str, Any] = {
+            "namespace": self.config.namespace,
+            "log_to_driver": False,  # each process writes its own log; what fails is raised here
+            "logging_level": "error",
+            "runtime_env": _runtime_env(),
+        }
+        self._owns_ray = True
+        if self.config.address:
+            try:
+                ray.init(address=self.config.address, **common)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                message = f"cannot join the Ray cluster {self.config.address!r}: {str(error).splitlines()[0]}"
+                remedy = "start one with `ray start --head`, or leave address out for an embedded one"
+                raise ConfigError(message, field="address", remedy=remedy) from error
+            return
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # before ~/.ray/auth_token, which may be stale
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        base = "/tmp" if Path("/tmp").is_dir() else None  # socket paths are limited to about 100 characters
+        self._folder = tempfile.mkdtemp(prefix="pdspec-ray-", dir=base)
+        self.log_folder = f"{self._folder}/session_latest/logs"
+        ray.init(
+            include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, _temp_dir=self._folder, **common
+        )
+
+    def _reachable(self, config: WorkerConfig) -> WorkerConfig:
+        """Workers that may be on several nodes listen on their node's address instead of the loopback."""
+        joined = bool(self.config.address) or len(_nodes()) > 1
+        return config.replace(host="") if joined and config.host == LOOPBACK else config
+
+    def _place(self, configs: Sequence[WorkerConfig]) -> None:
+        nodes, count = _nodes(), len(configs)
+        cpus, gpus = self.config.cpus_per_worker, self.config.gpus_per_worker
+        cpus = share([node.get("CPU", 0) for node in nodes], count) if cpus < 0 else cpus
+        gpus = share([node.get("GPU", 0) for node in nodes], count) if gpus < 0 else gpus
+        bundles = []
+        for config in configs:
+            extra = self.config.prefill_resources if config.role == "prefill" else self.config.decode_resources
+            bundles.append({name: amount for name, amount in {"CPU": cpus, "GPU": gpus, **extra}.items() if amount})
+        self._group = placement_group(bundles, strategy=self.config.placement)
+        if not self._group.wait(min(self.config.start_timeout_s, 60.0)):
+            message = f"no room for {count} workers of {bundles[0]}: the cluster has {ray.available_resources()}"
+            raise ConfigError(message, field="placement", remedy="add nodes, or lower gpus_per_worker, cpus_per_worker")
+
+    def _start_router(self, workers: Sequence[WorkerConfig]) -> None:
+        here = LOOPBACK if not self.config.address else ray.util.get_node_ip_address()
+        relay_host = here if here == LOOPBACK and all(config.host for config in workers) else ""
+        relay_host = relay_host or ray.util.get_node_ip_address()
+        router = self.config.router_config()
+        relay_port = _free_port(relay_host)
+        # Fixed ports, so that both are where they were after a restart.
+        router = router.replace(port=router.port or _free_port(router.host), relay=f"{relay_host}:{relay_port}")
+        relay = router.replace(host=relay_host, port=relay_port)
+        pinned = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": pinned}
+        names = tuple((config.worker_id, config.role, self._actor_name(config.worker_id)) for config in workers)
+        named = {"name": self._actor_name("router"), "max_task_retries": -1}  # its methods may be repeated
+        self.actors["router"] = ray.remote(RouterActor).options(**options, **named).remote(router, names)
+        self.actors["relay"] = ray.remote(RelayActor).options(**options).remote(relay)
+        self.endpoint = self._endpoint(router)
+        self.relay = router.relay
+
+    def _start_workers(self, configs: Sequence[WorkerConfig]) -> None:
+        for index, config in enumerate(configs):
+            kind = PrefillActor if config.role == "prefill" else DecodeActor
+            assert self._group is not None
+            bundle = self._group.bundle_specs[index]
+            actor = ray.remote(kind).options(
+                name=self._actor_name(config.worker_id),
+                num_cpus=bundle.get("CPU", 0),
+                num_gpus=bundle.get("GPU", 0),
+                max_restarts=-1,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, index),
+            )
+            self.actors[config.worker_id] = actor.remote(config, self._actor_name("router"))
+
+    def _await_started(self) -> None:
+        waiting = {actor.failure.remote(): name for name, actor in self.actors.items()}
+        deadline = time.monotonic() + self.config.start_timeout_s
+        while waiting:
+            done, _ = ray.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not done:
+                late = ", ".join(waiting.values())
+                raise PeerLost(f"not started in {self.config.start_timeout_s:g} s: {late}", field="start_timeout_s")
+            name = waiting.pop(done[0])
+            try:
+                failure = ray.get(done[0])
+            except ray.exceptions.RayError as error:
+                raise PdspecError(f"{name} died while starting: {_last_line(error)}") from error
+            if failure:
+                raise error_from_dict(failure)
+
+    def _actor_name(self, worker_id: str) -> str:
+        return f"pdspec-{os.getpid()}-{worker_id}"
+
+    def _endpoint(self, router: RouterConfig) -> str:
+        host = ray.util.get_node_ip_address() if router.host in ("0.0.0.0", "::", "") else router.host
+        return f"{host}:{router.port}"
+
+
+def share(amounts: Sequence[float], count: int) -> float:
+    """The largest of 1, 1/2, 1/3 … that ``count`` workers can each get from nodes with ``amounts`` of a resource;
+    0 when there is none. Ray cannot give one worker fractions of two devices."""
+    if count < 1 or sum(amounts) <= 0:
+        return 0.0
+    parts = 1
+    while sum(math.floor(amount * parts + 1e-9) for amount in amounts) < count:
+        parts += 1
+    return math.floor(1e4 / parts) / 1e4
+
+
+def _nodes() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _runtime_env() -> dict[str, Any] | None:
+    """Actors import the package by name: from a checkout that is not installed they need its path."""
+    try:
+        metadata.distribution("pdspec")
+    except metadata.PackageNotFoundError:
+        path = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+        return {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, path))}}
+    return None
+
+
+def _free_port(host: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
