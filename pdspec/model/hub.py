@@ -95,7 +95,7 @@ def locate(model: str, cache_dir: str | Path | None = None, *, weights: bool = T
     if alias is not None:
         return Located(name=model, path=_snapshot(alias.hub_id, cache_dir, weights))
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if model and folder.is_dir():
         return Located(name=model, path=folder.resolve())
     if folder.is_file():
         raise ConfigError(f"{model} is a file", field="model", remedy="name the folder that holds config.json")
