@@ -70,14 +70,15 @@ class Cluster:
         self.relay = ""
         self.log_folder = ""
         self.actors: dict[str, Any] = {}  # worker ids, "router", "relay" → actor handles
-        self._progress = progress
+        self.progress = progress
         self._group: PlacementGroup | None = None
         self._owns_ray = False
         self._folder = ""
 
     def start(self) -> None:
         """See ``start_cluster``; on an error the caller must ``stop``."""
-        self._progress("starting Ray" if not self.config.address else "joining the Ray cluster")
+        _check_port(self.config.router)
+        self.progress("starting Ray" if not self.config.address else "joining the Ray cluster")
         self._join()
         workers = [("prefill", i) for i in range(self.config.prefill)]
         workers += [("decode", i) for i in range(self.config.decode)]
@@ -85,7 +86,7 @@ class Cluster:
         self._place(configs)
         self._start_router(configs)
         self._start_workers(configs)
-        self._progress(f"loading {self.config.worker.model} on {len(configs)} workers")
+        self.progress(f"loading {self.config.worker.model} on {len(configs)} workers")
         self._await_started()
         with RouterClient(self.endpoint) as client:
             client.wait_ready(workers=len(configs), timeout_s=self.config.start_timeout_s)
@@ -251,6 +252,18 @@ def _free_port(host: str) -> int:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]
+
+
+def _check_port(router: RouterConfig) -> None:
+    """Refuse a taken port now, not after Ray and the models have started."""
+    with socket.socket(socket.AF_INET6 if ":" in router.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((router.host, router.port))
+        except OSError as error:
+            message = f"cannot listen on {router.host}:{router.port}: {error.strerror}"
+            remedy = "stop what holds the port, or choose another with --port (0: any free one)"
+            raise ConfigError(message, field="port", remedy=remedy) from error
 
 
 def _last_line(error: Exception) -> str:

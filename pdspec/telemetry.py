@@ -23,9 +23,8 @@ class _RequestFilter(logging.Filter):
     """Gives every record the id of the request that its task serves, unless it carries one."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if not hasattr(record, "request_id"):
-            record.request_id = REQUEST_ID.get()
-        record.request = f" [{record.request_id}]" if record.request_id else ""
+        request_id = getattr(record, "request_id", "") or REQUEST_ID.get()
+        record.request = f" [{request_id}]" if request_id else ""
         return True
 
 

@@ -1,0 +1,61 @@
+"""The ``pdspec`` command: one file per command beside this one; here they get their names.
+
+Logs and progress go to stderr; stdout holds the answer, or with ``--json`` exactly one object.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from pdspec.cli import bench, check, data, demo, down, drafters, generate, models, train, up
+from pdspec.errors import PdspecError
+
+USER_ERROR = 2
+
+
+def build_app() -> typer.Typer:
+    """The command tree."""
+    app = typer.Typer(
+        name="pdspec",
+        help="Serve a language model with prefill and decode on different workers and speculative decoding.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    app.command("up")(up.up)
+    app.command("down")(down.down)
+    app.command("generate")(generate.generate)
+    app.command("demo")(demo.demo)
+    app.command("models")(models.models)
+    app.command("drafters")(drafters.drafters)
+    app.add_typer(_group("Train draft heads.", {"eagle3": train.eagle3}), name="train")
+    app.add_typer(_group("Public prompt sets.", {"fetch": data.fetch}), name="data")
+    proofs = {"parity": check.parity, "handoff": check.handoff}
+    app.add_typer(_group("Proofs, run on this machine.", proofs), name="check")
+    app.add_typer(_group("Measurements.", {"decode": bench.decode}), name="bench")
+    return app
+
+
+def main() -> None:
+    """Run the command line. A user's error is one line on stderr and exit status 2, never a traceback."""
+    try:
+        build_app()()
+    except PdspecError as error:
+        if os.environ.get("PDSPEC_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+    except BrokenPipeError:  # the reader of stdout went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def _group(help: str, commands: dict) -> typer.Typer:
+    group = typer.Typer(help=help, no_args_is_help=True, pretty_exceptions_enable=False)
+    group.callback()(lambda: None)  # keeps the command's name even when it is the only one
+    for name, command in commands.items():
+        group.command(name)(command)
+    return group

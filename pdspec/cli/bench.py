@@ -1,0 +1,48 @@
+"""``pdspec bench``: speed through the full path, measured on this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pdspec.cli.options import Dtype, HandoffPath, Heads, Json, Model, Numerics, Prompts, Threads, worker_flags
+from pdspec.cli.output import notes, only_json, print_json
+
+
+def decode(
+    drafters: Annotated[str, typer.Option(help="Compared with each other, comma separated.")] = "none,ngram,eagle3",
+    vs_transformers: Annotated[
+        bool, typer.Option("--vs-transformers", help="Also transformers generate, in the same run.")
+    ] = False,
+    model: Model = None,
+    dtype: Dtype = None,
+    numerics: Numerics = None,
+    handoff: HandoffPath = None,
+    head: Heads = None,
+    threads: Threads = None,
+    prompts: Prompts = None,
+    num_prompts: Annotated[int, typer.Option(help="Prompts taken from the file.")] = 8,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 128,
+    nodes: Annotated[int, typer.Option(help="Draft nodes of one verification, for every drafter.")] = 8,
+    runs: Annotated[int, typer.Option(help="Interleaved runs; the median counts.")] = 5,
+    json: Json = False,
+) -> None:
+    """Tokens per second and acceptance length of drafters at an equal node budget, through router and workers."""
+    flags = worker_flags(model=model, dtype=dtype, numerics=numerics, heads=head, threads=threads)
+    with only_json(json):
+        from pdspec.study import bench_decode as study
+
+        result = study.run(
+            drafters=tuple(name.strip() for name in drafters.split(",") if name.strip()),
+            vs_transformers=vs_transformers,
+            worker={name: value for name, value in flags.items() if value is not None},
+            handoff=handoff or "direct",
+            prompts=prompts, num_prompts=num_prompts, max_tokens=max_tokens, nodes=nodes, runs=runs,
+            progress=notes().print,
+        )  # fmt: skip
+    if json:
+        print_json(result)
+        return
+    for name, value in result.items():
+        print(f"{name}: {value}")

@@ -1,0 +1,92 @@
+"""``pdspec up``: start a deployment and stay with it, or leave it running with ``--detach``."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from typing import Annotated
+
+import typer
+
+from pdspec.cli import detached
+from pdspec.cli.options import (
+    Config,
+    Drafter,
+    DraftPrefillRole,
+    Dtype,
+    HandoffPath,
+    Heads,
+    Model,
+    Numerics,
+    Port,
+    Sets,
+    Threads,
+    Tree,
+    cluster_config,
+    worker_flags,
+)
+from pdspec.cli.output import notes, spinner
+
+
+def up(
+    config: Config = None,
+    prefill: Annotated[int | None, typer.Option(help="Prefill workers; 0: decode workers prefill, too.")] = None,
+    decode: Annotated[int | None, typer.Option(help="Decode workers.")] = None,
+    model: Model = None,
+    drafter: Drafter = None,
+    tree: Tree = None,
+    dtype: Dtype = None,
+    numerics: Numerics = None,
+    handoff: HandoffPath = None,
+    draft_prefill: DraftPrefillRole = None,
+    head: Heads = None,
+    threads: Threads = None,
+    host: Annotated[str | None, typer.Option(help="Where the router listens (default: 127.0.0.1).")] = None,
+    port: Port = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to join: auto or host:port (default: an embedded one).")
+    ] = None,
+    sets: Sets = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Return when ready; `pdspec down` ends it.")] = False,
+) -> None:
+    """Start prefill workers, decode workers and the router under Ray; prints `ready` and the endpoint."""
+    chosen = cluster_config(
+        config=config,
+        sets=sets,
+        top={"prefill": prefill, "decode": decode, "address": address},
+        worker=worker_flags(
+            model=model, drafter=drafter, dtype=dtype, numerics=numerics, tree=tree,
+            draft_prefill=draft_prefill, heads=head, threads=threads,
+        ),
+        router={"host": host, "port": port, "handoff": handoff},
+    )  # fmt: skip
+    for role, count in (("prefill", chosen.prefill), ("decode", chosen.decode)):
+        if count:
+            chosen.worker_config(role, 0)  # refuse bad settings of a role before anything starts
+    console = notes()
+    if detach:
+        state = detached.start(chosen, console)
+        print(f"ready {state.endpoint}", flush=True)
+        console.print(f"logs: {state.log}; `pdspec down` ends it")
+        return
+    from pdspec.cluster import Cluster
+
+    cluster, ended = Cluster(chosen), threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # while starting; the `finally` below cleans up
+    try:
+        with spinner(console, "starting") as say:
+            cluster.progress = say
+            cluster.start()
+        for number in (signal.SIGINT, signal.SIGTERM):  # Ray set its own
+            signal.signal(number, lambda *_: ended.set())
+        print(f"ready {cluster.endpoint}", flush=True)
+        if cluster.log_folder:
+            console.print(f"logs of the workers: {cluster.log_folder}", soft_wrap=True)
+        while not ended.wait(1.0):
+            pass
+        console.print("stopping …")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        cluster.stop()
