@@ -1,0 +1,160 @@
+"""Growing a draft tree level by level: EAGLE-2's expand and rerank (2406.16858), for every shape and any budget.
+
+    level 1 = best first tokens ─▶ frontier() ─▶ one draft forward ─▶ add(children) ─▶ frontier() ─▶ … ─▶ draft()
+
+A node's score is the sum of its path's log-softmax (log q + g). Scores only fall downwards, so a node that is not among
+the ``budget - 1`` best so far can have no descendant among the ``budget`` best of all: it is never expanded, and the
+result is the same as if it had been.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pdspec.errors import PdspecError
+from pdspec.sampling import draft_scores
+from pdspec.spec.protocol import Draft
+from pdspec.spec.tree import DynamicTree, StaticTree, TreeSpec, select_nodes
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Ranked:
+    """The W best children of each of K nodes, best first: target ids, log q, and the score trees rank by; [K, W]."""
+
+    token_ids: Ints
+    log_q: Floats
+    score: Floats
+
+
+def rank_children(
+    logits: torch.Tensor, temperature: float, noise: torch.Tensor | None, target_ids: npt.NDArray[np.int64], width: int
+) -> Ranked:
+    """Ranks by log q + g, ties to the lowest draft id. ``logits`` [K, draft vocabulary] are of nodes whose children
+    stand at one absolute position, ``noise`` [draft vocabulary] is that position's. Each row's bits are its own.
+
+    Raises PdspecError for scores that are NaN.
+    """
+    log_q, coupled = draft_scores(logits.float().cpu(), temperature, noise)
+    score = (coupled if temperature == 0.0 else torch.log_softmax(coupled, dim=-1)).numpy()
+    if np.isnan(score[:, 0]).any():  # one NaN makes the whole row NaN
+        raise PdspecError("draft scores are not numbers", remedy="report it; draft KV or the head is damaged")
+    best = np.stack([_best(row, width) for row in score]) if len(score) else np.empty((0, width), np.int64)
+    return Ranked(
+        token_ids=target_ids[best].astype(np.int32), log_q=np.take_along_axis(log_q.numpy(), best, 1),
+        score=np.take_along_axis(score, best, 1),
+    )
+
+
+def width(spec: TreeSpec) -> int:
+    """The most children that any node of such a tree has."""
+    if isinstance(spec, StaticTree):
+        return max(spec.ranks) + 1
+    return spec.top_k if isinstance(spec, DynamicTree) else 1
+
+
+def expansions(spec: TreeSpec) -> int:
+    """The most nodes that are expanded by a draft forward while such a tree grows."""
+    if isinstance(spec, StaticTree):
+        return len(set(spec.parents) - {-1})
+    return (spec.depth - 1) * width(spec)
+
+
+class Growth:
+    """One tree under construction. Node indices here are in order of creation: by level, then parent, then rank."""
+
+    def __init__(self, spec: TreeSpec, budget: int, first: Ranked, max_depth: int) -> None:
+        """``first`` is one row: the best first tokens. No node is deeper than ``max_depth``."""
+        self.budget = max(0, min(budget, spec.max_nodes))
+        self._static = spec if isinstance(spec, StaticTree) else None
+        self._top_k = width(spec)
+        self._depth = min(spec.depth, self.budget, max_depth)
+        self._expanded: dict[int, int] = {}  # node → its number among the expanded
+        self._tokens, self._parents = np.empty(0, np.int32), np.empty(0, np.int32)
+        self._log_q, self._scores = np.empty(0, np.float32), np.empty(0, np.float32)
+        self._shape: list[int] = []  # static trees: which node of the shape each node is
+        self._level = 0
+        self._newest = range(0)
+        if self._depth > 0:
+            self.add([-1], first)
+
+    def frontier(self) -> list[int]:
+        """The nodes to expand next, numbered as expanded in this order; empty when the tree is complete."""
+        if self._level >= self._depth:
+            return []
+        alive = set(select_nodes(self._parents, self._scores, self.budget - 1).kept.tolist())
+        level = [node for node in self._newest if node in alive]
+        if self._static is not None:
+            level = [node for node in level if self._shape[node] in self._static.parents]
+        else:
+            level = sorted(level, key=lambda node: (-self._scores[node], node))[: self._top_k]
+        for node in level:
+            self._expanded[node] = len(self._expanded)
+        return level
+
+    def add(self, nodes: Sequence[int], children: Ranked) -> None:
+        """Hangs children below ``nodes`` (row k of ``children`` below nodes[k]; -1 is the root)."""
+        start = len(self._tokens)
+        rows, ranks = [], []
+        for row, node in enumerate(nodes):
+            for rank, place in self._places(node, children.score.shape[1]):
+                rows.append(row)
+                ranks.append(rank)
+                self._shape.append(place)
+        parents = np.array(nodes, np.int32)[rows]
+        above = np.where(parents < 0, np.float32(0), self._scores[parents] if start else np.float32(0))
+        scores = above + np.minimum(children.score[rows, ranks], np.float32(0))
+        self._tokens = np.concatenate([self._tokens, children.token_ids[rows, ranks]])
+        self._log_q = np.concatenate([self._log_q, children.log_q[rows, ranks]])
+        self._parents = np.concatenate([self._parents, parents])
+        self._scores = np.concatenate([self._scores, scores.astype(np.float32)])
+        self._newest = range(start, len(self._tokens))
+        self._level += 1
+
+    def token(self, node: int) -> int:
+        """Target id of a node."""
+        return int(self._tokens[node])
+
+    def parent(self, node: int) -> int:
+        """Its parent, -1 for the root."""
+        return int(self._parents[node])
+
+    def path(self, node: int) -> list[int]:
+        """Of an expanded node: its ancestors below the root and itself, topmost first, as numbers among the expanded."""
+        numbers = []
+        while node >= 0:
+            numbers.append(self._expanded[node])
+            node = self.parent(node)
+        return numbers[::-1]
+
+    def draft(self) -> Draft:
+        """The best ``budget`` nodes of all that were made."""
+        chosen = select_nodes(self._parents, self._scores, self.budget)
+        return Draft(
+            token_ids=self._tokens[chosen.kept], parents=chosen.parents, log_q=self._log_q[chosen.kept],
+            survival=np.exp(self._scores[chosen.kept]),
+        )
+
+    def _places(self, node: int, available: int) -> list[tuple[int, int]]:
+        """(rank, node of the static shape or -1) of each child that ``node`` gets."""
+        if self._static is None:
+            return [(rank, -1) for rank in range(min(self._top_k, available))]
+        place = self._shape[node] if node >= 0 else -1
+        found = [(self._static.ranks[i], i) for i, parent in enumerate(self._static.parents) if parent == place]
+        return sorted((rank, i) for rank, i in found if rank < available)
+
+
+def _best(row: Floats, count: int) -> npt.NDArray[np.int64]:
+    """Indices of the ``count`` largest, best first, ties to the lowest index."""
+    if count == 1:
+        return np.array([row.argmax()], np.int64)
+    threshold = np.partition(row, len(row) - count)[len(row) - count]
+    contenders = np.flatnonzero(row >= threshold)
+    return contenders[np.argsort(-row[contenders], kind="stable")][:count]
