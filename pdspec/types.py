@@ -74,6 +74,7 @@ class GenerateRequest:
     draft_prefill: str = ""  # empty: the deployment's default
     sample: int = 0  # index among the n samples of one prompt; part of the noise key
     deadline_s: float | None = None  # remaining seconds, not a clock reading
+    trace: bool = False  # report each verification's draft in the chunks
     replayed: int = 0  # the last ids of prompt_ids that are output already (a stream moved here after a loss)
 
 
@@ -139,7 +140,8 @@ class GenerationStats:
     decode_ms: float = 0.0
     draft_rebuilds: int = 0
     prefill_retries: int = 0
-    partial: bool = False  # cut at a stop string by the router: counts it could not see are 0
+    partial: bool = False  # cut at a stop string or moved by the router: counts it could not see are 0
+    moves: int = 0  # times the stream continued on another decode worker
 
     @property
     def acceptance_length(self) -> float:
@@ -147,6 +149,15 @@ class GenerationStats:
         if self.verifications == 0:
             return 0.0
         return (self.output_tokens - 1) / self.verifications
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftTrace:
+    """One verification's draft and how much of it was accepted, for checks and viewers."""
+
+    token_ids: tuple[int, ...]
+    parents: tuple[int, ...]
+    accepted: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +172,7 @@ class TokenChunk:
     finish_reason: FinishReason | None = None
     stop_match: str = ""  # the stop string or id that ended it
     stats: GenerationStats | None = None  # with the finish reason only
+    trace: DraftTrace | None = None  # where the request asked for it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,93 @@
+"""Run an asyncio service to its end: in the foreground of a process, or on a thread beside others."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Generic, Protocol, TypeVar
+
+from pdspec.errors import PdspecError
+
+
+class Service(Protocol):
+    """What a service's context manager yields once it serves."""
+
+    @property
+    def address(self) -> str:
+        """``host:port``."""
+
+
+S = TypeVar("S", bound=Service)
+
+
+def run_in_foreground(make: Callable[[], AbstractAsyncContextManager[Service]], role: str) -> int:
+    """Serve until SIGINT or SIGTERM. Prints one line, ``ready role=… address=…``, on stdout when it serves, and a typed
+    error on stderr when it cannot. Returns the exit status."""
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        for name in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(name, stop.set)
+        async with make() as service:
+            print(f"ready role={role} address={service.address}", flush=True)
+            await stop.wait()
+
+    try:
+        asyncio.run(main())
+    except PdspecError as error:
+        print(f"{role}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+class ServiceThread(Generic[S]):
+    """A service on a thread with an event loop of its own. The constructor returns when it serves, and raises what its
+    start raised."""
+
+    def __init__(self, make: Callable[[], AbstractAsyncContextManager[S]], *, name: str) -> None:
+        self._make = make
+        self._started = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+        self._started.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    @property
+    def address(self) -> str:
+        """``host:port``."""
+        return self.service.address
+
+    def alive(self) -> bool:
+        """Whether the thread still serves."""
+        return self._thread.is_alive() and self._failure is None
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Run ``function`` on the service's event loop, soon, in the order of the calls; from any thread."""
+        self._loop.call_soon_threadsafe(lambda: function(*args, **kwargs))
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """End the service and wait for its thread; a second call does nothing."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._main())
+        except BaseException as error:  # noqa: BLE001  handed to the constructor, or seen through alive()
+            self._failure = error
+        finally:
+            self._started.set()
+
+    async def _main(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        async with self._make() as service:
+            self.service = service
+            self._started.set()
+            await self._stop.wait()

@@ -1,0 +1,65 @@
+"""From what a user sent to a request that workers can run: tokenised, checked, numbered and stamped with a seed."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import uuid
+from collections.abc import Sequence
+from typing import Protocol
+
+from pdspec.answer_text import TextStream
+from pdspec.prompting import PromptTokenizer, prompt_ids, to_generate_request
+from pdspec.types import GenerateRequest, UserRequest
+from pdspec.validation import check_request, check_user_request
+from router.policy import WorkerState, WorkerView
+
+LONG_TEXT = 4096  # characters from which tokenising would hold up other streams
+_UNKNOWN_CONTEXT = 1 << 31
+
+
+class RouterTokenizer(PromptTokenizer, Protocol):
+    """What the router needs of ``pdspec.model.tokenizer.Tokenizer``."""
+
+    vocab_size: int
+
+    def stream(self) -> TextStream:
+        """A fresh incremental detokeniser."""
+
+
+async def admit(
+    user: UserRequest,
+    *,
+    tokenizer: RouterTokenizer,
+    workers: Sequence[WorkerView],
+    model: str,
+    deadline_s: float | None = None,
+) -> GenerateRequest:
+    """Raises InvalidRequest or UnknownName. Limits and names are those that the workers report; ``model`` is the
+    router's own name for what is deployed. A missing seed is drawn here (64 bits), before routing."""
+    check_user_request(user)
+    if _characters(user) > LONG_TEXT:
+        ids = await asyncio.to_thread(prompt_ids, user, tokenizer)
+    else:
+        ids = prompt_ids(user, tokenizer)
+    request = to_generate_request(
+        user, ids, request_id=uuid.uuid4().hex, seed=secrets.randbits(64), deadline_s=deadline_s
+    )
+    infos = [w.info for w in workers if w.info and w.role == "decode" and w.state is not WorkerState.REFUSED]
+    drafters = {name for info in infos for name in info.drafters} if infos else {request.drafter}
+    check_request(
+        request,
+        vocab_size=_limit([info.vocab_size for info in infos], tokenizer.vocab_size),
+        max_context=_limit([info.max_context for info in infos], _UNKNOWN_CONTEXT),
+        drafters=drafters,
+        models={model, *(info.model for info in infos)},
+    )
+    return request
+
+
+def _characters(user: UserRequest) -> int:
+    return len(user.text or "") + sum(len(content) for _, content in user.chat or ())
+
+
+def _limit(values: list[int], default: int) -> int:
+    return min(values, default=default)

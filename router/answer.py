@@ -1,0 +1,185 @@
+"""One answer, from routing to its last chunk.
+
+    choose a worker ──▶ attempt ──chunks──▶ client
+          ▲                │ lost before the first token: route anew
+          └────────────────┘ lost later: replay prompt + what went out; seed and positions make it continue
+
+An answer that does not end with a finish reason ends with an error: it never looks complete when it is not.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+
+import grpc
+
+from pdspec.answer_text import AnswerText
+from pdspec.errors import InvalidRequest, Overloaded, PdspecError, PeerLost
+from pdspec.types import FinishReason, GenerateRequest, GenerationStats, Handoff, Route, TokenChunk
+from pdspec.wire import pdspec_pb2 as pb
+from pdspec.wire import pdspec_pb2_grpc as rpc
+from pdspec.wire.codec import chunk_from_pb, decode_request_to_pb, generate_chunk_to_pb
+from pdspec.wire.status import ERROR_KEY, from_rpc_error
+from router.fleet import Fleet
+from router.policy import choose
+from router.tally import Tally
+
+log = logging.getLogger(__name__)
+MAX_ATTEMPTS = 3
+_LOST_CODES = (
+    grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL,
+)  # fmt: skip  # of a transport that broke; what a worker says of itself carries a typed error
+
+
+class Answer:
+    """Iterate ``chunks()`` once. ``text`` is fresh; ``relay`` is the relay's address or empty."""
+
+    def __init__(
+        self, request: GenerateRequest, *, fleet: Fleet, text: AnswerText, handoff: Handoff, relay: str = ""
+    ) -> None:
+        self._request, self._fleet, self._text = request, fleet, text
+        self._handoff, self._relay = handoff, relay
+        self._began = time.monotonic()
+        self._ids: list[int] = []  # what went out
+        self._stats: GenerationStats | None = None  # the last the worker sent
+        self._tally = Tally()
+        self._seed: int | None = request.sampling.seed
+
+    async def chunks(self) -> AsyncGenerator[pb.GenerateChunk, None]:
+        """What goes to the client. Raises PdspecError; closing it cancels the worker's call."""
+        failed: dict[str, PdspecError] = {}
+        while True:
+            request = self._remaining()
+            route = self._route(request, failed)
+            if request.sampling.max_tokens <= 0:  # the last token came, the word that it was the last did not
+                yield self._out(self._empty(), route, text=self._text.flush(), finish=FinishReason.LENGTH, cut=True)
+                return
+            try:
+                async with aclosing(self._attempt(request, route)) as outgoing:
+                    async for chunk in outgoing:
+                        yield chunk
+                return
+            except (PeerLost, Overloaded) as error:
+                failed[route.decode] = error
+                log.warning("%s failed after %d tokens: %s", route.decode, len(self._ids), error)
+                if len(failed) >= MAX_ATTEMPTS:
+                    raise
+                if len(self._ids) > request.replayed:
+                    self._tally.move()
+
+    def _route(self, request: GenerateRequest, failed: dict[str, PdspecError]) -> Route:
+        tokens = len(request.prompt_ids) + request.sampling.max_tokens
+        try:
+            return choose(
+                self._fleet.views(),
+                handoff=self._handoff,
+                relay=self._relay,
+                tokens=tokens,
+                drafter=request.drafter,
+                exclude=failed,
+            )
+        except PeerLost as error:
+            if not failed:
+                raise
+            last = list(failed.values())[-1]
+            if isinstance(last, Overloaded):
+                raise last from error
+            sent = f" after {len(self._ids)} tokens" if self._ids else ""
+            raise PeerLost(f"the answer was lost{sent}: {last}; {error.message}", remedy=error.remedy) from last
+
+    async def _attempt(self, request: GenerateRequest, route: Route) -> AsyncGenerator[pb.GenerateChunk, None]:
+        tickets = [self._fleet.send(address) for address in (route.decode, *route.prefill[:1])]
+        stub = rpc.DecodeWorkerStub(self._fleet.channel(route.decode))
+        call = stub.Decode(decode_request_to_pb(request, route), timeout=request.deadline_s)
+        base = len(self._ids)
+        try:
+            async for message in call:
+                chunk = _checked(message, expected=len(self._ids) - base, worker=route.decode)
+                if len(tickets) > 1 and tickets[1]:
+                    tickets[1].close()  # its prefill is over
+                out = self._take(chunk, route, first=chunk.start == 0)
+                yield out
+                if out.finish_reason:
+                    return
+            raise PeerLost(f"{route.decode} ended the stream without a finish reason")
+        except grpc.RpcError as error:
+            raise self._failure(error, route) from error
+        finally:
+            call.cancel()
+            for ticket in tickets:
+                if ticket:
+                    ticket.close()
+
+    def _take(self, chunk: TokenChunk, route: Route, *, first: bool) -> pb.GenerateChunk:
+        self._stats = chunk.stats or self._stats
+        self._tally.add(chunk, first=first)
+        piece = self._text.push(chunk.token_ids)
+        if piece.stop_match:
+            kept = replace(
+                chunk,
+                token_ids=chunk.token_ids[: piece.num_tokens],
+                logprobs=chunk.logprobs[: piece.num_tokens],
+                stop_match=piece.stop_match,
+            )
+            cut = chunk.finish_reason is None
+            return self._out(kept, route, text=piece.text, finish=FinishReason.STOP, cut=cut)
+        if chunk.finish_reason:
+            return self._out(chunk, route, text=piece.text + self._text.flush(), finish=chunk.finish_reason)
+        return self._out(chunk, route, text=piece.text)
+
+    def _out(
+        self, chunk: TokenChunk, route: Route, *, text: str = "", finish: FinishReason | None = None, cut: bool = False
+    ) -> pb.GenerateChunk:
+        start = len(self._ids)
+        self._ids += chunk.token_ids
+        stats = None
+        if finish:
+            stats = self._tally.finish(self._stats, self._request, route, output_tokens=len(self._ids), cut=cut)
+        seed, self._seed = self._seed, None  # with the first chunk only
+        whole = replace(chunk, start=start, request_id=self._request.request_id, finish_reason=finish, stats=stats)
+        return generate_chunk_to_pb(whole, text=text, seed=seed)
+
+    def _empty(self) -> TokenChunk:
+        return TokenChunk(request_id=self._request.request_id, start=0, token_ids=())
+
+    def _remaining(self) -> GenerateRequest:
+        """The request for the rest of the answer: what went out joins the prompt and counts as history."""
+        sent, sampling = len(self._ids), self._request.sampling
+        left = self._request.deadline_s
+        if left is not None:
+            left = max(0.001, left - (time.monotonic() - self._began))
+        return replace(
+            self._request,
+            prompt_ids=(*self._request.prompt_ids, *self._ids),
+            replayed=sent,
+            deadline_s=left,
+            sampling=replace(
+                sampling,
+                max_tokens=sampling.max_tokens - sent,
+                min_tokens=max(0, sampling.min_tokens - sent),
+                stop_strings=(),  # matched here, on the text
+            ),
+        )
+
+    def _failure(self, error: grpc.RpcError, route: Route) -> PdspecError:
+        typed = any(key == ERROR_KEY for key, _ in error.trailing_metadata() or ())
+        if typed or error.code() not in _LOST_CODES:
+            return from_rpc_error(error, peer=f"decode worker {route.decode}")
+        self._fleet.lose(route.decode, f"failed a request: {error.code().name}")
+        return PeerLost(f"decode worker {route.decode} was lost: {error.code().name} {error.details()}")
+
+
+def _checked(message: pb.DecodeChunk, *, expected: int, worker: str) -> TokenChunk:
+    try:
+        chunk = chunk_from_pb(message)
+    except InvalidRequest as error:
+        raise PeerLost(f"{worker} sent a chunk that does not parse: {error}") from error
+    if chunk.start != expected:
+        raise PeerLost(f"{worker} sent tokens from {chunk.start} where {expected} was due")
+    if chunk.finish_reason in (FinishReason.CANCELLED, FinishReason.ERROR):
+        raise PeerLost(f"{worker} ended the answer: {chunk.finish_reason.value}")
+    return chunk

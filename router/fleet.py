@@ -1,0 +1,189 @@
+"""What the router knows of its workers: asked every heartbeat, counted in between.
+
+All methods run on the router's event loop. ``views()`` is the snapshot that ``policy`` decides from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import grpc
+
+from pdspec.types import WorkerInfo
+from pdspec.wire import pdspec_pb2 as pb
+from pdspec.wire import pdspec_pb2_grpc as rpc
+from pdspec.wire.channels import make_channel
+from pdspec.wire.codec import worker_info_from_pb
+from router.policy import WorkerState, WorkerView, reference_fingerprint
+
+log = logging.getLogger(__name__)
+MISSES = 3  # unanswered heartbeats after which a worker counts as lost
+
+
+class Ticket:
+    """One request that was sent to a worker, until ``close`` is called."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker, self.sent_at = worker, time.monotonic()
+        worker.open.add(self)
+
+    def close(self) -> None:
+        """The request ended there; a second call does nothing."""
+        if self in self._worker.open:
+            self._worker.open.remove(self)
+            self._worker.ended.append((self.sent_at, time.monotonic()))
+
+
+class Worker:
+    """One address: its channel, the last report, and what happened since."""
+
+    def __init__(self, address: str, role: str, heartbeat_s: float) -> None:
+        self.address, self.role, self._heartbeat_s = address, role, heartbeat_s
+        self.channel = make_channel(address)
+        self.info: WorkerInfo | None = None
+        self.asked_at = 0.0  # the last report's counts stand for this moment
+        self.misses, self.reason = 0, "has not answered yet"
+        self.lost, self.leaving = False, False
+        self.open: set[Ticket] = set()
+        self.ended: list[tuple[float, float]] = []  # (sent, ended) of requests that ended since asked_at
+
+    async def ask(self) -> None:
+        """One heartbeat."""
+        asked_at = time.monotonic()
+        try:
+            status = await rpc.WorkerStub(self.channel).Status(pb.StatusRequest(), timeout=2 * self._heartbeat_s)
+        except grpc.RpcError as error:
+            self._missed(error)
+            return
+        info = worker_info_from_pb(status)
+        if info.role != self.role:
+            self.lost, self.reason = True, f"is a {info.role} worker, expected {self.role}"
+            return
+        if self.lost or self.info is None:
+            log.info("%s worker %s (%s) answers", self.role, info.worker_id, self.address)
+        self.info, self.asked_at = info, asked_at
+        self.misses, self.lost, self.reason = 0, False, ""
+        self.ended = [(sent, end) for sent, end in self.ended if end >= asked_at]
+
+    def lose(self, reason: str) -> None:
+        """A call on it failed as calls on dead workers do; the next heartbeat that it answers takes this back."""
+        self.lost, self.reason = True, reason
+
+    def view(self) -> WorkerView:
+        """Fingerprints are compared by the fleet."""
+        state, reason = WorkerState.READY, self.reason
+        if self.leaving:
+            state, reason = WorkerState.DRAINING, "was taken out of the fleet"
+        elif self.lost:
+            state = WorkerState.LOST
+        elif self.info is None:
+            state = WorkerState.UNKNOWN
+        elif self.info.draining:
+            state = WorkerState.DRAINING
+        sent_since = sum(ticket.sent_at >= self.asked_at for ticket in self.open)
+        ended_since = sum(sent < self.asked_at <= end for sent, end in self.ended)
+        pending = sent_since - ended_since
+        return WorkerView(
+            address=self.address, role=self.role, state=state, reason=reason, info=self.info, pending=pending
+        )
+
+    def _missed(self, error: grpc.RpcError) -> None:
+        self.misses += 1
+        refused = error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED
+        if refused or self.misses >= MISSES:
+            if not self.lost:
+                log.warning("%s worker %s does not answer: %s", self.role, self.address, error.details())
+            self.lost, self.reason = True, f"does not answer: {error.code().name}"
+
+
+class Fleet:
+    """The workers of one deployment. ``start`` and ``close`` belong together; ``on_change`` is called after every
+    heartbeat of any worker."""
+
+    def __init__(self, *, heartbeat_s: float = 0.5, on_change: Callable[[], None] = lambda: None) -> None:
+        self._heartbeat_s, self._on_change = heartbeat_s, on_change
+        self._workers: dict[str, Worker] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._fingerprint = ""
+        self._closed = False
+
+    def set_workers(self, *, prefill: Sequence[str], decode: Sequence[str]) -> None:
+        """These addresses from now on. New ones are asked at once; ones left out finish what they have."""
+        wanted = {address: "prefill" for address in prefill} | {address: "decode" for address in decode}
+        for address, role in wanted.items():
+            worker = self._workers.get(address)
+            if worker is not None and worker.role == role:
+                worker.leaving = False
+                continue
+            if worker is not None:
+                self._drop(address)
+            self._workers[address] = Worker(address, role, self._heartbeat_s)
+            self._tasks[address] = asyncio.ensure_future(self._watch(address))
+        for address in self._workers.keys() - wanted.keys():
+            self._workers[address].leaving = True
+
+    def views(self) -> tuple[WorkerView, ...]:
+        """A snapshot, in the order in which the workers were named."""
+        views = tuple(worker.view() for worker in self._workers.values())
+        self._fingerprint = reference_fingerprint(views, self._fingerprint)
+        return tuple(self._judge(view) for view in views)
+
+    def channel(self, address: str) -> grpc.aio.Channel:
+        """The open channel to a worker. Raises KeyError for an address that is not in the fleet."""
+        return self._workers[address].channel
+
+    def send(self, address: str) -> Ticket | None:
+        """Count a request as sent to ``address``; None when it has left the fleet."""
+        worker = self._workers.get(address)
+        return Ticket(worker) if worker else None
+
+    def lose(self, address: str, reason: str) -> None:
+        """Do not route to ``address`` until it answers a heartbeat again."""
+        if worker := self._workers.get(address):
+            worker.lose(reason)
+
+    async def refresh(self) -> None:
+        """Ask every worker once, now."""
+        await asyncio.gather(*(worker.ask() for worker in self._workers.values()))
+        self._on_change()
+
+    async def close(self) -> None:
+        """End the heartbeats and the channels."""
+        self._closed = True
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        for worker in self._workers.values():
+            await worker.channel.close()
+
+    async def _watch(self, address: str) -> None:
+        worker = self._workers[address]
+        while True:
+            try:
+                await worker.ask()
+            except Exception:
+                log.exception("heartbeat of %s", address)
+                worker.lose("its status does not parse")
+            self._on_change()
+            if worker.leaving and not worker.open:
+                del self._workers[address], self._tasks[address]
+                await worker.channel.close()
+                return
+            await asyncio.sleep(self._heartbeat_s)
+
+    def _drop(self, address: str) -> None:
+        self._tasks.pop(address).cancel()
+        worker = self._workers.pop(address)
+        self._tasks[f"close {address} {id(worker)}"] = asyncio.ensure_future(worker.channel.close())
+
+    def _judge(self, view: WorkerView) -> WorkerView:
+        if view.state is not WorkerState.READY or view.info is None or view.info.fingerprint == self._fingerprint:
+            return view
+        mine, theirs = view.info.fingerprint[:12], self._fingerprint[:12]
+        reason = f"fingerprint {mine} differs from {theirs} of the decode workers; "
+        reason += "start it with the same model, dtype and numerics"
+        return dataclasses.replace(view, state=WorkerState.REFUSED, reason=reason)

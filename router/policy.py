@@ -1,0 +1,137 @@
+"""Where a request goes: a pure function of what is known of the fleet. No clock, no network, no state."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from pdspec.errors import InvalidRequest, Overloaded, PeerLost
+from pdspec.types import Handoff, Route, WorkerInfo
+
+MAX_WAITING = 256  # requests that may wait for one decode worker before new ones are turned away
+RETRY_AFTER_MS = 500
+
+
+class WorkerState(StrEnum):
+    """What the router thinks of a worker."""
+
+    UNKNOWN = "unknown"  # has not answered yet
+    READY = "ready"
+    DRAINING = "draining"  # finishes what it has, takes nothing new
+    REFUSED = "refused"  # holds something else than the others
+    LOST = "lost"  # does not answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerView:
+    """One worker as it is known now. ``pending`` are requests sent to it (less those that ended) since the moment that
+    ``info``'s counts stand for."""
+
+    address: str
+    role: str  # "prefill" | "decode"
+    state: WorkerState
+    reason: str = ""
+    info: WorkerInfo | None = None  # None until it has answered once
+    pending: int = 0
+
+    @property
+    def load(self) -> int:
+        """Requests it is believed to have."""
+        reported = self.info.queued + self.info.running if self.info else 0
+        return max(0, reported + self.pending)
+
+    @property
+    def waiting(self) -> int:
+        """Requests it is believed not to have begun."""
+        return max(0, (self.info.queued if self.info else 0) + self.pending)
+
+
+def choose(
+    workers: Sequence[WorkerView],
+    *,
+    handoff: Handoff,
+    relay: str = "",
+    tokens: int,
+    drafter: str = "",
+    exclude: Collection[str] = (),
+    max_waiting: int = MAX_WAITING,
+) -> Route:
+    """The least-loaded ready decode worker with room, and every usable prefill worker, least loaded first.
+
+    ``tokens`` are prompt plus max_tokens; ``exclude`` are addresses that were tried already. Prefill workers that do
+    not answer come last: the decode worker's own policy says what to do when none does. Raises PeerLost when nobody can
+    take it, Overloaded when nobody has room, InvalidRequest when it can never fit or needs a relay that is not there.
+    """
+    if handoff is Handoff.RELAY and not relay:
+        message = "this deployment has no relay"
+        raise InvalidRequest(message, field="handoff", remedy="ask for direct, or start the router with --relay")
+    decode = _choose_decode(workers, tokens, drafter, exclude, max_waiting)
+    return Route(decode=decode.address, prefill=_prefill_order(workers, drafter), handoff=handoff, relay=relay)
+
+
+def _choose_decode(
+    workers: Sequence[WorkerView], tokens: int, drafter: str, exclude: Collection[str], max_waiting: int
+) -> WorkerView:
+    every = [worker for worker in workers if worker.role == "decode"]
+    ready = [w for w in every if w.state is WorkerState.READY and w.info and w.address not in exclude]
+    if not ready:
+        raise PeerLost(f"no decode worker is ready: {describe(every, exclude)}", remedy="start one, or try again")
+    able = [worker for worker in ready if not drafter or _holds(worker, drafter)]
+    if not able:
+        remedy = "name a drafter that every decode worker holds"
+        raise PeerLost(f"no ready decode worker holds {drafter!r}", field="drafter", remedy=remedy)
+    fitting = [worker for worker in able if _capacity(worker) >= tokens]
+    if not fitting:
+        message = f"prompt and max_tokens need {tokens} tokens of KV, the largest decode worker holds "
+        message += str(max(_capacity(worker) for worker in able))
+        raise InvalidRequest(message, field="sampling.max_tokens", remedy="ask for less, or raise cache_tokens")
+    least = min(fitting, key=lambda worker: (_room(worker) < tokens and worker.load > 0, worker.load, -_room(worker)))
+    if least.waiting >= max_waiting and all(worker.waiting >= max_waiting for worker in fitting):
+        message = f"{least.waiting} requests wait for every decode worker"
+        raise Overloaded(message, retry_after_ms=RETRY_AFTER_MS, remedy=f"try again in {RETRY_AFTER_MS} ms")
+    return least
+
+
+def _prefill_order(workers: Sequence[WorkerView], drafter: str) -> tuple[str, ...]:
+    every = [worker for worker in workers if worker.role == "prefill"]
+    usable = [worker for worker in every if worker.state is WorkerState.READY]
+    usable.sort(key=lambda worker: (bool(drafter) and not _holds(worker, drafter), worker.load))
+    silent = [worker for worker in every if worker.state in (WorkerState.UNKNOWN, WorkerState.LOST)]
+    if every and not usable and not silent:
+        message = f"no prefill worker takes requests: {describe(every)}"
+        raise PeerLost(message, remedy="start one that matches the decode workers")
+    return tuple(worker.address for worker in (*usable, *silent))
+
+
+def reference_fingerprint(workers: Sequence[WorkerView], previous: str) -> str:
+    """The content fingerprint that all must hold: ``previous`` while any decode worker that answers holds it, else that
+    of the first decode worker that answers (of any, without one)."""
+    answers = (WorkerState.READY, WorkerState.DRAINING, WorkerState.REFUSED)
+    answering = [worker for worker in workers if worker.info and worker.state in answers]
+    held = [worker.info.fingerprint for worker in answering if worker.info and worker.role == "decode"]
+    if previous and previous in held:
+        return previous
+    others = [worker.info.fingerprint for worker in answering if worker.info]
+    return next(iter(held or others), previous)
+
+
+def describe(workers: Sequence[WorkerView], exclude: Collection[str] = ()) -> str:
+    """Each worker's address and state in words."""
+    if not workers:
+        return "none is configured"
+    lost = {worker.address: "failed this request" for worker in workers if worker.address in exclude}
+    texts = [f"{w.address} {lost.get(w.address) or w.state.value} {w.reason}".strip() for w in workers]
+    return "; ".join(texts)
+
+
+def _holds(worker: WorkerView, drafter: str) -> bool:
+    return worker.info is not None and drafter in worker.info.drafters
+
+
+def _capacity(worker: WorkerView) -> int:
+    return worker.info.total_pages * worker.info.page_size if worker.info else 0
+
+
+def _room(worker: WorkerView) -> int:
+    return worker.info.free_pages * worker.info.page_size if worker.info else 0

@@ -1,0 +1,108 @@
+"""``python -m router.relay``: passes the Prefill stream through, for networks where workers cannot reach one another.
+
+    decode worker ══ Prefill, metadata pdspec-target ══▶ relay ══ Prefill ══▶ prefill worker
+
+Frames are bytes that nobody looks at. One frame at a time is held in each direction; what more may be under way is
+the credit of the two ends. Whatever ends one side, a cancel, a half-close, a typed error, reaches the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+
+from pdspec.config import RouterConfig
+from pdspec.errors import ConfigError, InvalidRequest
+from pdspec.telemetry import setup_logging
+from pdspec.transfer.grpc_stream import METHOD, SERVICE, TARGET_KEY
+from pdspec.wire.channels import add_health, bind, make_channel, make_server
+from pdspec.wire.serving import ServiceThread, run_in_foreground
+from pdspec.wire.status import from_rpc_error
+
+
+class Relay:
+    """The relay's service. ``address`` is where it listens, once it does."""
+
+    def __init__(self) -> None:
+        self.address = ""
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """For ``server.add_generic_rpc_handlers``."""
+        method = grpc.stream_stream_rpc_method_handler(self.prefill)
+        return grpc.method_handlers_generic_handler(SERVICE, {"Prefill": method})
+
+    async def prefill(self, _: object, context: grpc.aio.ServicerContext) -> None:
+        """One Prefill stream. Raises InvalidRequest without a target, else what the prefill worker said."""
+        target = dict(context.invocation_metadata() or ()).get(TARGET_KEY)
+        if not isinstance(target, str) or not target:
+            remedy = "name the prefill worker's host:port in the call's metadata"
+            raise InvalidRequest("missing", field=TARGET_KEY, remedy=remedy)
+        call = self._channel(target).stream_stream(METHOD)()
+        forward = asyncio.ensure_future(_forward(context, call))
+        try:
+            while (frame := await call.read()) is not grpc.aio.EOF:
+                await context.write(frame)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, peer=f"prefill worker {target}") from error
+        finally:
+            forward.cancel()
+            call.cancel()
+            await asyncio.gather(forward, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Close the channels."""
+        for channel in self._channels.values():
+            await channel.close()
+
+    def _channel(self, target: str) -> grpc.aio.Channel:
+        if target not in self._channels:
+            self._channels[target] = make_channel(target)
+        return self._channels[target]
+
+
+async def _forward(context: grpc.aio.ServicerContext, call: grpc.aio.StreamStreamCall) -> None:
+    """Decode worker → prefill worker: Open, credits, the half-close."""
+    while (frame := await context.read()) is not grpc.aio.EOF:
+        await call.write(frame)
+    await call.done_writing()
+
+
+@asynccontextmanager
+async def serving(config: RouterConfig) -> AsyncIterator[Relay]:
+    """Serve on ``config.host`` and ``config.port`` while the block runs. Raises ConfigError."""
+    server, relay = make_server(), Relay()
+    server.add_generic_rpc_handlers((relay.handler(),))
+    servicer = await add_health(server, (SERVICE,))
+    relay.address = bind(server, config.host, config.port)
+    await server.start()
+    try:
+        yield relay
+    finally:
+        await servicer.enter_graceful_shutdown()
+        await server.stop(0)
+        await relay.close()
+
+
+def launch(config: RouterConfig) -> ServiceThread[Relay]:
+    """Start the relay on a thread of this process. Raises ConfigError."""
+    return ServiceThread(lambda: serving(config), name="relay")
+
+
+def main(argv: list[str]) -> int:
+    """The command line. Returns the exit status."""
+    try:
+        config = RouterConfig.from_args(argv, prog="python -m router.relay", description="Relay of the Prefill stream")
+    except ConfigError as error:
+        print(f"relay: {error}", file=sys.stderr)
+        return 1
+    setup_logging(config.log_level, name="relay")
+    return run_in_foreground(lambda: serving(config), "relay")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,136 @@
+"""The gRPC face of the router, and how it is started."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+
+import grpc
+from grpc_health.v1 import health, health_pb2
+
+from pdspec.answer_text import AnswerText
+from pdspec.config import RouterConfig
+from pdspec.model.tokenizer import load_tokenizer
+from pdspec.telemetry import REQUEST_ID
+from pdspec.types import Handoff
+from pdspec.wire import pdspec_pb2 as pb
+from pdspec.wire import pdspec_pb2_grpc as rpc
+from pdspec.wire.channels import add_health, bind, make_server, service_name
+from pdspec.wire.codec import user_request_from_pb, worker_info_to_pb
+from pdspec.wire.serving import ServiceThread
+from router.admission import RouterTokenizer, admit
+from router.answer import Answer
+from router.fleet import Fleet
+from router.policy import WorkerState, WorkerView
+
+log = logging.getLogger(__name__)
+ROUTER = service_name("Router")
+
+
+class RouterService(rpc.RouterServicer):
+    """``pdspec.v1.Router`` over a fleet. ``address`` is where it listens, once it does."""
+
+    def __init__(self, config: RouterConfig, tokenizer: RouterTokenizer) -> None:
+        self.config, self.address = config, ""
+        self.fleet = Fleet(heartbeat_s=config.heartbeat_s, on_change=self._report_health)
+        self._tokenizer = tokenizer
+        self._health: health.aio.HealthServicer | None = None
+        self._serving: bool | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def Generate(
+        self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[pb.GenerateChunk, None]:
+        """One answer: a message per verification, the last one with finish reason and statistics."""
+        user = user_request_from_pb(message)
+        request = await admit(
+            user,
+            tokenizer=self._tokenizer,
+            workers=self.fleet.views(),
+            model=self.config.model,
+            deadline_s=context.time_remaining(),
+        )
+        REQUEST_ID.set(request.request_id)
+        sampling = request.sampling
+        text = AnswerText(
+            self._tokenizer.stream(), stop_strings=sampling.stop_strings, min_tokens=sampling.min_tokens
+        )
+        handoff = Handoff(user.handoff or self.config.handoff)
+        answer = Answer(request, fleet=self.fleet, text=text, handoff=handoff, relay=self.config.relay)
+        async with aclosing(answer.chunks()) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def ListWorkers(
+        self, message: pb.ListWorkersRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListWorkersResponse:
+        """Every worker of the fleet, with the reason of those that get no requests."""
+        workers = [_view_to_pb(view) for view in self.fleet.views()]
+        return pb.ListWorkersResponse(workers=workers, handoff=self.config.handoff)
+
+    def set_workers(self, *, prefill: Sequence[str], decode: Sequence[str]) -> None:
+        """Route to these addresses from now on. On the event loop only."""
+        self.fleet.set_workers(prefill=prefill, decode=decode)
+
+    async def watch_health(self, servicer: health.aio.HealthServicer) -> None:
+        """Keep the Router's health: SERVING while a decode worker is ready."""
+        self._health = servicer
+        self._report_health()
+
+    def _report_health(self) -> None:
+        ready = any(view.role == "decode" and view.state is WorkerState.READY for view in self.fleet.views())
+        if self._health is None or ready == self._serving:
+            return
+        self._serving = ready
+        states = health_pb2.HealthCheckResponse
+        task = asyncio.ensure_future(self._health.set(ROUTER, states.SERVING if ready else states.NOT_SERVING))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class RouterThread(ServiceThread[RouterService]):
+    """The router on a thread of this process."""
+
+    def set_workers(self, *, prefill: Sequence[str], decode: Sequence[str]) -> None:
+        """Route to these addresses from now on; from any thread."""
+        self.call(self.service.set_workers, prefill=tuple(prefill), decode=tuple(decode))
+
+
+@asynccontextmanager
+async def serving(config: RouterConfig, tokenizer: RouterTokenizer | None = None) -> AsyncIterator[RouterService]:
+    """Serve while the block runs; ``tokenizer`` None loads that of ``config.model``. Raises ConfigError and
+    CheckpointError before serving."""
+    if tokenizer is None:
+        loaded: RouterTokenizer = await asyncio.to_thread(load_tokenizer, config.model, config.cache_dir or None)
+    else:
+        loaded = tokenizer
+    limit = config.max_message_bytes
+    # Above its own limit the transport answers without a reason that names the field, so it is set well beyond ours.
+    server = make_server(max_message_bytes=2 * limit + (1 << 20), max_request_bytes=limit)
+    service = RouterService(config, loaded)
+    rpc.add_RouterServicer_to_server(service, server)
+    servicer = await add_health(server, (ROUTER,))
+    service.address = bind(server, config.host, config.port)
+    await server.start()
+    try:
+        service.set_workers(prefill=config.prefill, decode=config.decode)
+        await service.watch_health(servicer)
+        yield service
+    finally:
+        await servicer.enter_graceful_shutdown()
+        await server.stop(0)
+        await service.fleet.close()
+
+
+def launch(config: RouterConfig) -> RouterThread:
+    """Start the router on a thread of this process. Raises what ``serving`` raises."""
+    return RouterThread(lambda: serving(config), name="router")
+
+
+def _view_to_pb(view: WorkerView) -> pb.WorkerStatus:
+    status = worker_info_to_pb(view.info) if view.info else pb.WorkerStatus()
+    status.address, status.role = view.address, view.role
+    status.state, status.reason, status.pending = view.state.value, view.reason, view.pending
+    return status

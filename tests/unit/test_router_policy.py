@@ -1,0 +1,159 @@
+"""Routing is a pure function: least load, fail-over order, and a clear text when nobody can."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from pdspec.errors import InvalidRequest, Overloaded, PeerLost
+from pdspec.types import Handoff, Route, WorkerInfo
+from router.fleet import Ticket, Worker
+from router.policy import WorkerState, WorkerView, choose, reference_fingerprint
+
+
+def worker(
+    address: str,
+    role: str = "decode",
+    *,
+    running: int = 0,
+    queued: int = 0,
+    pending: int = 0,
+    state: WorkerState = WorkerState.READY,
+    free: int = 100,
+    fingerprint: str = "f",
+    drafters: tuple[str, ...] = ("none", "eagle3"),
+) -> WorkerView:
+    info = WorkerInfo(
+        worker_id=address,
+        role=role,
+        address=address,
+        model="m",
+        fingerprint=fingerprint,
+        drafters=drafters,
+        queued=queued,
+        running=running,
+        free_pages=free,
+        total_pages=100,
+        page_size=16,
+    )
+    return WorkerView(address=address, role=role, state=state, info=info, pending=pending)
+
+
+def route(*workers: WorkerView, **options: object) -> Route:
+    return choose(workers, **{"handoff": Handoff.DIRECT, "tokens": 64, **options})  # type: ignore[arg-type]
+
+
+def test_the_least_loaded_decode_worker_is_chosen() -> None:
+    assert route(worker("a", running=2), worker("b", running=1, queued=2), worker("c", running=1)).decode == "c"
+
+
+def test_requests_sent_but_not_reported_count() -> None:
+    assert route(worker("a", running=1, pending=2), worker("b", running=2)).decode == "b"
+    assert route(worker("a", running=3, pending=-3), worker("b", running=1)).decode == "a"
+
+
+def test_a_worker_without_room_comes_last_while_it_is_busy() -> None:
+    assert route(worker("a", running=1, free=1), worker("b", running=5)).decode == "b"
+    assert route(worker("a", free=1), worker("b", running=5)).decode == "a"  # idle: its cache can be evicted
+
+
+@pytest.mark.parametrize("state", [WorkerState.DRAINING, WorkerState.REFUSED, WorkerState.LOST, WorkerState.UNKNOWN])
+def test_only_ready_decode_workers_are_chosen(state: WorkerState) -> None:
+    assert route(worker("a", state=state), worker("b", running=9)).decode == "b"
+    with pytest.raises(PeerLost, match=f"a {state.value}"):
+        route(worker("a", state=state))
+
+
+def test_nobody_at_all_says_so() -> None:
+    with pytest.raises(PeerLost, match="none is configured"):
+        route()
+
+
+def test_excluded_workers_are_not_tried_again() -> None:
+    assert route(worker("a"), worker("b", running=3), exclude=("a",)).decode == "b"
+    with pytest.raises(PeerLost, match="failed this request"):
+        route(worker("a"), exclude=("a",))
+
+
+def test_prefill_workers_in_order_of_load_with_the_silent_last() -> None:
+    fleet = (
+        worker("lost", "prefill", state=WorkerState.LOST),
+        worker("busy", "prefill", running=3),
+        worker("drains", "prefill", state=WorkerState.DRAINING),
+        worker("free", "prefill"),
+        worker("other", "prefill", state=WorkerState.REFUSED),
+    )
+    assert route(worker("d"), *fleet).prefill == ("free", "busy", "lost")
+
+
+def test_a_prefill_worker_without_the_drafter_comes_after_those_that_hold_it() -> None:
+    lacks, holds = worker("x", "prefill", drafters=("none",)), worker("y", "prefill", running=3)
+    assert route(worker("d"), lacks, holds, drafter="eagle3").prefill == ("y", "x")
+    assert route(worker("d"), lacks, holds).prefill == ("x", "y")
+
+
+def test_without_prefill_workers_the_decode_worker_prefills() -> None:
+    assert route(worker("d")).prefill == ()
+
+
+def test_refused_prefill_workers_are_no_reason_to_prefill_elsewhere_in_silence() -> None:
+    with pytest.raises(PeerLost, match="p refused"):
+        route(worker("d"), worker("p", "prefill", state=WorkerState.REFUSED))
+
+
+def test_drafters_that_nobody_holds() -> None:
+    assert route(worker("a", drafters=("none",)), worker("b", running=9), drafter="eagle3").decode == "b"
+    with pytest.raises(PeerLost, match="medusa"):
+        route(worker("a"), drafter="medusa")
+
+
+def test_what_can_never_fit_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="1600"):
+        route(worker("a"), tokens=1601)
+    assert route(worker("a"), tokens=1600).decode == "a"
+
+
+def test_overload_is_refused_before_any_work() -> None:
+    with pytest.raises(Overloaded) as caught:
+        route(worker("a", queued=3), worker("b", pending=4), max_waiting=3)
+    assert caught.value.retry_after_ms > 0
+    assert route(worker("a", queued=3), worker("b", pending=2), max_waiting=3).decode == "b"
+
+
+def test_relay_needs_a_relay() -> None:
+    assert route(worker("a"), handoff=Handoff.RELAY, relay="r:1").relay == "r:1"
+    with pytest.raises(InvalidRequest, match="handoff"):
+        route(worker("a"), handoff=Handoff.RELAY)
+
+
+def test_the_reference_fingerprint_is_the_decode_workers_and_stays() -> None:
+    first, second = worker("a", fingerprint="x"), worker("b", fingerprint="y")
+    prefill = worker("p", "prefill", fingerprint="z")
+    assert reference_fingerprint((prefill, first, second), "") == "x"
+    assert reference_fingerprint((second, first), "x") == "x"
+    assert reference_fingerprint((second,), "x") == "y"
+    assert reference_fingerprint((prefill,), "") == "z"
+    assert reference_fingerprint((), "x") == "x"
+
+
+def test_tickets_bridge_the_time_between_reports() -> None:
+    async def run() -> None:
+        one = Worker("127.0.0.1:1", "decode", 0.5)
+        before = Ticket(one)
+        assert one.view().pending == 1  # sent, not reported
+        time.sleep(0.01)
+        one.asked_at = time.monotonic()  # a report that counts it
+        assert one.view().pending == 0
+        time.sleep(0.01)
+        after = Ticket(one)
+        assert one.view().pending == 1
+        before.close()
+        before.close()
+        assert one.view().pending == 0  # one more than reported, one less
+        after.close()
+        assert one.view().pending == -1
+        await one.channel.close()
+
+    asyncio.run(run())
