@@ -1,0 +1,1 @@
+"""The prefill role: computes prompts and streams their KV, layer by layer, to decode workers."""

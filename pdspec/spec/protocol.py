@@ -116,6 +116,7 @@ class Drafter(Protocol):
     capture: tuple[int, ...]
     want_final: bool
     max_nodes: int  # extra KV slots a proposal may need
+    default_tree: str  # of requests that name none; empty: this family drafts nothing
 
     def fingerprint(self) -> str:
         """Hash of content, geometry, vocabulary map and padding; equal on both sides of a handoff."""

@@ -8,7 +8,7 @@
 
 typedef struct {
     const float *q; float *out; const Rows *rows; const Cache *cache;
-    float *scores; /* per thread [group][capacity] */
+    float *scores; /* per chunk [group][capacity] */
     int Hq, ldq, capacity; _Atomic int next;
 } Attend;
 
@@ -114,11 +114,11 @@ INLINE void item(const Attend *t, int r, int head, float *s, const int bf16) {
         for (int i = 0; i < D; i++) out[g * D + i] /= sums[g];
 }
 
-static void run(void *arg, int thread, int threads) {
+static void run(void *arg, int chunk, int chunks) {
     Attend *t = arg;
-    (void)threads;
+    (void)chunks;
     int heads = t->cache->heads, group = t->Hq / heads, items = t->rows->R * heads;
-    float *s = t->scores + (size_t)thread * group * t->capacity;
+    float *s = t->scores + (size_t)chunk * group * t->capacity;
     for (int i; (i = atomic_fetch_add(&t->next, 1)) < items;) {
         /* the last rows are usually the longest: take them first */
         int r = t->rows->R - 1 - i / heads, head = i % heads;
@@ -135,7 +135,7 @@ int pd_attend(Pool *pool, const float *q, int ldq, int Hq, float *out, const Row
     float *scores = malloc(bytes);
     if (!scores) return -1;
     Attend t = {.q = q, .out = out, .rows = rows, .cache = cache, .scores = scores, .Hq = Hq, .ldq = ldq, .capacity = capacity};
-    pd_parallel(pool, run, &t);
+    pd_parallel(pool, run, &t, pd_threads(pool));
     free(scores);
     return 0;
 }

@@ -59,9 +59,9 @@ INLINE void column(const Linear *t, int r0, int r1, int b, const int wide, const
 }
 
 #define ROW_TILE 96
-INLINE void span(const Linear *t, int thread, int threads, const int bf16) {
+INLINE void span(const Linear *t, int chunk, int chunks, const int bf16) {
     int blocks = (t->N + 15) / 16;
-    int from = (int)((long)blocks * thread / threads), to = (int)((long)blocks * (thread + 1) / threads);
+    int from = (int)((long)blocks * chunk / chunks), to = (int)((long)blocks * (chunk + 1) / chunks);
     for (int r0 = 0; r0 < t->R; r0 += ROW_TILE) {
         int r1 = r0 + ROW_TILE < t->R ? r0 + ROW_TILE : t->R, b = from;
         if (t->R <= 3 || NV == 1)
@@ -70,15 +70,16 @@ INLINE void span(const Linear *t, int thread, int threads, const int bf16) {
     }
 }
 
-static void run(void *arg, int thread, int threads) {
+static void run(void *arg, int chunk, int chunks) {
     const Linear *t = arg;
-    if (t->bf16) span(t, thread, threads, 1); else span(t, thread, threads, 0);
+    if (t->bf16) span(t, chunk, chunks, 1); else span(t, chunk, chunks, 0);
 }
 
 void pd_linear(Pool *pool, const float *x, int ldx, const void *w, int bf16, const float *bias, float *y, int ldy,
                int R, int N, int K, int add) {
     Linear t = {x, w, bias, y, R, N, K, ldx, ldy, bf16, add};
-    pd_parallel(pool, run, &t);
+    int blocks = (N + 15) / 16, chunks = 8 * pd_threads(pool);
+    pd_parallel(pool, run, &t, chunks < blocks / 2 ? chunks : blocks / 2 > 0 ? blocks / 2 : 1);
 }
 
 /* Rows of a packed matrix: y[r] = W[ids[r]]. */

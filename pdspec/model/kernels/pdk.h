@@ -70,8 +70,8 @@ INLINE uint16_t to_bf16(float x) {
 }
 
 typedef struct Pool Pool;
-typedef void (*task_fn)(void *arg, int thread, int threads);
-void pd_parallel(Pool *pool, task_fn fn, void *arg);
+typedef void (*task_fn)(void *arg, int chunk, int chunks);
+void pd_parallel(Pool *pool, task_fn fn, void *arg, int chunks);
 int pd_threads(const Pool *pool);
 
 /* exp for x <= 88; Cephes polynomial, relative error about 1e-7; exactly 0 below -87. */

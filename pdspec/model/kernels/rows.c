@@ -12,15 +12,15 @@ INLINE void norm_row(const float *x, const float *w, float *y, int H, float eps)
     for (int i = 0; i < H; i += LANES) *(vf *)(y + i) = load_f32(x + i) * scale * load_f32(w + i);
 }
 
-static void norm_run(void *arg, int thread, int threads) {
+static void norm_run(void *arg, int chunk, int chunks) {
     const Norm *t = arg;
-    for (int r = t->R * thread / threads; r < t->R * (thread + 1) / threads; r++)
+    for (int r = t->R * chunk / chunks; r < t->R * (chunk + 1) / chunks; r++)
         norm_row(t->x + (size_t)r * t->ldx, t->w, t->y + (size_t)r * t->H, t->H, t->eps);
 }
 
 /* Few rows cost less than waking a thread. */
 static void maybe_parallel(Pool *pool, task_fn fn, void *arg, long work) {
-    if (work < 16384) fn(arg, 0, 1); else pd_parallel(pool, fn, arg);
+    pd_parallel(pool, fn, arg, work < 16384 ? 1 : 4 * pd_threads(pool));
 }
 
 /* H is a multiple of 16 (checked in Python). ldx: stride between rows of x. */
@@ -31,9 +31,9 @@ void pd_rms_norm(Pool *pool, const float *x, int ldx, const float *w, float *y, 
 
 typedef struct { const float *gu; float *y; int R, I; } Silu;
 
-static void silu_run(void *arg, int thread, int threads) {
+static void silu_run(void *arg, int chunk, int chunks) {
     const Silu *t = arg;
-    for (int r = t->R * thread / threads; r < t->R * (thread + 1) / threads; r++) {
+    for (int r = t->R * chunk / chunks; r < t->R * (chunk + 1) / chunks; r++) {
         const float *g = t->gu + (size_t)r * 2 * t->I, *u = g + t->I;
         float *y = t->y + (size_t)r * t->I;
         for (int i = 0; i < t->I; i += LANES) {
@@ -69,11 +69,11 @@ static void store(const Cache *c, char *to, const float *from) {
     else memcpy(to, from, (size_t)n * 4);
 }
 
-static void rope_run(void *arg, int thread, int threads) {
+static void rope_run(void *arg, int chunk, int chunks) {
     const Rope *t = arg;
     const Cache *c = t->cache;
     int D = c->dim, Hk = c->heads, width = (t->Hq + 2 * Hk) * D, R = t->rows->R;
-    for (int r = R * thread / threads; r < R * (thread + 1) / threads; r++) {
+    for (int r = R * chunk / chunks; r < R * (chunk + 1) / chunks; r++) {
         float *q = t->qkv + (size_t)r * width, *k = q + t->Hq * D, *v = k + Hk * D;
         const float *cos = t->cos + (size_t)t->rows->positions[r] * (D / 2);
         const float *sin = t->sin + (size_t)t->rows->positions[r] * (D / 2);

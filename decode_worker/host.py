@@ -1,0 +1,173 @@
+"""What runs on a decode worker's engine thread: reservations, local prefills, and the one continuous batch."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+
+from decode_worker.handoff import Handed
+from decode_worker.scheduler import DecodeScheduler
+from pdspec.cache.pool import pages_for
+from pdspec.config import WorkerConfig
+from pdspec.engine.decode import DecodeEngine, DecodeSequence, first_chunk
+from pdspec.engine.local import Kept, new_context
+from pdspec.engine.prefill import PrefillEngine, PrefillSequence, prompt_history
+from pdspec.engine.resources import load
+from pdspec.errors import PdspecError
+from pdspec.spec.protocol import DraftContext, Drafter
+from pdspec.types import DraftPrefill, GenerateRequest, TokenChunk
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class Answer:
+    """One answer from its reservation to its last token. ``queue`` is read by its stream's coroutine."""
+
+    request: GenerateRequest
+    ctx: DraftContext
+    drafter: Drafter
+    num_pages: int
+    loop: asyncio.AbstractEventLoop
+    queue: asyncio.Queue[TokenChunk | BaseException]
+    room: asyncio.Future[None]
+    queued_at: float
+    granted_at: float = 0.0
+    sequence: DecodeSequence | None = None
+    prompt: PrefillSequence | None = None  # where this worker prefills it
+    first_sent: int = -1  # t_n, once the client has it
+
+    @property
+    def pages(self) -> list[int]:
+        """Page ids, empty before the grant."""
+        return self.ctx.pages
+
+    def grant(self) -> None:
+        """See Reserved."""
+        self.granted_at = time.perf_counter()
+        self.loop.call_soon_threadsafe(self._granted)
+
+    def _granted(self) -> None:
+        if not self.room.done():
+            self.room.set_result(None)
+
+    def deliver(self, result: TokenChunk | BaseException) -> None:
+        """Hand a result to the stream's coroutine, from any thread."""
+        self.loop.call_soon_threadsafe(self.queue.put_nowait, result)
+
+
+class DecodeHost:
+    """All methods but ``__init__`` run on the engine thread."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self.resources = load(config)
+        self.prefill, self.decode = PrefillEngine(self.resources), DecodeEngine(self.resources)
+        self.scheduler: DecodeScheduler[Answer] = DecodeScheduler(self.resources.pool, config.max_batch)
+        self.prompts: list[Answer] = []
+
+    def new_answer(self, request: GenerateRequest, loop: asyncio.AbstractEventLoop) -> Answer:
+        """An answer that holds nothing yet; safe on any thread. Raises UnknownName."""
+        ctx = new_context(self.resources, request, [])
+        drafter = self.resources.drafter(request.drafter)
+        rows = self.decode.rows_needed(request, drafter, ctx.tree)
+        return Answer(
+            request=request, ctx=ctx, drafter=drafter, num_pages=pages_for(rows, self.resources.pool.page_size), loop=loop,
+            queue=asyncio.Queue(), room=loop.create_future(), queued_at=time.perf_counter(),
+        )
+
+    def step(self) -> bool:
+        """One chunk of a local prefill, then one decode step."""
+        if self.prompts:
+            self._prefill_step()
+        running = [answer for answer in self.scheduler.running if answer.sequence is not None]
+        if not running:
+            return bool(self.prompts)
+        results = self.decode.step([answer.sequence for answer in running if answer.sequence is not None])
+        for answer, (sequence, result) in zip(running, results, strict=True):
+            if sequence.finish is not None:
+                self.scheduler.release(answer)
+            answer.deliver(result)
+        return True
+
+    def join(self, answer: Answer, handed: Handed) -> None:
+        """The handoff is complete and checked: decode from the next step on."""
+        if answer not in self.scheduler.granted:
+            return  # released meanwhile
+        ctx, drafter = answer.ctx, answer.drafter
+        ctx.token_ids.append(handed.token_id)
+        candidates, rows = handed.candidates, handed.rows
+        if handed.hidden:
+            for hidden in handed.hidden:
+                drafter.prefill(ctx, hidden)
+            candidates, rows = drafter.start(ctx)
+        drafter.resume(ctx, candidates, rows)
+        self._run(answer)
+
+    def prefill_here(self, answer: Answer) -> None:
+        """Compute the prompt on this worker (colocated, by policy, or to rebuild draft state)."""
+        if answer not in self.scheduler.granted:
+            return
+        answer.prompt = PrefillSequence(
+            request=answer.request, ctx=answer.ctx, drafter=answer.drafter, draft_prefill=DraftPrefill.PREFILL,
+            events=Kept(), ship_rows=False,
+        )
+        self.prompts.append(answer)
+
+    def release(self, answer: Answer) -> None:
+        """Forget an answer, whatever state it is in. Safe to repeat."""
+        if answer in self.prompts:
+            self.prompts.remove(answer)
+        self.scheduler.release(answer)
+
+    def _prefill_step(self) -> None:
+        answer = self.prompts[0]
+        prompt = answer.prompt
+        if prompt is None:
+            raise PdspecError("a queued prompt has no sequence")
+        try:
+            self.prefill.step([(prompt, min(self.resources.config.chunk, prompt.remaining))])
+        except PdspecError as error:
+            self.release(answer)
+            answer.deliver(error)
+            return
+        if not prompt.finished:
+            return
+        self.prompts.pop(0)
+        kept = prompt.events
+        assert isinstance(kept, Kept)
+        answer.drafter.resume(answer.ctx, *kept.begun)
+        self._run(answer)
+        if self.send_first(answer, answer.ctx.token_ids[-1], kept):
+            return
+        self.scheduler.release(answer)
+
+    def send_first(self, answer: Answer, token_id: int, kept: Kept) -> bool:
+        """Deliver t_n unless the client has it. False when it ends the answer."""
+        sequence = answer.sequence
+        if sequence is None:
+            raise PdspecError("no sequence to begin")
+        chunk = first_chunk(sequence, kept.logprob, self.resources.end_ids)
+        if answer.first_sent < 0:
+            answer.first_sent = token_id
+            answer.deliver(chunk)
+        elif answer.first_sent != token_id:
+            answer.deliver(PdspecError("a repeated prefill chose another first token", remedy="use numerics exact"))
+            return False
+        return sequence.finish is None
+
+    def _run(self, answer: Answer) -> None:
+        answer.sequence = DecodeSequence(
+            request=answer.request, ctx=answer.ctx, drafter=answer.drafter,
+            history=prompt_history(answer.request).extended(answer.ctx.token_ids[-1:]),
+        )
+        self.scheduler.join(answer)
+
+    def check_integrity(self) -> None:
+        """See scheduler."""
+        self.scheduler.check_integrity()
+
+    def close(self) -> None:
+        """Stop the kernels' threads."""
+        self.resources.close()

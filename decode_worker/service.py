@@ -1,0 +1,224 @@
+"""``DecodeWorker/Decode``: one answer from its reservation to its last token.
+
+    reserve ─▶ room ─▶ Prefill call ─▶ First ─▶ (client) … Done ─▶ join ─▶ one chunk per verification ─▶ (client)
+    whatever ends the stream → landing stops → Release(answer) on the engine thread → pages free
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import logging
+import secrets
+from collections.abc import AsyncIterator
+
+import grpc
+
+from decode_worker.handoff import Handed, Landing
+from decode_worker.host import Answer, DecodeHost
+from pdspec.config import WorkerConfig
+from pdspec.engine.local import check
+from pdspec.engine.serving import RunningWorker, StatusService, describe
+from pdspec.engine.thread import EngineThread
+from pdspec.errors import DeadlineExceeded, Overloaded, PdspecError, PeerLost, TransferDamaged
+from pdspec.sampling import stopping_ids
+from pdspec.transfer.frames import Open
+from pdspec.transfer.grpc_stream import PrefillCall, relay_metadata
+from pdspec.types import (
+    DraftPrefill,
+    FinishReason,
+    GenerateRequest,
+    GenerationStats,
+    Handoff,
+    Route,
+    TokenChunk,
+    TokenLogprob,
+    WorkerInfo,
+)
+from pdspec.wire import pdspec_pb2 as pb
+from pdspec.wire import pdspec_pb2_grpc as rpc
+from pdspec.wire.channels import make_channel
+from pdspec.wire.codec import chunk_to_pb, decode_request_from_pb
+
+log = logging.getLogger(__name__)
+RETRYABLE = (PeerLost, TransferDamaged, Overloaded)
+
+
+class DecodeService(rpc.DecodeWorkerServicer):
+    """Serves streams on the asyncio thread."""
+
+    def __init__(self, config: WorkerConfig, engine: EngineThread, host: DecodeHost) -> None:
+        self.config, self.engine, self.host = config, engine, host
+        self.worker_id, self.address = config.worker_id, ""
+        self._epochs = itertools.count(secrets.randbits(40))
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    async def Decode(self, request: pb.DecodeRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[pb.DecodeChunk]:
+        """Stream one answer."""
+        asked, route = decode_request_from_pb(request)
+        check(self.host.resources, asked)
+        try:
+            async with asyncio.timeout(asked.deadline_s):
+                async for chunk in self._answer(asked, route):
+                    yield chunk_to_pb(chunk)
+        except TimeoutError:
+            raise DeadlineExceeded(f"{asked.deadline_s} s are over", field="deadline") from None
+
+    async def _answer(self, request: GenerateRequest, route: Route) -> AsyncIterator[TokenChunk]:
+        answer = self.host.new_answer(request, asyncio.get_running_loop())
+        run = _Run(self, answer, route)
+        filling = asyncio.ensure_future(run.fill())
+        try:
+            while True:
+                result = await answer.queue.get()
+                if isinstance(result, BaseException):
+                    raise result
+                yield run.complete(result) if result.finish_reason else result
+                if result.finish_reason:
+                    return
+        finally:
+            filling.cancel()
+            await asyncio.gather(filling, return_exceptions=True)  # nothing lands any more
+            self.engine.post(lambda: self.host.release(answer))
+
+    def channel(self, address: str) -> grpc.aio.Channel:
+        """One channel per peer, kept."""
+        if address not in self._channels:
+            self._channels[address] = make_channel(address)
+        return self._channels[address]
+
+    def next_epoch(self) -> int:
+        """Of a new reservation's stream."""
+        return next(self._epochs)
+
+    def info(self) -> WorkerInfo:
+        """Status."""
+        scheduler, decode = self.host.scheduler, self.host.decode
+        info = describe(
+            self.host.resources, worker_id=self.worker_id, role="decode", address=self.address, queued=len(scheduler.waiting),
+            running=len(scheduler.granted) + len(scheduler.running), steps=decode.steps + self.host.prefill.steps,
+        )
+        clocks = {f"{name}_seconds": seconds for name, seconds in list(decode.clocks.items())}
+        return dataclasses.replace(info, metrics={**info.metrics, **clocks})
+
+
+class _Run:
+    """Brings one answer from its reservation to the running batch, and knows what that took."""
+
+    def __init__(self, service: DecodeService, answer: Answer, route: Route) -> None:
+        self.service, self.answer, self.route = service, answer, route
+        self.handed = Handed()
+        self.retries = self.rebuilds = 0
+
+    async def fill(self) -> None:
+        """Errors go to the answer's queue: its coroutine raises them."""
+        try:
+            engine, host, answer = self.service.engine, self.service.host, self.answer
+            await engine.call(lambda: host.scheduler.add(answer))
+            await answer.room
+            if not self.route.prefill:
+                await engine.call(lambda: host.prefill_here(answer))
+                return
+            handed = await self._handoff()
+            if handed is None:
+                return
+            self.handed = handed
+            if handed.draft_damage:
+                log.warning("draft state is rebuilt: %s", handed.draft_damage, extra={"request_id": answer.request.request_id})
+                self.rebuilds += 1
+                await engine.call(lambda: host.prefill_here(answer))
+            else:
+                await engine.call(lambda: host.join(answer, handed))
+        except Exception as error:  # noqa: BLE001  whatever it is, the stream must end with it
+            self.answer.queue.put_nowait(error)
+
+    async def _handoff(self) -> Handed | None:
+        """Try the prefill workers in the route's order. None when there is nothing left to join."""
+        policy = self.service.config.on_prefill_failure
+        failures: list[str] = []
+        for address in self.route.prefill if policy != "fail" else self.route.prefill[:1]:
+            try:
+                return await self._receive(address)
+            except RETRYABLE as error:
+                log.warning("prefill on %s failed: %s", address, error, extra={"request_id": self.answer.request.request_id})
+                failures.append(f"{address}: {error}")
+                self.retries += 1
+        if policy == "local":
+            answer, host = self.answer, self.service.host
+            await self.service.engine.call(lambda: host.prefill_here(answer))
+            return None
+        raise PeerLost("no prefill worker could serve this request: " + "; ".join(failures), remedy="try again")
+
+    async def _receive(self, address: str) -> Handed | None:
+        answer, service, config = self.answer, self.service, self.service.config
+        resources = service.host.resources
+        mode = DraftPrefill(answer.request.draft_prefill or config.draft_prefill)
+        opening = Open(
+            epoch=service.next_epoch(), request=answer.request, drafter=answer.drafter.name, draft_prefill=mode.value,
+            fingerprint=resources.fingerprint, worker_id=service.worker_id,
+        )
+        landing = Landing(
+            resources=resources, pages=answer.pages, prompt_len=answer.ctx.prompt_len, drafter=answer.drafter,
+            draft_prefill=mode, on_first=self._first,
+        )
+        relayed = self.route.handoff is Handoff.RELAY
+        channel = service.channel(self.route.relay if relayed else address)
+        metadata = relay_metadata(address) if relayed else ()
+        async with PrefillCall(channel, opening, stall_timeout_s=config.stall_timeout_s, peer=address, metadata=metadata) as call:
+            try:
+                return await landing.receive(call)
+            finally:
+                self.handed = landing.handed
+
+    def _first(self, token_id: int, logprob: TokenLogprob | None) -> bool:
+        """Give t_n to the client at once, unless it has it. False when it ends the answer."""
+        answer, params = self.answer, self.answer.request.sampling
+        stops = token_id in stopping_ids(params, self.service.host.resources.end_ids)
+        finish = FinishReason.STOP if stops else FinishReason.LENGTH if params.max_tokens <= 1 else None
+        if answer.first_sent >= 0:
+            if answer.first_sent != token_id:
+                raise PdspecError("a repeated prefill chose another first token", remedy="use numerics exact")
+            return finish is None
+        answer.first_sent = token_id
+        stats = GenerationStats(prompt_tokens=answer.ctx.prompt_len, output_tokens=1, drafter=answer.drafter.name) if finish else None
+        answer.queue.put_nowait(TokenChunk(
+            request_id=answer.request.request_id, start=0, token_ids=(token_id,), logprobs=(logprob,) if logprob else (),
+            finish_reason=finish, stop_match=str(token_id) if stops else "", stats=stats,
+        ))
+        return finish is None
+
+    def complete(self, chunk: TokenChunk) -> TokenChunk:
+        """The last chunk, with what the handoff took."""
+        answer, handed = self.answer, self.handed
+        stats = dataclasses.replace(
+            chunk.stats or GenerationStats(), kv_bytes=handed.kv_bytes, draft_kv_bytes=handed.draft_kv_bytes,
+            hidden_bytes=handed.hidden_bytes, prefill_worker=handed.prefill_worker or self.service.worker_id,
+            decode_worker=self.service.worker_id, handoff=self.route.handoff.value if self.route.prefill else "none",
+            queue_ms=1e3 * (answer.granted_at - answer.queued_at) + handed.stats.get("queue_ms", 0.0),
+            prefill_ms=handed.stats.get("prefill_ms", 1e3 * answer.prompt.seconds if answer.prompt else 0.0),
+            transfer_exposed_ms=handed.exposed_ms, draft_rebuilds=self.rebuilds, prefill_retries=self.retries,
+        )
+        return dataclasses.replace(chunk, stats=stats)
+
+
+def launch(config: WorkerConfig) -> RunningWorker:
+    """Start a decode worker in this process. Raises ConfigError."""
+    config = config.replace(role="decode")
+    engine = EngineThread(lambda: DecodeHost(config), name="engine")
+    host = engine.start()
+    worker = RunningWorker(config, engine, ("DecodeWorker",))
+    service = DecodeService(config, engine, host)  # type: ignore[arg-type]
+
+    def register(server: grpc.aio.Server) -> None:
+        service.address = worker.address
+        service.worker_id = config.worker_id or f"decode@{worker.address}"
+        rpc.add_DecodeWorkerServicer_to_server(service, server)
+        rpc.add_WorkerServicer_to_server(StatusService(service.info), server)
+
+    try:
+        worker.start(register)
+    except BaseException:
+        engine.stop()
+        raise
+    return worker

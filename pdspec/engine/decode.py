@@ -1,0 +1,240 @@
+"""The decode step on one flat packed batch (DESIGN 7):
+
+    propose → pack → forward → verify → commit → observe → emit
+
+Every sequence brings its own rows and keeps its own accepted length. Rolling back is lowering a length: the rows of
+rejected nodes are simply not part of the sequence any more (in debug mode they are filled with NaN).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from pdspec.engine.prefill import hidden_wanted, page_table
+from pdspec.engine.resources import Resources, tree_spec
+from pdspec.errors import PdspecError
+from pdspec.model.batch import ForwardBatch, ForwardOutput
+from pdspec.sampling import History, stopping_ids
+from pdspec.spec.protocol import Draft, DraftContext, Drafter, HiddenRows, empty_draft
+from pdspec.spec.tree import depths, tree_rows
+from pdspec.spec.verify import VerdictResult, verify
+from pdspec.types import DraftTrace, FinishReason, GenerateRequest, GenerationStats, TokenChunk, TokenLogprob
+
+
+@dataclass(kw_only=True, eq=False)
+class DecodeSequence:
+    """One answer being written. ``ctx.token_ids`` ends with the root, whose KV row comes with the next step."""
+
+    request: GenerateRequest
+    ctx: DraftContext
+    drafter: Drafter
+    history: History  # includes the root
+    num_output: int = 1
+    finish: FinishReason | None = None
+    verifications: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    first_accepted: int = 0
+    accepted_at: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    reached_at: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    seconds: float = 0.0
+
+    @property
+    def num_rows(self) -> int:
+        """Committed target KV rows; the root's slot."""
+        return self.ctx.root_position
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that may still be put out."""
+        return self.request.sampling.max_tokens - self.num_output
+
+    def stats(self) -> GenerationStats:
+        """What is known on the decode side."""
+        depth = max([0, *self.reached_at]) + 1 if self.reached_at else 0
+        return GenerationStats(
+            prompt_tokens=self.ctx.prompt_len, output_tokens=self.num_output, verifications=self.verifications,
+            drafted_tokens=self.drafted, accepted_tokens=self.accepted, first_draft_accepted=self.first_accepted,
+            accepted_per_position=tuple(self.accepted_at[d] for d in range(depth)),
+            reached_per_position=tuple(self.reached_at[d] for d in range(depth)),
+            drafter=self.drafter.name, decode_ms=1e3 * self.seconds,
+        )
+
+
+StepResult = tuple[DecodeSequence, TokenChunk | PdspecError]
+
+
+class DecodeEngine:
+    """Stateless but for the resources and the clocks of its phases (seconds since start)."""
+
+    def __init__(self, resources: Resources) -> None:
+        self.resources = resources
+        self.steps = 0
+        self.clocks: dict[str, float] = defaultdict(float)
+
+    def rows_needed(self, request: GenerateRequest, drafter: Drafter, tree: str) -> int:
+        """KV rows that a sequence may ever touch: prompt, answer, and the widest proposal or verification."""
+        spec = tree_spec(tree)
+        scratch = max(drafter.max_nodes, spec.max_nodes if spec else 0)
+        return len(request.prompt_ids) + request.sampling.max_tokens + scratch + 1
+
+    def step(self, sequences: Sequence[DecodeSequence]) -> list[StepResult]:
+        """One verification for each sequence. A sequence whose scores are damaged gets its error, the others go on."""
+        began = time.perf_counter()
+        drafts = self._propose(sequences)
+        proposed = time.perf_counter()
+        batch = self._pack(sequences, drafts)
+        output = self.resources.runner.forward(batch, self.resources.cache)
+        forwarded = time.perf_counter()
+        results: list[StepResult] = []
+        observations: dict[str, list] = defaultdict(list)
+        row = 0
+        for sequence, draft in zip(sequences, drafts, strict=True):
+            rows = slice(row, row + 1 + draft.num_nodes)
+            row = rows.stop
+            try:
+                found = self._verify(sequence, draft, output.logits[rows])
+            except PdspecError as error:
+                sequence.finish = FinishReason.ERROR
+                results.append((sequence, error))
+                continue
+            hidden = self._commit(sequence, draft, found, output, rows)
+            if sequence.finish is None:
+                observations[sequence.drafter.name].append((sequence.ctx, found.verdict, hidden))
+            results.append((sequence, self._chunk(sequence, draft, found)))
+        verified = time.perf_counter()
+        for name, group in observations.items():
+            self.resources.drafters[name].observe(group)
+        self._count(sequences, began, proposed, forwarded, verified)
+        return results
+
+    def _propose(self, sequences: Sequence[DecodeSequence]) -> list[Draft]:
+        """Drafts by family, trimmed to what the answer can still use."""
+        drafts: dict[int, Draft] = {}
+        groups: dict[str, list[DecodeSequence]] = defaultdict(list)
+        for sequence in sequences:
+            spec = tree_spec(sequence.ctx.tree)
+            if spec is None or sequence.remaining < 2:
+                drafts[id(sequence)] = empty_draft()
+            else:
+                groups[sequence.drafter.name].append(sequence)
+        for name, group in groups.items():
+            budgets = [s.max_nodes if (s := tree_spec(seq.ctx.tree)) else 0 for seq in group]
+            proposed = self.resources.drafters[name].propose([seq.ctx for seq in group], budgets)
+            for sequence, draft in zip(group, proposed, strict=True):
+                drafts[id(sequence)] = _shallow(draft, sequence.remaining - 1)
+        return [drafts[id(sequence)] for sequence in sequences]
+
+    def _pack(self, sequences: Sequence[DecodeSequence], drafts: Sequence[Draft]) -> ForwardBatch:
+        parts = [tree_rows(d, s.num_rows, s.ctx.root_position) for s, d in zip(sequences, drafts, strict=True)]
+        widest = max(part.ancestors.shape[1] for part in parts)
+        padded = [np.pad(p.ancestors, ((0, 0), (0, widest - p.ancestors.shape[1])), constant_values=-1) for p in parts]
+        tokens = [np.concatenate(([s.ctx.token_ids[-1]], d.token_ids)) for s, d in zip(sequences, drafts, strict=True)]
+        count = [len(part.slots) for part in parts]
+        return ForwardBatch(
+            token_ids=np.concatenate(tokens).astype(np.int32), positions=np.concatenate([p.positions for p in parts]),
+            sequence=np.repeat(np.arange(len(parts), dtype=np.int32), count), slots=np.concatenate([p.slots for p in parts]),
+            prefix_len=np.concatenate([p.prefix_len for p in parts]), ancestors=np.ascontiguousarray(np.concatenate(padded)),
+            page_table=page_table([s.ctx.pages for s in sequences]), logit_rows=np.arange(sum(count), dtype=np.int32),
+            **hidden_wanted([s.drafter for s in sequences]),
+        )
+
+    def _verify(self, sequence: DecodeSequence, draft: Draft, logits: torch.Tensor) -> VerdictResult:
+        params = sequence.request.sampling
+        seed, sample = sequence.ctx.noise_key
+        return verify(
+            draft, logits, params, sequence.history, seed=seed, sample=sample, root_position=sequence.ctx.root_position,
+            end_ids=self.resources.end_ids, max_new=sequence.remaining, logprobs=params.logprobs,
+        )
+
+    def _commit(
+        self, sequence: DecodeSequence, draft: Draft, found: VerdictResult, output: ForwardOutput, rows: slice
+    ) -> HiddenRows:
+        """Append the outputs, make the accepted rows contiguous, and hand on the hidden states of the accepted path."""
+        verdict, ctx, base = found.verdict, sequence.ctx, sequence.num_rows
+        target = self.resources.runner.group.name
+        source = [base + 1 + node for node in verdict.path]
+        wanted = list(range(base + 1, base + 1 + len(source)))
+        if source != wanted:
+            self.resources.cache.copy_rows(target, ctx.pages, source, wanted)
+        if self.resources.config.poison:
+            self.resources.cache.poison(target, ctx.pages, base + 1 + len(source), base + 1 + draft.num_nodes)
+        _tally(sequence, draft, verdict.num_accepted)
+        hidden_rows = [rows.start, *(rows.start + 1 + node for node in verdict.path)]
+        ctx.token_ids.extend(verdict.output_ids)
+        sequence.history = sequence.history.extended(verdict.output_ids)
+        sequence.num_output += len(verdict.output_ids)
+        if verdict.output_ids[-1] in stopping_ids(sequence.request.sampling, self.resources.end_ids):
+            sequence.finish = FinishReason.STOP
+        elif sequence.remaining <= 0:
+            sequence.finish = FinishReason.LENGTH
+        return HiddenRows(
+            start=base, captured=None if output.captured is None else output.captured[hidden_rows],
+            final=None if output.final is None else output.final[hidden_rows],
+        )
+
+    def _chunk(self, sequence: DecodeSequence, draft: Draft, found: VerdictResult) -> TokenChunk:
+        verdict, trace = found.verdict, None
+        if sequence.request.trace:
+            trace = DraftTrace(token_ids=tuple(draft.token_ids.tolist()), parents=tuple(draft.parents.tolist()), accepted=verdict.num_accepted)
+        return TokenChunk(
+            request_id=sequence.request.request_id, start=sequence.num_output - len(verdict.output_ids),
+            token_ids=verdict.output_ids, logprobs=found.logprobs, finish_reason=sequence.finish, trace=trace,
+            stop_match=str(verdict.output_ids[-1]) if sequence.finish is FinishReason.STOP else "",
+            stats=sequence.stats() if sequence.finish else None,
+        )
+
+    def _count(self, sequences: Sequence[DecodeSequence], began: float, proposed: float, forwarded: float, verified: float) -> None:
+        ended = time.perf_counter()
+        self.steps += 1
+        for name, seconds in (("draft", proposed - began + ended - verified), ("forward", forwarded - proposed), ("verify", verified - forwarded)):
+            self.clocks[name] += seconds
+        for sequence in sequences:
+            sequence.seconds += ended - began
+
+
+def _shallow(draft: Draft, depth: int) -> Draft:
+    """The nodes that an answer of ``depth + 1`` more tokens can use."""
+    if draft.num_nodes == 0 or draft.num_nodes <= depth:
+        return draft
+    keep = depths(draft.parents) <= depth
+    if keep.all():
+        return draft
+    renumbered = np.cumsum(keep) - 1
+    parents = draft.parents[keep]
+    return Draft(
+        token_ids=draft.token_ids[keep], log_q=draft.log_q[keep], survival=draft.survival[keep],
+        parents=np.where(parents < 0, -1, renumbered[parents]).astype(np.int32),
+    )
+
+
+def _tally(sequence: DecodeSequence, draft: Draft, accepted: int) -> None:
+    deepest = int(depths(draft.parents).max(initial=0))
+    for depth in range(min(accepted + 1, deepest)):
+        sequence.reached_at[depth] += 1
+        sequence.accepted_at[depth] += depth < accepted
+    if sequence.verifications == 0:
+        sequence.first_accepted = accepted
+    sequence.verifications += 1
+    sequence.drafted += draft.num_nodes
+    sequence.accepted += accepted
+
+
+def first_chunk(sequence: DecodeSequence, logprob: TokenLogprob | None, end_ids: Sequence[int]) -> TokenChunk:
+    """The chunk of t_n alone; sets ``finish`` where it ends the answer."""
+    token = sequence.ctx.token_ids[-1]
+    if token in stopping_ids(sequence.request.sampling, end_ids):
+        sequence.finish = FinishReason.STOP
+    elif sequence.remaining <= 0:
+        sequence.finish = FinishReason.LENGTH
+    return TokenChunk(
+        request_id=sequence.request.request_id, start=0, token_ids=(token,), logprobs=(logprob,) if logprob else (),
+        finish_reason=sequence.finish, stop_match=str(token) if sequence.finish is FinishReason.STOP else "",
+        stats=sequence.stats() if sequence.finish else None,
+    )

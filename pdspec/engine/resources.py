@@ -1,0 +1,117 @@
+"""What one engine process holds: model, KV pages, drafters, and the fingerprints of all three."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass, field
+
+from pdspec.cache.paged import PagedCache
+from pdspec.cache.pool import PagePool
+from pdspec.config import WorkerConfig
+from pdspec.engine.selftest import check_exact
+from pdspec.errors import Incompatible, UnknownName
+from pdspec.model.build import kernel_hash
+from pdspec.model.files import ModelFiles, resolve
+from pdspec.model.fingerprint import content_fingerprint
+from pdspec.model.loader import load_weights
+from pdspec.model.ops import Ops, make_ops
+from pdspec.model.runner import Runner
+from pdspec.spec.protocol import Drafter
+from pdspec.spec.registry import draft_groups, make_drafter
+from pdspec.spec.tree import TreeSpec, parse_tree
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Resources:
+    """Built by ``load``; used by the engine thread alone, but for the fields that never change."""
+
+    config: WorkerConfig
+    files: ModelFiles
+    ops: Ops
+    runner: Runner
+    cache: PagedCache
+    pool: PagePool
+    drafters: dict[str, Drafter]
+    fingerprint: dict[str, str]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The model's end tokens."""
+        return self.files.config.eos_ids
+
+    @property
+    def digest(self) -> str:
+        """One hash of what all workers of a deployment share; drafters are compared per request."""
+        shared = {key: value for key, value in self.fingerprint.items() if not key.startswith("drafter/")}
+        return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:32]
+
+    def drafter(self, name: str) -> Drafter:
+        """The drafter a request names, or the default. Raises UnknownName."""
+        name = name or self.config.drafter
+        if name not in self.drafters:
+            raise UnknownName(f"no drafter {name!r} here", field="drafter", remedy=f"use one of {', '.join(self.drafters)}")
+        return self.drafters[name]
+
+    def tree(self, drafter: Drafter, asked: str) -> str:
+        """The tree specification of a request: its own, the deployment's for its default drafter, or the family's."""
+        default = self.config.tree if drafter.name == self.config.drafter else ""
+        return (asked or default or drafter.default_tree) if drafter.default_tree else ""
+
+    def close(self) -> None:
+        """Give threads back."""
+        self.ops.close()
+
+
+def tree_spec(tree: str) -> TreeSpec | None:
+    """Parsed tree, None for families that draft nothing."""
+    return parse_tree(tree) if tree else None
+
+
+def load(config: WorkerConfig) -> Resources:
+    """Everything a worker needs, or a ConfigError that says what is wrong with the settings or the files."""
+    if config.tree:
+        parse_tree(config.tree)
+    files = resolve(config.model, config.cache_dir or None)
+    ops = make_ops(config.device, config.threads)
+    runner = Runner(files.config, load_weights(files, config.dtype), ops=ops, dtype=config.dtype)
+    identity = {"tokenizer_hash": files.tokenizer_hash, "content_hash": files.content_hash, "dtype": config.dtype}
+    drafts = draft_groups(config.drafters, heads=config.heads, model_config=files.config, **identity)
+    cache = PagedCache((runner.group, *drafts), config.pages(), config.page_size, ops.device)
+    drafters = {
+        name: make_drafter(name, ops=ops, cache=cache, model_config=files.config, embedding=runner.embedding,
+                           heads=config.heads, strict=config.strict_target, **identity)
+        for name in config.drafters
+    }
+    resources = Resources(
+        config=config, files=files, ops=ops, runner=runner, cache=cache, drafters=drafters,
+        pool=PagePool(config.pages(), config.page_size), fingerprint={},
+    )
+    resources.fingerprint.update(_fingerprint(resources, check_exact(resources, config.numerics)))
+    resources.metrics.update(native_kernels=float(ops.name == "native"), numerics_exact=float(resources.fingerprint["numerics"] != "fast"))
+    return resources
+
+
+def _fingerprint(resources: Resources, numerics: str) -> dict[str, str]:
+    files, config = resources.files, resources.config
+    target = content_fingerprint(files.config, files.content_hash, config.dtype, (resources.runner.group,))
+    return {
+        "target": target,
+        "tokenizer": files.tokenizer_hash,
+        "numerics": f"exact/{kernel_hash()}" if numerics == "exact" else "fast",
+        **{f"drafter/{name}": drafter.fingerprint() for name, drafter in resources.drafters.items()},
+    }
+
+
+def check_fingerprint(mine: dict[str, str], theirs: dict[str, str], *, drafter: str, peer: str) -> None:
+    """Raises Incompatible naming the first field in which two sides of a handoff differ; only the request's own
+    drafter is compared."""
+    for name in ("target", "tokenizer", "numerics", f"drafter/{drafter}"):
+        a, b = mine.get(name, "absent"), theirs.get(name, "absent")
+        if a != b:
+            raise Incompatible(f"this worker has {a[:24]}, {peer} has {b[:24]}", field=f"fingerprint.{name}",
+                               remedy="deploy both with the same model, dtype, numerics and heads")

@@ -1,0 +1,205 @@
+"""``PrefillWorker/Prefill``: one stream per prompt, from Open to Done.
+
+    Open → checks → queue → Begin ─┬─ engine thread: step, step … ──events──┐
+                                   └─ this coroutine: read pages, send frames ◀┘ … Done
+    whatever ends the stream → Release(sequence) on the engine thread → pages free
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from typing import Any
+
+import grpc
+import numpy as np
+import torch
+
+from pdspec.cache.pool import pages_for
+from pdspec.config import WorkerConfig
+from pdspec.engine.local import check, new_context
+from pdspec.engine.prefill import PrefillEngine, PrefillSequence
+from pdspec.engine.resources import check_fingerprint, load
+from pdspec.engine.serving import RunningWorker, StatusService, describe
+from pdspec.engine.thread import EngineThread
+from pdspec.spec.protocol import Candidates
+from pdspec.spec.protocol import HiddenRows as TargetRows
+from pdspec.transfer.frames import Begin, DraftStart, First, HiddenRows, Pages
+from pdspec.transfer.grpc_stream import PrefillStream, prefill_handler
+from pdspec.types import DraftPrefill, TokenLogprob, WorkerInfo
+from pdspec.wire import pdspec_pb2_grpc as rpc
+from prefill_worker.scheduler import PrefillScheduler
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class QueuedPrompt(PrefillSequence):
+    """A sequence with what the scheduler asks for."""
+
+    num_pages: int
+    queued_at: float
+
+    @property
+    def pages(self) -> list[int]:
+        """Its page ids."""
+        return self.ctx.pages
+
+
+class Events:
+    """Carries what the engine says to the stream's coroutine, in order."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.queue: asyncio.Queue[tuple[str, tuple[Any, ...]]] = asyncio.Queue()
+
+    def _tell(self, kind: str, *values: Any) -> None:
+        self._loop.call_soon_threadsafe(self.queue.put_nowait, (kind, values))
+
+    def rows(self, group: str, layer: int, start: int, stop: int) -> None:
+        """See PrefillEvents."""
+        self._tell("rows", group, layer, start, stop)
+
+    def hidden(self, rows: TargetRows) -> None:
+        """See PrefillEvents."""
+        self._tell("hidden", rows)
+
+    def first(self, token_id: int, logprob: TokenLogprob | None) -> None:
+        """See PrefillEvents."""
+        self._tell("first", token_id, logprob)
+
+    def start(self, candidates: Candidates | None, rows: dict[str, torch.Tensor]) -> None:
+        """See PrefillEvents."""
+        self._tell("start", candidates, rows)
+
+    def done(self) -> None:
+        """See PrefillEvents."""
+        self._tell("done")
+
+
+class PrefillHost:
+    """What runs on the engine thread."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self.resources = load(config)
+        self.engine = PrefillEngine(self.resources)
+        self.scheduler: PrefillScheduler[QueuedPrompt] = PrefillScheduler(self.resources.pool, config.chunk)
+
+    def step(self) -> bool:
+        """One prefill step; False when no prompt can advance."""
+        work = self.scheduler.plan()
+        if work:
+            self.engine.step(work)
+        return bool(work)
+
+    def check_integrity(self) -> None:
+        """See scheduler."""
+        self.scheduler.check_integrity()
+
+    def close(self) -> None:
+        """Stop the kernels' threads."""
+        self.resources.close()
+
+
+class PrefillService:
+    """Serves streams on the asyncio thread."""
+
+    def __init__(self, config: WorkerConfig, engine: EngineThread, host: PrefillHost) -> None:
+        self.config, self.engine, self.host = config, engine, host
+        self.worker_id, self.address = config.worker_id, ""
+
+    async def serve(self, stream: PrefillStream) -> None:
+        """One Prefill call. Raises typed errors, which the handler sends as ErrorFrame and status."""
+        opening, resources = stream.open, self.host.resources
+        check(resources, opening.request)
+        check_fingerprint(resources.fingerprint, dict(opening.fingerprint), drafter=opening.drafter, peer=opening.worker_id or "the decode worker")
+        events = Events(asyncio.get_running_loop())
+        prompt = self._prompt(stream, events)
+        await self.engine.call(lambda: self.host.scheduler.add(prompt))
+        try:
+            await stream.send(Begin(epoch=opening.epoch, rows=self._rows(prompt), fingerprint=resources.fingerprint, worker_id=self.worker_id))
+            await self._send(stream, prompt, events)
+        finally:
+            self.engine.post(lambda: self.host.scheduler.release(prompt))
+
+    def _prompt(self, stream: PrefillStream, events: Events) -> QueuedPrompt:
+        request = dataclasses.replace(stream.open.request, drafter=stream.open.drafter)
+        ctx = new_context(self.host.resources, request, [])
+        drafter = self.host.resources.drafter(request.drafter)
+        rows = len(request.prompt_ids) + 1 + drafter.max_nodes
+        return QueuedPrompt(
+            request=request, ctx=ctx, drafter=drafter, draft_prefill=DraftPrefill(stream.open.draft_prefill), events=events,
+            ship_rows=request.sampling.max_tokens > 1, queued_at=time.perf_counter(),
+            num_pages=pages_for(rows, self.host.resources.pool.page_size),
+        )
+
+    def _rows(self, prompt: QueuedPrompt) -> dict[str, int]:
+        n = prompt.ctx.prompt_len if prompt.ship_rows else 0
+        drafts = prompt.drafter.rows_at(n) if n and prompt.draft_prefill is DraftPrefill.PREFILL else {}
+        return {self.host.resources.runner.group.name: n, **drafts}
+
+    async def _send(self, stream: PrefillStream, prompt: QueuedPrompt, events: Events) -> None:
+        cache, epoch = self.host.resources.cache, stream.open.epoch
+        while True:
+            kind, values = await events.queue.get()
+            match kind:
+                case "rows":
+                    group, layer, start, stop = values
+                    payload = cache.read_rows(group, layer, prompt.ctx.pages, start, stop)
+                    heads = cache.layout(group).num_kv_heads
+                    await stream.send(Pages(epoch=epoch, seq=0, group=group, layer=layer, start=start, count=stop - start, head_start=0, head_count=heads, payload=payload))
+                case "hidden":
+                    await stream.send(hidden_frame(epoch, values[0]))
+                case "first":
+                    await stream.send(First(epoch=epoch, token_id=values[0], logprob=values[1]))
+                case "start":
+                    await stream.send(start_frame(epoch, *values))
+                case "done":
+                    queue_ms = 1e3 * (prompt.started_at - prompt.queued_at)
+                    await stream.finish({"queue_ms": queue_ms, "prefill_ms": 1e3 * prompt.seconds})
+                    return
+
+    def info(self) -> WorkerInfo:
+        """Status."""
+        scheduler = self.host.scheduler
+        return describe(
+            self.host.resources, worker_id=self.worker_id, role="prefill", address=self.address, queued=len(scheduler.waiting),
+            running=len(scheduler.running), steps=self.host.engine.steps,
+        )
+
+
+def hidden_frame(epoch: int, rows: TargetRows) -> HiddenRows:
+    """Captured layers, then the final state, each float32 [rows, ...]."""
+    parts = [part for part in (rows.captured, rows.final) if part is not None]
+    payload = b"".join(part.contiguous().cpu().numpy().tobytes() for part in parts)
+    return HiddenRows(epoch=epoch, seq=0, start=rows.start, count=len(parts[0]), dtype="float32", payload=payload)
+
+
+def start_frame(epoch: int, candidates: Candidates | None, rows: dict[str, torch.Tensor]) -> DraftStart:
+    """The drafter's start; no candidates travel as W = 0."""
+    found = candidates or Candidates(token_ids=np.empty(0, np.int32), log_q=np.empty(0, np.float32), score=np.empty(0, np.float32))
+    return DraftStart(
+        epoch=epoch, seq=0, token_ids=found.token_ids, log_q=found.log_q, score=found.score,
+        rows={name: row.cpu().numpy() for name, row in rows.items()},
+    )
+
+
+def launch(config: WorkerConfig) -> RunningWorker:
+    """Start a prefill worker in this process. Raises ConfigError."""
+    config = config.replace(role="prefill")
+    engine = EngineThread(lambda: PrefillHost(config), name="engine")
+    host = engine.start()
+    worker = RunningWorker(config, engine, ("PrefillWorker",))
+    service = PrefillService(config, engine, host)  # type: ignore[arg-type]
+
+    def register(server: grpc.aio.Server) -> None:
+        service.address = worker.address
+        service.worker_id = config.worker_id or f"prefill@{worker.address}"
+        server.add_generic_rpc_handlers((prefill_handler(service.serve, steps=lambda: service.host.engine.steps, stall_timeout_s=config.stall_timeout_s),))
+        rpc.add_WorkerServicer_to_server(StatusService(service.info), server)
+
+    try:
+        worker.start(register)
+    except BaseException:
+        engine.stop()
+        raise
+    return worker
