@@ -127,7 +127,7 @@ class Growth:
         return int(self._parents[node])
 
     def path(self, node: int) -> list[int]:
-        """Of an expanded node: its ancestors below the root and itself, topmost first, as numbers among the expanded."""
+        """Of an expanded node: its ancestors below the root and itself, topmost first, by number among the expanded."""
         numbers = []
         while node >= 0:
             numbers.append(self._expanded[node])
