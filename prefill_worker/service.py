@@ -26,7 +26,7 @@ from pdspec.engine.thread import EngineThread
 from pdspec.spec.protocol import Candidates
 from pdspec.spec.protocol import HiddenRows as TargetRows
 from pdspec.transfer.frames import Begin, DraftStart, First, HiddenRows, Pages
-from pdspec.transfer.grpc_stream import PrefillStream, prefill_handler
+from pdspec.transfer.grpc_serve import PrefillStream, prefill_handler
 from pdspec.types import DraftPrefill, TokenLogprob, WorkerInfo
 from pdspec.wire import pdspec_pb2_grpc as rpc
 from prefill_worker.scheduler import PrefillScheduler
