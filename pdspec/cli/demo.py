@@ -76,7 +76,8 @@ def demo(
 def table(answers: dict[tuple[str, str], Answer], processes: dict[str, int], drafter: str) -> Table:
     """One column per answer. ``processes`` says which process each worker is."""
     plain = answers.get(("direct", "none"))
-    rows = Table(Column("", no_wrap=True), *(f"{name}, {handoff}" for handoff, name in answers), box=None, header_style="bold")
+    titles = (f"{name}, {handoff}" for handoff, name in answers)
+    rows = Table(Column("", no_wrap=True), *titles, box=None, header_style="bold")
     for column in rows.columns[1:]:
         column.justify = "right"
 
