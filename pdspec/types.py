@@ -94,6 +94,7 @@ class UserRequest:
     draft_prefill: str = ""
     handoff: str = ""  # empty: the deployment's default
     sample: int = 0
+    trace: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

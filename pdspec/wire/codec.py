@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 
 from pdspec.errors import InvalidRequest
 from pdspec.types import (
+    DraftTrace,
     FinishReason,
     GenerateRequest,
     GenerationStats,
@@ -87,13 +88,14 @@ def user_request_from_pb(message: pb.GenerateRequest) -> UserRequest:
         draft_prefill=message.draft_prefill,
         handoff=message.handoff,
         sample=message.sample,
+        trace=message.trace,
     )
 
 
 def user_request_to_pb(request: UserRequest) -> pb.GenerateRequest:
     """The message a client sends. Raises InvalidRequest for what the message cannot hold."""
     message = pb.GenerateRequest(sampling=sampling_to_pb(request.sampling))
-    for name in ("request_id", "model", "drafter", "tree", "draft_prefill", "handoff", "sample"):
+    for name in ("request_id", "model", "drafter", "tree", "draft_prefill", "handoff", "sample", "trace"):
         _set(message, name, getattr(request, name))
     if request.text is not None:
         _set(message, "text", request.text)
@@ -118,13 +120,14 @@ def worker_request_from_pb(message: pb.WorkerRequest) -> GenerateRequest:
         sample=message.sample,
         deadline_s=message.deadline_s if message.deadline_s > 0 else None,
         replayed=message.replayed,
+        trace=message.trace,
     )
 
 
 def worker_request_to_pb(request: GenerateRequest) -> pb.WorkerRequest:
     """Raises InvalidRequest for what the message cannot hold."""
     message = pb.WorkerRequest(sampling=sampling_to_pb(request.sampling), deadline_s=request.deadline_s or 0.0)
-    for name in ("request_id", "model", "drafter", "tree", "draft_prefill", "sample", "replayed"):
+    for name in ("request_id", "model", "drafter", "tree", "draft_prefill", "sample", "replayed", "trace"):
         _set(message, name, getattr(request, name))
     message.prompt_ids = _ids(request.prompt_ids, "prompt_ids")
     return message
@@ -195,6 +198,7 @@ def chunk_from_pb(message: pb.DecodeChunk | pb.GenerateChunk) -> TokenChunk:
         finish_reason=_finish(message.finish_reason),
         stop_match=message.stop_match,
         stats=stats_from_pb(message.stats) if message.HasField("stats") else None,
+        trace=trace_from_pb(message.trace) if message.HasField("trace") else None,
     )
 
 
@@ -220,6 +224,21 @@ def logprob_from_pb(message: pb.TokenLogprob) -> TokenLogprob:
         raise InvalidRequest(f"{len(ids)} ids for {len(message.top_logprobs)} values", field="logprobs.top_ids")
     top = tuple(zip(ids, message.top_logprobs, strict=True))
     return TokenLogprob(token_id=message.token_id, logprob=message.logprob, top=top)
+
+
+def trace_to_pb(trace: DraftTrace) -> pb.DraftTrace:
+    """Ids and parents as int32 bytes."""
+    return pb.DraftTrace(
+        token_ids=ids_to_bytes(trace.token_ids), parents=ids_to_bytes(trace.parents), accepted=trace.accepted
+    )
+
+
+def trace_from_pb(message: pb.DraftTrace) -> DraftTrace:
+    """Raises InvalidRequest for a broken list."""
+    return DraftTrace(
+        token_ids=bytes_to_ids(message.token_ids, "trace.token_ids"),
+        parents=bytes_to_ids(message.parents, "trace.parents"), accepted=message.accepted,
+    )
 
 
 def stats_to_pb(stats: GenerationStats) -> pb.Stats:
@@ -258,6 +277,7 @@ def _chunk_fields(chunk: TokenChunk) -> dict[str, Any]:
         "finish_reason": chunk.finish_reason.value if chunk.finish_reason else "",
         "stop_match": chunk.stop_match,
         "stats": stats_to_pb(chunk.stats) if chunk.stats else None,
+        "trace": trace_to_pb(chunk.trace) if chunk.trace else None,
     }
 
 
