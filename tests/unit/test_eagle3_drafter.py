@@ -139,6 +139,23 @@ def test_chunked_prefill_is_unchunked_prefill_to_the_bit(native, cuts, early_las
     assert torch.equal(cut.ctx.state.feature, whole.ctx.state.feature)
 
 
+def test_a_prefill_can_begin_anew(native):
+    whole, again = (Story(world=make_world(native), seed=9, length=20) for _ in range(2))
+    again.world.drafter.prefill(again.ctx, HiddenRows(start=0, captured=again.captured[:7] + 1, final=None))
+    again.prefill((4,))
+    assert torch.equal(again.kv_rows(), whole.prefill().kv_rows())
+
+
+def test_a_prefill_can_stand_behind_rows_that_are_there(native):
+    whole, rest = (Story(world=make_world(native), seed=9, length=20) for _ in range(2))
+    rest.ctx.token_ids += rest.tokens(1)
+    rest.world.cache.write_rows("draft/0", 0, rest.ctx.pages, 0, 8,
+                                whole.prefill().world.cache.read_rows("draft/0", 0, whole.ctx.pages, 0, 8))
+    rest.world.drafter.prefill(rest.ctx, HiddenRows(start=8, captured=rest.captured[8:], final=None))
+    assert torch.equal(rest.kv_rows(), whole.kv_rows())
+    assert torch.equal(rest.ctx.state.feature, whole.ctx.state.feature)
+
+
 def test_a_row_waits_for_its_token(ops):
     story = Story(world=make_world(ops), seed=9, length=6)
     story.world.drafter.prefill(story.ctx, HiddenRows(start=0, captured=story.captured, final=None))
