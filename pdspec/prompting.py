@@ -48,5 +48,6 @@ def to_generate_request(
         tree=user.tree,
         draft_prefill=user.draft_prefill,
         sample=user.sample,
+        trace=user.trace,
         deadline_s=deadline_s,
     )

@@ -9,6 +9,7 @@ An answer that does not end with a finish reason ends with an error: it never lo
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
@@ -23,16 +24,14 @@ from pdspec.types import FinishReason, GenerateRequest, GenerationStats, Handoff
 from pdspec.wire import pdspec_pb2 as pb
 from pdspec.wire import pdspec_pb2_grpc as rpc
 from pdspec.wire.codec import chunk_from_pb, decode_request_to_pb, generate_chunk_to_pb
-from pdspec.wire.status import ERROR_KEY, from_rpc_error
+from pdspec.wire.status import from_peer_error, is_broken
 from router.fleet import Fleet
 from router.policy import choose
 from router.tally import Tally
 
 log = logging.getLogger(__name__)
 MAX_ATTEMPTS = 3
-_LOST_CODES = (
-    grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL,
-)  # fmt: skip  # of a transport that broke; what a worker says of itself carries a typed error
+END_TIMEOUT_S = 1.0  # for a worker to end its call after its last chunk
 
 
 class Answer:
@@ -104,6 +103,8 @@ class Answer:
                 out = self._take(chunk, route, first=chunk.start == 0)
                 yield out
                 if out.finish_reason:
+                    if chunk.finish_reason:  # let the worker end its call itself; only a cut needs the cancel
+                        await asyncio.wait({asyncio.ensure_future(call.code())}, timeout=END_TIMEOUT_S)
                     return
             raise PeerLost(f"{route.decode} ended the stream without a finish reason")
         except grpc.RpcError as error:
@@ -160,17 +161,14 @@ class Answer:
             sampling=replace(
                 sampling,
                 max_tokens=sampling.max_tokens - sent,
-                min_tokens=max(0, sampling.min_tokens - sent),
                 stop_strings=(),  # matched here, on the text
             ),
         )
 
     def _failure(self, error: grpc.RpcError, route: Route) -> PdspecError:
-        typed = any(key == ERROR_KEY for key, _ in error.trailing_metadata() or ())
-        if typed or error.code() not in _LOST_CODES:
-            return from_rpc_error(error, peer=f"decode worker {route.decode}")
-        self._fleet.lose(route.decode, f"failed a request: {error.code().name}")
-        return PeerLost(f"decode worker {route.decode} was lost: {error.code().name} {error.details()}")
+        if is_broken(error):
+            self._fleet.lose(route.decode, f"failed a request: {error.code().name}")
+        return from_peer_error(error, peer=f"decode worker {route.decode}")
 
 
 def _checked(message: pb.DecodeChunk, *, expected: int, worker: str) -> TokenChunk:
