@@ -92,8 +92,8 @@ class Eagle3Drafter:
 
     def prefill(self, ctx: DraftContext, hidden: HiddenRows) -> None:
         """Writes the rows whose features and next token are known; the last row waits for t_n. A chunk at 0 begins
-        anew; a first chunk elsewhere stands behind rows that are in the pages already. Raises ValueError for chunks out of
-        order."""
+        anew; a first chunk elsewhere stands behind rows that are in the pages already. Raises ValueError for chunks
+        out of order."""
         state = ctx.state
         if state is None or hidden.start == 0:
             state = ctx.state = Eagle3State(spec=self._spec(ctx.tree), rows=hidden.start)
