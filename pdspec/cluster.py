@@ -71,6 +71,7 @@ class Cluster:
         self.log_folder = ""
         self.actors: dict[str, Any] = {}  # worker ids, "router", "relay" → actor handles
         self.progress = progress
+        self._name = f"pdspec-{secrets.token_hex(4)}"  # deployments may stand side by side in one namespace
         self._group: PlacementGroup | None = None
         self._owns_ray = False
         self._folder = ""
@@ -216,7 +217,7 @@ class Cluster:
                 raise error_from_dict(failure)
 
     def _actor_name(self, worker_id: str) -> str:
-        return f"pdspec-{os.getpid()}-{worker_id}"
+        return f"{self._name}-{worker_id}"
 
     def _endpoint(self, router: RouterConfig) -> str:
         host = ray.util.get_node_ip_address() if router.host in ("0.0.0.0", "::", "") else router.host
