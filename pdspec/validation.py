@@ -69,7 +69,7 @@ def _check_prompt(request: GenerateRequest, vocab_size: int, max_context: int) -
         raise InvalidRequest("the prompt is empty", field="prompt_ids", remedy="send at least one token")
     if sampling.max_tokens <= 0:
         raise _outside("max_tokens", sampling.max_tokens, "at least 1")
-    if not 0 <= sampling.min_tokens <= sampling.max_tokens:
+    if not 0 <= sampling.min_tokens <= sampling.max_tokens + request.replayed:  # it counts what was replayed, too
         raise _outside("min_tokens", sampling.min_tokens, "between 0 and max_tokens")
     if length + sampling.max_tokens > max_context:
         message = f"{length} prompt tokens + max_tokens {sampling.max_tokens} are beyond the context of {max_context}"

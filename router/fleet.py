@@ -108,7 +108,6 @@ class Fleet:
         self._heartbeat_s, self._on_change = heartbeat_s, on_change
         self._workers: dict[str, Worker] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._fingerprint = ""
         self._closed = False
 
     def set_workers(self, *, prefill: Sequence[str], decode: Sequence[str]) -> None:
@@ -129,8 +128,8 @@ class Fleet:
     def views(self) -> tuple[WorkerView, ...]:
         """A snapshot, in the order in which the workers were named."""
         views = tuple(worker.view() for worker in self._workers.values())
-        self._fingerprint = reference_fingerprint(views, self._fingerprint)
-        return tuple(self._judge(view) for view in views)
+        fingerprint = reference_fingerprint(views)
+        return tuple(_judge(view, fingerprint) for view in views)
 
     def channel(self, address: str) -> grpc.aio.Channel:
         """The open channel to a worker. Raises KeyError for an address that is not in the fleet."""
@@ -180,10 +179,10 @@ class Fleet:
         worker = self._workers.pop(address)
         self._tasks[f"close {address} {id(worker)}"] = asyncio.ensure_future(worker.channel.close())
 
-    def _judge(self, view: WorkerView) -> WorkerView:
-        if view.state is not WorkerState.READY or view.info is None or view.info.fingerprint == self._fingerprint:
-            return view
-        mine, theirs = view.info.fingerprint[:12], self._fingerprint[:12]
-        reason = f"fingerprint {mine} differs from {theirs} of the decode workers; "
-        reason += "start it with the same model, dtype and numerics"
-        return dataclasses.replace(view, state=WorkerState.REFUSED, reason=reason)
+
+def _judge(view: WorkerView, fingerprint: str) -> WorkerView:
+    if view.state is not WorkerState.READY or view.info is None or view.info.fingerprint == fingerprint:
+        return view
+    reason = f"fingerprint {view.info.fingerprint[:12]} differs from {fingerprint[:12]} of the decode workers; "
+    reason += "start it with the same model, dtype and numerics"
+    return dataclasses.replace(view, state=WorkerState.REFUSED, reason=reason)

@@ -104,16 +104,15 @@ def _prefill_order(workers: Sequence[WorkerView], drafter: str) -> tuple[str, ..
     return tuple(worker.address for worker in (*usable, *silent))
 
 
-def reference_fingerprint(workers: Sequence[WorkerView], previous: str) -> str:
-    """The content fingerprint that all must hold: ``previous`` while any decode worker that answers holds it, else that
-    of the first decode worker that answers (of any, without one)."""
+def reference_fingerprint(workers: Sequence[WorkerView]) -> str:
+    """The content fingerprint that all must hold: that of most decode workers that answer, on a tie of the one named
+    first; of prefill workers when no decode worker answers; empty when nobody does."""
     answers = (WorkerState.READY, WorkerState.DRAINING, WorkerState.REFUSED)
-    answering = [worker for worker in workers if worker.info and worker.state in answers]
-    held = [worker.info.fingerprint for worker in answering if worker.info and worker.role == "decode"]
-    if previous and previous in held:
-        return previous
-    others = [worker.info.fingerprint for worker in answering if worker.info]
-    return next(iter(held or others), previous)
+    for role in ("decode", "prefill"):
+        held = [w.info.fingerprint for w in workers if w.info and w.state in answers and w.role == role]
+        if held:
+            return max(held, key=held.count)  # the first of the most frequent
+    return ""
 
 
 def describe(workers: Sequence[WorkerView], exclude: Collection[str] = ()) -> str:

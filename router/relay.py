@@ -21,7 +21,7 @@ from pdspec.telemetry import setup_logging
 from pdspec.transfer.grpc_stream import METHOD, SERVICE, TARGET_KEY
 from pdspec.wire.channels import add_health, bind, make_channel, make_server
 from pdspec.wire.serving import ServiceThread, run_in_foreground
-from pdspec.wire.status import from_rpc_error
+from pdspec.wire.status import from_peer_error
 
 
 class Relay:
@@ -48,7 +48,7 @@ class Relay:
             while (frame := await call.read()) is not grpc.aio.EOF:
                 await context.write(frame)
         except grpc.RpcError as error:
-            raise from_rpc_error(error, peer=f"prefill worker {target}") from error
+            raise from_peer_error(error, peer=f"prefill worker {target}") from error
         finally:
             forward.cancel()
             call.cancel()

@@ -34,7 +34,7 @@ from pdspec.transfer.frames import (
 )
 from pdspec.transfer.ledger import Ledger
 from pdspec.transfer.schema import Frame
-from pdspec.wire.status import from_rpc_error
+from pdspec.wire.status import from_peer_error
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ class PrefillCall:
             message = f"{self._peer} made no progress for {self._stall_timeout_s} s"
             raise PeerLost(message, field="stall_timeout_s") from None
         except grpc.RpcError as error:
-            raise from_rpc_error(error, peer=self._peer) from error
+            raise from_peer_error(error, peer=self._peer) from error
         if data is grpc.aio.EOF:
             raise await self._end_error()
         return parse_frame(data)
@@ -159,7 +159,7 @@ class PrefillCall:
         failed = grpc.aio.AioRpcError(
             await self._call.code(), await self._call.initial_metadata(), trailing, await self._call.details()
         )
-        return from_rpc_error(failed, peer=self._peer)
+        return from_peer_error(failed, peer=self._peer)
 
     async def _flush_credit(self) -> None:
         granted, self._granted = self._granted, 0

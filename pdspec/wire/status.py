@@ -25,6 +25,12 @@ _BY_CODE: dict[grpc.StatusCode, type[PdspecError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
     grpc.StatusCode.CANCELLED: errors.Cancelled,
 }
+_BROKEN = (  # how gRPC itself reports a peer that died, was stopped or closed the connection
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.INTERNAL,
+)
 _SIZE_TEXT = "message larger than max"  # gRPC's own refusal, made before our code sees the message
 
 
@@ -92,6 +98,18 @@ def from_rpc_error(error: grpc.RpcError, *, peer: str = "") -> PdspecError:
     text = f"{peer}: {name}: {details}" if peer else details
     kind = _BY_CODE.get(code, PdspecError) if code else PdspecError
     return kind(text)
+
+
+def is_broken(error: grpc.RpcError) -> bool:
+    """Whether the connection or the peer went away, as opposed to an answer that the peer gave."""
+    return error.code() in _BROKEN and all(key != ERROR_KEY for key, _ in _metadata(error))
+
+
+def from_peer_error(error: grpc.RpcError, *, peer: str) -> PdspecError:
+    """``from_rpc_error`` for a call that this side did not cancel: whatever breaks the transport is PeerLost."""
+    if is_broken(error):
+        return errors.PeerLost(f"{peer} was lost: {error.code().name} {error.details()}")
+    return from_rpc_error(error, peer=peer)
 
 
 def _metadata(error: grpc.RpcError) -> tuple:

@@ -128,14 +128,13 @@ def test_relay_needs_a_relay() -> None:
         route(worker("a"), handoff=Handoff.RELAY)
 
 
-def test_the_reference_fingerprint_is_the_decode_workers_and_stays() -> None:
+def test_the_reference_fingerprint_is_that_of_most_decode_workers() -> None:
     first, second = worker("a", fingerprint="x"), worker("b", fingerprint="y")
-    prefill = worker("p", "prefill", fingerprint="z")
-    assert reference_fingerprint((prefill, first, second), "") == "x"
-    assert reference_fingerprint((second, first), "x") == "x"
-    assert reference_fingerprint((second,), "x") == "y"
-    assert reference_fingerprint((prefill,), "") == "z"
-    assert reference_fingerprint((), "x") == "x"
+    prefill, lost = worker("p", "prefill", fingerprint="z"), worker("l", fingerprint="q", state=WorkerState.LOST)
+    assert reference_fingerprint((lost, prefill, prefill, first, second)) == "x"
+    assert reference_fingerprint((first, second, worker("c", fingerprint="y"))) == "y"
+    assert reference_fingerprint((prefill,)) == "z"
+    assert reference_fingerprint(()) == ""
 
 
 def test_tickets_bridge_the_time_between_reports() -> None:

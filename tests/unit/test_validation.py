@@ -88,6 +88,13 @@ def test_requests_are_refused_by_field(changes: dict, field: str, kind: type[Pds
     assert caught.value.field == field and caught.value.remedy
 
 
+def test_min_tokens_counts_the_whole_answer_of_a_moved_stream() -> None:
+    moved = replace(GOOD, replayed=2, sampling=SamplingParams(max_tokens=3, min_tokens=5))
+    check(moved)
+    with pytest.raises(InvalidRequest, match="min_tokens"):
+        check(replace(moved, replayed=1))
+
+
 def test_context_remedy_says_how_much_fits() -> None:
     with pytest.raises(InvalidRequest, match="at most 29 tokens"):
         check(replace(GOOD, sampling=SamplingParams(max_tokens=30)))
