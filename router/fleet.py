@@ -108,7 +108,6 @@ class Fleet:
         self._heartbeat_s, self._on_change = heartbeat_s, on_change
         self._workers: dict[str, Worker] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._closed = False
 
     def set_workers(self, *, prefill: Sequence[str], decode: Sequence[str]) -> None:
         """These addresses from now on. New ones are asked at once; ones left out finish what they have."""
@@ -152,7 +151,6 @@ class Fleet:
 
     async def close(self) -> None:
         """End the heartbeats and the channels."""
-        self._closed = True
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)

@@ -214,7 +214,7 @@ def test_leaving_the_block_cancels_the_server_side() -> None:
                 async for frame in call:
                     assert frame.kind == "begin"
                     break
-            await asyncio.wait_for(cancelled.wait(), 1.0)
+            await asyncio.wait_for(cancelled.wait(), 10.0)
 
     asyncio.run(run())
 
