@@ -41,7 +41,7 @@ def _cpu() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def kernel_hash() -> str:
+def kernel_hash(flags: tuple[str, ...] = FLAGS) -> str:
     """Hash of sources, flags, compiler version and CPU: the kernel part of a worker's fingerprint."""
     digest = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
@@ -49,28 +49,28 @@ def kernel_hash() -> str:
             digest.update(path.read_bytes())
     compiler = _compiler()
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    for part in (version, " ".join(FLAGS).encode(), _cpu().encode()):
+    for part in (version, " ".join(flags).encode(), _cpu().encode()):
         digest.update(part)
     return digest.hexdigest()[:16]
 
 
-def load_kernels() -> ctypes.CDLL:
+def load_kernels(*extra_flags: str) -> ctypes.CDLL:
     """The compiled library, built on first use (about two seconds). Raises ``NoCompiler``, ``ConfigError``."""
-    folder = cache_root() / "kernels"
-    path = folder / f"pdk-{kernel_hash()}.so"
+    folder, flags = cache_root() / "kernels", (*FLAGS, *extra_flags)
+    path = folder / f"pdk-{kernel_hash(flags)}.so"
     if not path.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _compile(path)
+            _compile(path, flags)
         except OSError as error:
             raise ConfigError(f"cannot write {folder}: {error}", field="cache_dir", remedy="set PDSPEC_CACHE") from error
     return ctypes.CDLL(str(path))
 
 
-def _compile(path: Path) -> None:
+def _compile(path: Path, flags: tuple[str, ...]) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as temp:
         built = Path(temp) / path.name
-        command = [_compiler(), *FLAGS, "-o", str(built), *sorted(map(str, SOURCES.glob("*.c"))), "-lm"]
+        command = [_compiler(), *flags, "-o", str(built), *sorted(map(str, SOURCES.glob("*.c"))), "-lm"]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode != 0:
             raise NoCompiler(f"the CPU kernels do not compile: {result.stderr.strip()[:500]}", remedy="try another CC")

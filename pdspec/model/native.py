@@ -93,8 +93,8 @@ class NativeOps:
     name = "native"
     device = torch.device("cpu")
 
-    def __init__(self, threads: int) -> None:
-        self.lib = load_kernels()
+    def __init__(self, threads: int, *extra_flags: str) -> None:
+        self.lib = load_kernels(*extra_flags)
         self.lib.pd_pool_create.restype = _ptr
         self.threads = max(1, threads)
         self.pool = _ptr(self.lib.pd_pool_create(self.threads))

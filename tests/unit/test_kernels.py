@@ -15,9 +15,11 @@ from pdspec.types import CacheGroup
 DTYPES = [torch.bfloat16, torch.float32]
 
 
-@pytest.fixture(scope="module")
-def ops():
-    ops = NativeOps(2)
+# The kernels are written for any vector width; each width's code must work, whatever this machine's is.
+@pytest.fixture(scope="module", params=["native", "16", "32", "64"])
+def ops(request):
+    flags = () if request.param == "native" else (f"-DPDSPEC_VECTOR_BYTES={request.param}",)
+    ops = NativeOps(2, *flags)
     yield ops
     ops.close()
 

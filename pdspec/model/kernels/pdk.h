@@ -12,8 +12,10 @@
 #include <immintrin.h>
 #endif
 
-/* A block is 16 output lanes, held in NV vectors of the machine's width. */
-#if defined(__AVX512F__)
+/* A block is 16 output lanes, held in NV vectors of the machine's width (or of the width that a test asks for). */
+#if defined(PDSPEC_VECTOR_BYTES)
+#define VB PDSPEC_VECTOR_BYTES
+#elif defined(__AVX512F__)
 #define VB 64
 #elif defined(__AVX__)
 #define VB 32
@@ -32,9 +34,9 @@ typedef uint16_t vh __attribute__((vector_size(VB / 2), aligned(2), may_alias));
 
 INLINE vf load_f32(const float *p) { return *(const vf *)p; }
 INLINE vf load_bf16(const uint16_t *p) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && VB == 64
     return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
-#elif defined(__AVX2__) /* one instruction; GCC makes four of the generic form */
+#elif defined(__AVX2__) && VB == 32 /* one instruction; GCC makes four of the generic form */
     return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
 #endif
     return (vf)(__builtin_convertvector(*(const vh *)p, vu) << 16);
@@ -47,8 +49,7 @@ INLINE void load_block(const void *w, size_t i, vf out[NV], const int bf16) {
     if (!bf16) {
         for (int v = 0; v < NV; v++) out[v] = load_f32((const float *)w + i + v * LANES);
     } else if (PAIRED) {
-        const int half = NV / 2 > 0 ? NV / 2 : 1;
-        for (int v = 0; v < half; v++) {
+        for (int v = 0; v < NV / 2; v++) {
             vu u = *(const vu *)((const uint16_t *)w + i + 2 * v * LANES);
             out[v] = (vf)(u << 16);
             out[v + NV / 2] = (vf)(u & 0xffff0000u);
