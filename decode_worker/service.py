@@ -69,6 +69,8 @@ class DecodeService(rpc.DecodeWorkerServicer):
         answer = self.host.new_answer(request, asyncio.get_running_loop())
         run = _Run(self, answer, route)
         filling = asyncio.ensure_future(run.fill())
+        # After landing has stopped, whatever cancels this coroutine meanwhile.
+        filling.add_done_callback(lambda _: run.end())
         try:
             while True:
                 result = await answer.queue.get()
@@ -78,9 +80,8 @@ class DecodeService(rpc.DecodeWorkerServicer):
                 if result.finish_reason:
                     return
         finally:
+            run.leave()
             filling.cancel()
-            await asyncio.gather(filling, return_exceptions=True)  # nothing lands any more
-            self.engine.post(lambda: self.host.release(answer))
 
     def channel(self, address: str) -> grpc.aio.Channel:
         """One channel per peer, kept."""
@@ -110,6 +111,21 @@ class _Run:
         self.service, self.answer, self.route = service, answer, route
         self.handed = Handed()
         self.retries = self.rebuilds = 0
+        self._left = self._filled = False
+
+    def leave(self) -> None:
+        """The stream has ended; pages are free once nothing lands any more."""
+        self._left = True
+        self._release()
+
+    def end(self) -> None:
+        """Nothing lands any more; pages are free once the stream has ended."""
+        self._filled = True
+        self._release()
+
+    def _release(self) -> None:
+        if self._left and self._filled:
+            self.service.engine.post(lambda: self.service.host.release(self.answer))
 
     async def fill(self) -> None:
         """Errors go to the answer's queue: its coroutine raises them."""
