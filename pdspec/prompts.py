@@ -1,0 +1,77 @@
+"""Prompt files: JSON Lines in three public forms, told apart by their keys. Standard library only.
+
+    {"id": ..., "category": ..., "prompt": ...}            this project's examples
+    {"question_id": ..., "category": ..., "turns": [...]}  MT-bench (only the first turn is used)
+    {"question": ..., "answer": ...}                       GSM8K (the answer is not read)
+    {"task_id": ..., "prompt": ...}                        HumanEval
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pdspec.errors import ConfigError
+
+REMEDY = "give a JSON Lines file with prompt, turns or question in every line"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One user turn. ``id`` is unique within its file, ``category`` may be empty."""
+
+    id: str
+    category: str
+    text: str
+
+
+def load_prompts(path: str | Path) -> list[Prompt]:
+    """Every prompt of a file, or of the ``*.jsonl`` files of a folder in order of name, in file order.
+
+    Raises ConfigError naming file and line for what is missing, malformed, empty or has an id twice.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not files:
+        raise ConfigError(f"no *.jsonl file in {path}", field="prompts", remedy=REMEDY)
+    prompts = [prompt for file in files for prompt in _read(file)]
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt.id in seen:
+            raise ConfigError(f"two prompts of {path} have the id {prompt.id!r}", field="prompts", remedy=REMEDY)
+        seen.add(prompt.id)
+    return prompts
+
+
+def _read(path: Path) -> list[Prompt]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}", field="prompts", remedy=REMEDY) from error
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{where}: {error}", field="prompts", remedy=REMEDY) from error
+        prompts.append(_prompt(record, f"{path.stem}-{number}", where))
+    if not prompts:
+        raise ConfigError(f"{path} holds no prompt", field="prompts", remedy=REMEDY)
+    return prompts
+
+
+def _prompt(record: Any, default_id: str, where: str) -> Prompt:
+    text: Any = None
+    if isinstance(record, Mapping):
+        turns = record.get("turns")
+        text = record.get("prompt") or record.get("question") or (turns[0] if isinstance(turns, list) and turns else None)
+    if not isinstance(text, str) or not text.strip():
+        raise ConfigError(f"{where}: no prompt", field="prompts", remedy=REMEDY)
+    one = next((record[key] for key in ("id", "question_id", "task_id") if record.get(key) is not None), default_id)
+    return Prompt(id=str(one), category=str(record.get("category", "")), text=text)

@@ -1,0 +1,292 @@
+"""EAGLE-3 with training-time test (Li et al., 2503.01840): the head is trained on its own outputs.
+
+Row i reads the target's features h_i and token t_{i+1} and predicts t_{i+2}. In step j ≥ 1 the same row reads its
+own output of step j-1 and t_{i+1+j}, stands at position i+j, and predicts t_{i+2+j}; it attends to the target-made
+rows 0..i and to its own rows of steps 1..j, exactly as a chain drafted from row i does. Sequences are packed, not
+padded: F rows in all, of which only those that predict answer tokens ask a query.
+
+Loss of a row: cross-entropy of q against the target's distribution over the draft vocabulary; rows whose best target
+token lies outside that vocabulary are masked; step j counts 0.8^j. One target forward serves all steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from pdspec.model.ops import Rope, make_rope
+from pdspec.spec.eagle3.checkpoint import Head
+from pdspec.spec.eagle3.config import Eagle3Config, TargetIdentity
+
+DECAY = 0.8
+CHUNK = 512  # rows of logits in the cache at a time
+
+
+@dataclass(frozen=True)
+class TargetParts:
+    """What the head borrows of its target, float32: input embedding [V, H] and the output rows of the draft
+    vocabulary [draft vocabulary, H]."""
+
+    embedding: torch.Tensor
+    output: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample ready to train on. ``hidden`` float32 [N, C+1, H]; ``best`` int64 [N], -1 where unknown."""
+
+    tokens: torch.Tensor  # [N] int64
+    best: torch.Tensor
+    hidden: torch.Tensor
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class StepScores:
+    """Of one training-time-test step: its rows as (example, row) int64 [M, 2], loss, and what was asked for."""
+
+    rows: torch.Tensor
+    loss: torch.Tensor  # mean over unmasked rows
+    hits: torch.Tensor  # [M] bool: the best draft token is the best target token
+    counted: torch.Tensor  # [M] bool: rows in the loss
+    ranked: torch.Tensor | None  # [M, k] draft ids, best first
+
+
+def new_parameters(config: Eagle3Config, target: dict[str, torch.Tensor], target_ids: torch.Tensor,
+                   num_layers: int, seed: int) -> dict[str, torch.nn.Parameter]:
+    """Starting weights under SafeAILab's keys. Features start as the last fused level; norms, attention over features
+    and (where it fits) the MLP start as the target's last layer; lm_head as the target's output rows; the rest random.
+
+    ``target`` has Hugging Face keys; its tensors are copied."""
+    random = torch.Generator().manual_seed(seed)
+    hidden = config.hidden_size
+    tensors = {name: 0.02 * torch.randn(shape, generator=random) for name, shape in config.matrix_shapes().items()}
+    tensors["fc.weight"][:, -hidden:] += torch.eye(hidden)
+    last = f"model.layers.{num_layers - 1}."
+    for letter in "qkv":
+        tensors[f"midlayer.self_attn.{letter}_proj.weight"][:, hidden:] = target[f"{last}self_attn.{letter}_proj.weight"].float()
+    tensors["midlayer.self_attn.o_proj.weight"] = target[f"{last}self_attn.o_proj.weight"].float().clone()
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        source = target[f"{last}mlp.{name}.weight"]
+        if tuple(source.shape) == config.matrix_shapes()[f"midlayer.mlp.{name}.weight"]:
+            tensors[f"midlayer.mlp.{name}.weight"] = source.float().clone()
+    output = target.get("lm_head.weight", target["model.embed_tokens.weight"])
+    tensors["lm_head.weight"] = output[target_ids].float()
+    tensors["midlayer.hidden_norm.weight"] = target[f"{last}input_layernorm.weight"].float().clone()
+    tensors["midlayer.post_attention_layernorm.weight"] = target[f"{last}post_attention_layernorm.weight"].float().clone()
+    tensors["norm.weight"] = target["model.norm.weight"].float().clone()
+    tensors["midlayer.input_layernorm.weight"] = torch.ones(hidden)
+    return {name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()}
+
+
+class Eagle3Trainer:
+    """The head as torch autograd sees it. ``parameters`` have SafeAILab's keys, float32."""
+
+    def __init__(self, config: Eagle3Config, parameters: dict[str, torch.nn.Parameter], target_ids: torch.Tensor,
+                 parts: TargetParts, max_positions: int) -> None:
+        self.config, self.parameters, self.target_ids, self.parts = config, parameters, target_ids, parts
+        self.rope: Rope = make_rope(head_dim=config.head_dim, theta=config.rope_theta, max_positions=max_positions,
+                                    scaling=config.rope_scaling)
+        self.draft_ids = torch.full((config.vocab_size,), -1, dtype=torch.int64)
+        self.draft_ids[target_ids] = torch.arange(len(target_ids))
+
+    def head(self, target: TargetIdentity | None = None, card: dict[str, Any] | None = None) -> Head:
+        """The current weights as a head that can be saved."""
+        tensors = {name: value.detach().clone() for name, value in self.parameters.items()}
+        return Head(config=self.config, tensors=tensors, target_ids=self.target_ids, target=target, card=card or {})
+
+    def steps(self, examples: Sequence[Example], num_steps: int, *, rank: int = 0) -> list[StepScores]:
+        """All training-time-test steps over a packed batch. ``rank``: how many best draft ids to return per row."""
+        packed = _Packed(examples, num_steps, self.rope)
+        w, eps = self.parameters, self.config.rms_norm_eps
+        features = F.linear(packed.captured, w["fc.weight"])
+        q, k, v = self._qkv(packed.next_ids, features, packed.positions)
+        keys = _Keys(k, v)
+        x, q = features[packed.query], q[packed.query]
+        alive = torch.arange(len(packed.query))  # queries of the last step that take part in this one
+        teacher = self._teacher(packed)
+        scores = []
+        for step in range(num_steps):
+            if step:
+                alive = packed.alive(step)
+                position = alive_in(packed.alive(step - 1), alive)
+                rows = packed.query[alive]
+                x = x[position]
+                q, k, v = self._qkv(packed.ids_after(rows, step), x, packed.positions[rows] + step)
+                keys.extend(k, v, alive, len(packed.query))
+            x = x + F.linear(self._attend(q, keys, packed, alive), w["midlayer.self_attn.o_proj.weight"])
+            x = x + self._mlp(_rms(x, w["midlayer.post_attention_layernorm.weight"], eps))
+            scores.append(self._score(x, packed, alive, step, teacher, rank))
+        return scores
+
+    def loss(self, examples: Sequence[Example], num_steps: int) -> tuple[torch.Tensor, list[StepScores]]:
+        """Σ_j 0.8^j loss_j / Σ_j 0.8^j, and the steps."""
+        scores = self.steps(examples, num_steps)
+        weights = [DECAY**j for j in range(num_steps)]
+        total = torch.stack([w * s.loss for w, s in zip(weights, scores, strict=True)]).sum() / sum(weights)
+        return total, scores
+
+    def _qkv(self, ids: torch.Tensor, features: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        w, eps, config = self.parameters, self.config.rms_norm_eps, self.config
+        embedded = _rms(self.parts.embedding[ids], w["midlayer.input_layernorm.weight"], eps)
+        x = torch.cat((embedded, _rms(features, w["midlayer.hidden_norm.weight"], eps)), 1)
+        fused = torch.cat([w[f"midlayer.self_attn.{letter}_proj.weight"] for letter in "qkv"])
+        heads = F.linear(x, fused).unflatten(1, (-1, config.head_dim))
+        cos, sin = self.rope.cos[positions][:, None], self.rope.sin[positions][:, None]
+        q, k, v = heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), 1)
+        return _rotate(q, cos, sin), _rotate(k, cos, sin), v
+
+    def _attend(self, q: torch.Tensor, keys: _Keys, packed: _Packed, alive: torch.Tensor) -> torch.Tensor:
+        """[M, Hq*D]: each sequence on its own; own rows of later steps enter as single columns."""
+        config, out = self.config, []
+        groups = config.num_heads // config.num_kv_heads
+        q = (q / math.sqrt(config.head_dim)).unflatten(1, (config.num_kv_heads, groups))  # [M, G, g, D]
+        own_k = [k[alive] for k in keys.own_k]
+        own_v = [v[alive] for v in keys.own_v]
+        own = [torch.einsum("mhgd,mhd->hgm", q, k) for k in own_k]
+        start = 0
+        for sequence, count in enumerate(packed.counts(alive)):
+            stop = start + count
+            first, last = packed.bounds[sequence], packed.bounds[sequence + 1]
+            k, v = keys.k[first:last], keys.v[first:last]
+            scores = torch.einsum("mhgd,nhd->hgmn", q[start:stop], k)
+            rows = packed.query[alive[start:stop]] - first
+            scores = scores.masked_fill(torch.arange(last - first)[None] > rows[:, None], -math.inf)
+            extra = [s[:, :, start:stop, None] for s in own]
+            p = torch.cat([scores, *extra], -1).softmax(-1)
+            mixed = torch.einsum("hgmn,nhd->mhgd", p[..., : last - first], v)
+            for j, value in enumerate(own_v):
+                mixed = mixed + torch.einsum("hgm,mhd->mhgd", p[..., last - first + j], value[start:stop])
+            out.append(mixed.flatten(1))
+            start = stop
+        return torch.cat(out)
+
+    def _mlp(self, x: torch.Tensor) -> torch.Tensor:
+        w = self.parameters
+        gate = F.linear(x, w["midlayer.mlp.gate_proj.weight"])
+        return F.linear(F.silu(gate) * F.linear(x, w["midlayer.mlp.up_proj.weight"]), w["midlayer.mlp.down_proj.weight"])
+
+    def _teacher(self, packed: _Packed) -> torch.Tensor:
+        """Target probabilities over the draft vocabulary of every target row that some step predicts from."""
+        return F.linear(packed.final, self.parts.output).softmax(-1)
+
+    def _score(self, x: torch.Tensor, packed: _Packed, alive: torch.Tensor, step: int, teacher: torch.Tensor,
+               rank: int) -> StepScores:
+        w = self.parameters
+        rows = packed.query[alive]
+        where = packed.final_row[rows] + step  # the target row whose distribution is predicted
+        best = self.draft_ids[packed.best[where].clamp(min=0)]
+        counted = (packed.best[where] >= 0) & (best >= 0)
+        normed = _rms(x, w["norm.weight"], self.config.rms_norm_eps)
+        weight = counted.float() / counted.sum().clamp(min=1)
+        loss, ranked = _SoftCrossEntropy.apply(normed, w["lm_head.weight"], teacher, where, weight, max(rank, 1))
+        example = torch.bucketize(rows, torch.tensor(packed.bounds[1:]), right=True)
+        return StepScores(torch.stack((example, rows - torch.tensor(packed.bounds)[example]), 1), loss,
+                          ranked[:, 0] == best, counted, ranked if rank else None)
+
+
+class _Packed:
+    """Examples one after the other: rows i = 0..N-3 of each (row N-3 predicts the last token)."""
+
+    def __init__(self, examples: Sequence[Example], num_steps: int, rope: Rope) -> None:
+        self.bounds, query, final_row, limit = [0], [], [], []
+        finals, bests, offset = [], [], 0
+        for example in examples:
+            rows = len(example.tokens) - 2
+            first = min(max(example.prompt_tokens - 2, 0), rows)
+            start = self.bounds[-1]
+            self.bounds.append(start + rows)
+            query.append(torch.arange(start + first, start + rows))
+            limit.append(torch.full((rows - first,), start + rows))
+            # the row that predicts t_{i+2} matches target row i+1; kept are target rows first+1 .. N-2
+            final_row.append(torch.arange(rows) - first + offset)
+            finals.append(example.hidden[first + 1 : rows + 1, -1])
+            bests.append(example.best[first + 1 : rows + 1])
+            offset += rows - first
+        self.query, self.limit = torch.cat(query), torch.cat(limit)
+        self.final_row = torch.cat(final_row)
+        self.final, self.best = torch.cat(finals), torch.cat(bests)
+        self.positions = torch.cat([torch.arange(len(e.tokens) - 2) for e in examples])
+        self.captured = torch.cat([e.hidden[: len(e.tokens) - 2, :-1].flatten(1) for e in examples])
+        self._tokens = torch.cat([e.tokens for e in examples])
+        self._token_row = torch.cat([torch.arange(len(e.tokens) - 2) + 2 * n for n, e in enumerate(examples)])
+        self._token_row += torch.cat([torch.full((len(e.tokens) - 2,), self.bounds[n]) for n, e in enumerate(examples)])
+        self.next_ids = self._tokens[self._token_row + 1]
+
+    def ids_after(self, rows: torch.Tensor, step: int) -> torch.Tensor:
+        """t_{i+1+step} of flat rows."""
+        return self._tokens[self._token_row[rows] + 1 + step]
+
+    def alive(self, step: int) -> torch.Tensor:
+        """Indices into ``query`` of rows that still have a token to predict in ``step``."""
+        return torch.nonzero(self.query + step < self.limit)[:, 0]
+
+    def counts(self, alive: torch.Tensor) -> list[int]:
+        """Queries of each example among ``alive``."""
+        edges = torch.searchsorted(self.query[alive], torch.tensor(self.bounds))
+        return [int(n) for n in edges.diff()]
+
+
+class _Keys:
+    """Keys and values of step 0 [F, G, D], and each query's own rows of later steps [Q, G, D]."""
+
+    def __init__(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.k, self.v = k, v
+        self.own_k: list[torch.Tensor] = []
+        self.own_v: list[torch.Tensor] = []
+
+    def extend(self, k: torch.Tensor, v: torch.Tensor, alive: torch.Tensor, queries: int) -> None:
+        """Own rows of one more step, of the queries still ``alive``."""
+        for held, new in ((self.own_k, k), (self.own_v, v)):
+            held.append(torch.zeros(queries, *new.shape[1:]).index_copy(0, alive, new))
+
+
+def alive_in(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+    """Where the members of sorted ``now`` stand in sorted ``before``, of which they are a part."""
+    return torch.searchsorted(before, now)
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    """Σ_m weight_m · H(p_m, softmax(y_m Wᵀ)) and the best ids; logits are made, used and dropped chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, weight_VH: torch.Tensor, teacher: torch.Tensor, where: torch.Tensor,
+                row_weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """y [M, H], teacher [T, V], where [M] rows of teacher, row_weight [M] → loss [], ids [M, rank]."""
+        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        grad_y, grad_w = (torch.empty_like(y), torch.zeros_like(weight_VH)) if wanted else (None, None)
+        loss, ranked = y.new_zeros(()), torch.empty(len(y), rank, dtype=torch.int64)
+        for a in range(0, len(y), CHUNK):
+            part = slice(a, a + CHUNK)
+            logits, p = F.linear(y[part], weight_VH), teacher[where[part]]
+            ranked[part] = logits.topk(rank, -1).indices if rank > 1 else logits.argmax(-1, keepdim=True)
+            norm = logits.logsumexp(-1)
+            cross = norm - (p * logits).sum(-1)
+            loss += (cross * row_weight[part]).sum()
+            if grad_y is not None and grad_w is not None:
+                grad = logits.sub_(norm[:, None]).exp_().sub_(p).mul_(row_weight[part, None])
+                grad_y[part] = grad @ weight_VH
+                grad_w.addmm_(grad.T, y[part])
+        if wanted:
+            ctx.save_for_backward(grad_y, grad_w)
+        ctx.mark_non_differentiable(ranked)
+        return loss, ranked
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_y, grad_w = ctx.saved_tensors
+        return grad_y * grads[0], grad_w * grads[0], None, None, None, None
+
+
+def _rms(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)

@@ -1,0 +1,114 @@
+"""Acceptance of a head on answers it never saw, position by position.
+
+Teacher-forced: the answer's own tokens are fed, and position d counts only where positions 1..d-1 were right, which is
+then exactly what a greedy chain would have drafted. Answers are written by the target at temperature 0 (token = best
+token), so *accepted* means what verification means at temperature 0. The head is evaluated as loaded (after int8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pdspec.model.loader import load_weights, resolve
+from pdspec.prompts import Prompt
+from pdspec.spec.eagle3.checkpoint import Head, load_head
+from pdspec.train.data import DataConfig, Target, generate
+from pdspec.train.eagle3 import Eagle3Trainer, StepScores, TargetParts
+from pdspec.train.examples import ExampleReader
+from pdspec.train.store import TokenStore
+
+TOP = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Acceptance:
+    """``top1[d]``/``top4[d]``: share of rows whose token at position d+1 is the draft's best / among its four best,
+    given the same at every position before. ``chain_length``: mean output tokens per verification of a greedy chain
+    as long as the list, from every position of the answers alike."""
+
+    samples: int
+    rows: int
+    top1: tuple[float, ...]
+    top4: tuple[float, ...]
+    chain_length: float
+    coverage: float  # share of answer tokens that the draft vocabulary holds
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON and cards."""
+        return asdict(self)
+
+
+def write_answers(target: Target, prompts: Sequence[Prompt], out: Path, *, max_answer: int = 200, temperature: float = 0.0,
+                  batch: int = 16, show: bool = True) -> TokenStore:
+    """The target's answers to ``prompts``, with hidden rows, in a store of their own."""
+    config = DataConfig(
+        out=out, tokens=max_answer * len(prompts) + 1, sources=(("evaluation", tuple(prompts)),), self_share=0.0,
+        temperature=temperature, max_answer=max_answer, batch=batch, keep_hidden=True,
+    )
+    return generate(config, target, show=show)
+
+
+def evaluate_head(folder: Path, stores: Sequence[TokenStore], *, model: str, depth: int = 5, max_length: int = 1024,
+                  cache_dir: str | None = None) -> Acceptance:
+    """Acceptance of the head in ``folder`` on stored answers of ``model``."""
+    head = load_head(folder)
+    files = resolve(model, cache_dir)
+    weights = load_weights(files, "float32")
+    output = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+    parts = TargetParts(weights["model.embed_tokens.weight"], output[head.target_ids].clone())
+    return acceptance(head, parts, ExampleReader(stores, max_length, 0.0), depth=depth)
+
+
+def acceptance(head: Head, parts: TargetParts, reader: ExampleReader, *, depth: int = 5) -> Acceptance:
+    """As ``evaluate_head``, of a head and examples in hand."""
+    parameters = {name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in head.tensors.items()}
+    trainer = Eagle3Trainer(head.config, parameters, head.target_ids, parts, 2048)
+    asked, right = torch.zeros(2, depth), torch.zeros(2, depth)
+    rows = covered = 0
+    chain = 0.0
+    with torch.no_grad():
+        for number in range(len(reader)):
+            example = reader.example(number)
+            answer = example.tokens[example.prompt_tokens + 1 :]
+            hits = chain_hits(trainer.steps([example], depth, rank=TOP), example.tokens, trainer.draft_ids,
+                              example.prompt_tokens)
+            rows, covered = rows + len(answer), covered + int((trainer.draft_ids[answer] >= 0).sum())
+            for kind, table in enumerate(hits):
+                alive = torch.ones(len(table), dtype=torch.bool)
+                for d in range(depth):
+                    known = table[:, d] >= 0
+                    asked[kind, d] += int((alive & known).sum())
+                    alive = alive & (table[:, d] == 1)
+                    right[kind, d] += int(alive.sum())
+    top1, top4 = (right / asked.clamp(min=1)).tolist()
+    survival = 1.0
+    for share in top1:
+        survival *= share
+        chain += survival
+    return Acceptance(samples=len(reader), rows=rows, top1=tuple(round(x, 4) for x in top1),
+                      top4=tuple(round(x, 4) for x in top4), chain_length=round(1 + chain, 4),
+                      coverage=round(covered / max(1, rows), 4))
+
+
+def chain_hits(steps: Sequence[StepScores], tokens: torch.Tensor, draft_ids: torch.Tensor, prompt_tokens: int
+               ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two tables [rows, depth] of 1 (token is the best / among the best), 0, or -1 (no such token), of the rows that
+    draft from a token of the answer (row i reads t_{i+1} with i+1 ≥ n)."""
+    first = prompt_tokens - 1
+    count = max(0, len(tokens) - 2 - first)
+    tables = torch.full((2, count, len(steps)), -1, dtype=torch.int64)
+    for d, step in enumerate(steps):
+        if step.ranked is None:
+            raise ValueError("steps were not ranked")
+        rows = step.rows[:, 1]
+        keep = rows >= first
+        rows, ranked = rows[keep], step.ranked[keep]
+        same = ranked == draft_ids[tokens[rows + 2 + d]][:, None]
+        tables[0, rows - first, d] = same[:, 0].long()
+        tables[1, rows - first, d] = same.any(1).long()
+    return tables[0], tables[1]

@@ -1,0 +1,257 @@
+"""The training loop: generate, train, evaluate, save; every part resumes where it was cut.
+
+    head = train_eagle3(TrainConfig(model="smollm2-135m", out=Path("my-head"), prompts=(Path("questions.jsonl"),)))
+
+In ``work`` (default ``out``/work): ``data/`` token stores, ``state.pt`` weights, optimiser and cursor, ``log.jsonl``
+one line per step. In ``out``: the head (int8), its card. With ``minutes`` the learning rate falls with time, so
+the curve depends on the machine; with ``passes`` a run that was killed and resumed repeats the unbroken one exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pdspec.errors import ConfigError
+from pdspec.model.loader import load_weights, resolve
+from pdspec.prompts import load_prompts
+from pdspec.spec.eagle3.checkpoint import Head, load_head, save_head
+from pdspec.spec.eagle3.config import Eagle3Config, TargetIdentity
+from pdspec.train.data import DataConfig, Target, generate, load_target
+from pdspec.train.eagle3 import Eagle3Trainer, TargetParts, new_parameters
+from pdspec.train.examples import ExampleReader
+from pdspec.train.store import TokenStore
+from pdspec.train.vocab import answer_counts, coverage, draft_vocabulary
+
+STATE, LOG = "state.pt", "log.jsonl"
+CLIP = 1.0
+SAVE_SECONDS = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. ``tokens`` target-written answer tokens are generated unless they are there already.
+
+    Exactly one of ``passes`` (over the data) and ``minutes`` (of training, generation not counted) is above 0.
+    ``head`` starts from a head that exists; ``data`` names stores made elsewhere (nothing is then generated).
+    """
+
+    model: str = "smollm2-135m"
+    out: Path
+    prompts: tuple[Path, ...] = ()
+    holdout: int = 100  # the last prompts of each file, kept for evaluation
+    tokens: int = 300_000
+    self_share: float = 0.6
+    passes: float = 3.0
+    minutes: float = 0.0
+    ttt: int = 4
+    draft_vocab: int = 4096
+    intermediate: int = 0  # 0: the target's
+    learning_rate: float = 6e-4
+    warmup: float = 0.03  # share of the run
+    batch: int = 8  # samples per step
+    max_length: int = 768  # tokens of a sample
+    seed: int = 0
+    threads: int = 0
+    resume: bool = False
+    head: Path | None = None
+    data: tuple[Path, ...] = ()
+    work: Path | None = None
+    cache_dir: str | None = None
+    keep_hidden: bool = True  # hidden rows are kept beside the tokens; else computed when a sample is used
+    generation_batch: int = 32
+    max_steps: int = 0  # stop (not anneal) after this many steps in all; 0: no limit
+
+    def __post_init__(self) -> None:
+        if (self.passes > 0) == (self.minutes > 0):
+            raise ConfigError("give passes or minutes, not both", field="minutes", remedy="set the other to 0")
+
+    @property
+    def work_folder(self) -> Path:
+        """Where data and state go."""
+        return self.work or self.out / "work"
+
+
+@dataclass(kw_only=True)
+class Progression:
+    """What a checkpoint holds besides tensors. ``elapsed`` seconds of training."""
+
+    step: int = 0
+    elapsed: float = 0.0
+    tokens_seen: int = 0
+    losses: list[float] = field(default_factory=list)
+
+
+def train_eagle3(config: TrainConfig, *, show: bool = True) -> Head:
+    """Generates, trains and saves; returns the head as saved (dequantised). Raises ConfigError."""
+    stores = make_data(config, show=show)
+    trainer, progression, identity, reader = _train(config, stores, show)
+    counts = data_counts(stores)
+    card = {
+        "data": counts, "steps": progression.step, "tokens_seen": progression.tokens_seen,
+        "ttt_steps": config.ttt, "learning_rate": config.learning_rate, "batch": config.batch,
+        "training_seconds": round(progression.elapsed), "final_loss": round(_tail(progression.losses), 4),
+        "draft_vocab_coverage": round(reader.coverage, 4),
+    }
+    save_head(config.out, trainer.head(identity, card), int8=True)
+    return load_head(config.out)
+
+
+def make_data(config: TrainConfig, *, show: bool = True) -> list[TokenStore]:
+    """The stores to train on, filled up to ``config.tokens`` unless ``config.data`` names them."""
+    if config.data:
+        return [TokenStore(folder) for folder in config.data]
+    sources = []
+    for path in config.prompts:
+        prompts = load_prompts(path)
+        sources.append((Path(path).stem, tuple(prompts[: len(prompts) - config.holdout] if config.holdout else prompts)))
+    wanted = DataConfig(
+        out=config.work_folder / "data", tokens=config.tokens, sources=tuple(sources), self_share=config.self_share,
+        seed=config.seed, keep_hidden=config.keep_hidden, batch=config.generation_batch,
+    )
+    target = load_target(config.model, threads=config.threads, cache_dir=config.cache_dir)
+    store = generate(wanted, target, show=show)
+    target.runner.ops.close()
+    return [store]
+
+
+def data_counts(stores: list[TokenStore]) -> dict[str, dict[str, int]]:
+    """Samples and answer tokens by source."""
+    counts: dict[str, dict[str, int]] = {}
+    for store in stores:
+        tokens = store.answer_tokens()
+        for name, samples in store.samples_by_source().items():
+            one = counts.setdefault(name, {"samples": 0, "answer_tokens": 0})
+            one["samples"] += samples
+            one["answer_tokens"] += tokens[name]
+    return counts
+
+
+def _train(
+    config: TrainConfig, stores: list[TokenStore], show: bool
+) -> tuple[Eagle3Trainer, Progression, TargetIdentity, ExampleReader]:
+    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    files = resolve(config.model, config.cache_dir)
+    weights = load_weights(files, "float32")
+    identity = TargetIdentity.of(files.config, content_hash=files.content_hash, tokenizer_hash=files.tokenizer_hash)
+    for store in stores:
+        if store.meta["content_hash"] != files.content_hash:
+            raise ConfigError(f"{store.folder} was written by another target", field="data", remedy="generate again")
+    folder = config.work_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    state = _load_state(folder / STATE) if config.resume else None
+    if state is None and (folder / STATE).exists() and not config.resume:
+        raise ConfigError(f"{folder} holds a run", field="out", remedy="resume it, or name another folder")
+    start = load_head(config.head) if config.head else None
+    counts = sum(answer_counts(store.read_all(), files.config.vocab_size) for store in stores)
+    target_ids = state["target_ids"] if state else start.target_ids if start else draft_vocabulary(
+        np.asarray(counts), config.draft_vocab)
+    geometry = start.config if start else Eagle3Config.for_target(
+        files.config, len(target_ids), intermediate_size=config.intermediate)
+    if start:
+        parameters = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in start.tensors.items()}
+    else:
+        parameters = new_parameters(geometry, weights, target_ids, files.config.num_layers, config.seed)
+    output = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+    parts = TargetParts(weights["model.embed_tokens.weight"], output[target_ids].clone())
+    trainer = Eagle3Trainer(geometry, parameters, target_ids, parts, min(files.config.max_context, 2 * config.max_length))
+    del weights, output
+    reader = ExampleReader(stores, config.max_length, coverage(np.asarray(counts), target_ids),
+                           None if all(s.has_hidden for s in stores) else _online(config))
+    optimiser = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    progression = Progression()
+    if state is not None:
+        with torch.no_grad():
+            for name, value in parameters.items():
+                value.copy_(state["parameters"][name])
+        optimiser.load_state_dict(state["optimiser"])
+        progression = Progression(**state["progression"])
+    run_steps(config, trainer, reader, optimiser, progression, show)
+    return trainer, progression, identity, reader
+
+
+def _online(config: TrainConfig) -> Callable[[], Target]:
+    return lambda: load_target(config.model, threads=config.threads, cache_dir=config.cache_dir)
+
+
+def run_steps(config: TrainConfig, trainer: Eagle3Trainer, reader: ExampleReader, optimiser: torch.optim.Optimizer,
+              progression: Progression, show: bool) -> None:
+    """Trains until the schedule ends, saving on the way and at the end. Step s uses batch s of a seeded order."""
+    per_pass = reader.batches_per_pass(config.batch)
+    total = math.ceil(config.passes * per_pass)
+    before, began, saved = progression.elapsed, time.monotonic(), time.monotonic()
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
+        task = bar.add_task("training", total=1.0)
+        for examples in _ahead(reader, config, progression.step):
+            share = progression.elapsed / (60 * config.minutes) if config.minutes else progression.step / total
+            if share >= 1 or (config.max_steps and progression.step >= config.max_steps):
+                break
+            for group in optimiser.param_groups:
+                group["lr"] = config.learning_rate * schedule(share, config.warmup)
+            loss, scores = trainer.loss(examples, config.ttt)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trainer.parameters.values(), CLIP)
+            optimiser.step()
+            progression.step += 1
+            progression.elapsed = before + time.monotonic() - began
+            progression.tokens_seen += len(scores[0].rows)
+            progression.losses.append(round(float(loss.detach()), 5))
+            hits = [float((s.hits & s.counted).sum() / s.counted.sum().clamp(min=1)) for s in scores]
+            _log(config.work_folder, progression, hits)
+            shown = " ".join(f"{h:.2f}" for h in hits)
+            bar.update(task, completed=share, description=f"step {progression.step} loss {float(loss):.3f} best {shown}")
+            if time.monotonic() - saved > SAVE_SECONDS:
+                _save_state(config.work_folder / STATE, trainer, optimiser, progression)
+                saved = time.monotonic()
+    _save_state(config.work_folder / STATE, trainer, optimiser, progression)
+
+
+def schedule(share: float, warmup: float) -> float:
+    """Learning rate as a share of its peak: linear warm-up, then a cosine down to 1 %."""
+    if share < warmup:
+        return (share + 1e-3) / (warmup + 1e-3)
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (share - warmup) / (1 - warmup))))
+
+
+def _ahead(reader: ExampleReader, config: TrainConfig, step: int) -> Iterator[list[Any]]:
+    while True:
+        yield reader.batch(step, config.batch, config.seed)
+        step += 1
+
+
+def _log(folder: Path, progression: Progression, hits: list[float]) -> None:
+    line = {"step": progression.step, "loss": progression.losses[-1], "tokens_seen": progression.tokens_seen,
+            "elapsed": round(progression.elapsed, 1), "best_token": [round(h, 3) for h in hits]}
+    with (folder / LOG).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _save_state(path: Path, trainer: Eagle3Trainer, optimiser: torch.optim.Optimizer, progression: Progression) -> None:
+    state = {"parameters": {name: value.detach() for name, value in trainer.parameters.items()},
+             "optimiser": optimiser.state_dict(), "target_ids": trainer.target_ids, "progression": vars(progression)}
+    torch.save(state, path.with_suffix(".new"))
+    os.replace(path.with_suffix(".new"), path)
+
+
+def _load_state(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    state: dict[str, Any] = torch.load(path, weights_only=True)
+    return state
+
+
+def _tail(losses: list[float], count: int = 50) -> float:
+    return sum(losses[-count:]) / max(1, len(losses[-count:]))
