@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -72,15 +72,15 @@ def generate(
         draft_prefill=draft_prefill or "",
     )  # fmt: skip
     if not local:
-        flags = {"--dtype": dtype, "--numerics": numerics, "--head": head or None, "--threads": threads}
-        for flag, value in flags.items():
+        of_workers = {"--dtype": dtype, "--numerics": numerics, "--head": head or None, "--threads": threads}
+        for flag, value in of_workers.items():
             if value is not None:
                 raise InvalidRequest("chosen when a deployment starts", field=flag, remedy="use it with --local or up")
         with RouterClient(endpoint) as client:
             _answer(client.stream(request), json=json)
         return
     flags = worker_flags(model=model, drafter=drafter, dtype=dtype, numerics=numerics, heads=head, threads=threads)
-    given = {name: value for name, value in flags.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     if drafter:
         given["drafters"] = (drafter,)
     with only_json(json), spinner(notes(), "loading"):
