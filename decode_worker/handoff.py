@@ -81,16 +81,27 @@ class Landing:
 
     def _check_rows(self, rows: Mapping[str, int]) -> None:
         if dict(rows) != self._expected():
-            raise TransferDamaged(f"the prefill worker means to send {dict(rows)}, due are {self._expected()}", field="begin.rows")
+            raise TransferDamaged(
+                f"the prefill worker means to send {dict(rows)}, due are {self._expected()}", field="begin.rows"
+            )
 
     def _land(self, frame: Pages) -> None:
         due = self._expected().get(frame.group, -1)
         if frame.start + frame.count > due:
-            raise TransferDamaged(f"rows {frame.start}..{frame.start + frame.count - 1} of {frame.group}, {due} are due", field="pages.start")
+            raise TransferDamaged(
+                f"rows {frame.start}..{frame.start + frame.count - 1} of {frame.group}, {due} are due",
+                field="pages.start",
+            )
         try:
             self.resources.cache.write_rows(
-                frame.group, frame.layer, self.pages, frame.start, frame.start + frame.count, frame.payload,
-                frame.head_start, frame.head_count,
+                frame.group,
+                frame.layer,
+                self.pages,
+                frame.start,
+                frame.start + frame.count,
+                frame.payload,
+                frame.head_start,
+                frame.head_count,
             )
         except (ValueError, IndexError, KeyError) as error:
             raise TransferDamaged(str(error), field=f"pages.{frame.group}") from error
@@ -106,7 +117,9 @@ class Landing:
         width = frame.count * hidden
         values = np.frombuffer(frame.payload, np.float32)
         if frame.dtype != "float32" or len(values) != width * (layers + self.drafter.want_final):
-            raise TransferDamaged(f"{len(values)} hidden values of {frame.dtype} for {frame.count} rows", field="hidden.payload")
+            raise TransferDamaged(
+                f"{len(values)} hidden values of {frame.dtype} for {frame.count} rows", field="hidden.payload"
+            )
         tensor = torch.from_numpy(values.copy())
         captured = tensor[: width * layers].view(frame.count, layers, hidden) if layers else None
         final = tensor[width * layers :].view(frame.count, hidden) if self.drafter.want_final else None

@@ -73,8 +73,14 @@ class DecodeHost:
         drafter = self.resources.drafter(request.drafter)
         rows = self.decode.rows_needed(request, drafter, ctx.tree)
         return Answer(
-            request=request, ctx=ctx, drafter=drafter, num_pages=pages_for(rows, self.resources.pool.page_size), loop=loop,
-            queue=asyncio.Queue(), room=loop.create_future(), queued_at=time.perf_counter(),
+            request=request,
+            ctx=ctx,
+            drafter=drafter,
+            num_pages=pages_for(rows, self.resources.pool.page_size),
+            loop=loop,
+            queue=asyncio.Queue(),
+            room=loop.create_future(),
+            queued_at=time.perf_counter(),
         )
 
     def step(self) -> bool:
@@ -110,8 +116,12 @@ class DecodeHost:
         if answer not in self.scheduler.granted:
             return
         answer.prompt = PrefillSequence(
-            request=answer.request, ctx=answer.ctx, drafter=answer.drafter, draft_prefill=DraftPrefill.PREFILL,
-            events=Kept(), ship_rows=False,
+            request=answer.request,
+            ctx=answer.ctx,
+            drafter=answer.drafter,
+            draft_prefill=DraftPrefill.PREFILL,
+            events=Kept(),
+            ship_rows=False,
         )
         self.prompts.append(answer)
 
@@ -159,7 +169,9 @@ class DecodeHost:
 
     def _run(self, answer: Answer) -> None:
         answer.sequence = DecodeSequence(
-            request=answer.request, ctx=answer.ctx, drafter=answer.drafter,
+            request=answer.request,
+            ctx=answer.ctx,
+            drafter=answer.drafter,
             history=prompt_history(answer.request).extended(answer.ctx.token_ids[-1:]),
         )
         self.scheduler.join(answer)

@@ -17,8 +17,11 @@ from pdspec.cache.pool import PagePool
 class Reserved(Protocol):
     """What the scheduler knows of an answer."""
 
-    pages: list[int]
-    num_pages: int
+    num_pages: int  # it needs in all
+
+    @property
+    def pages(self) -> list[int]:
+        """Those it holds."""
 
     def grant(self) -> None:
         """Told once, when the pages are there."""

@@ -1,7 +1,7 @@
 """``DecodeWorker/Decode``: one answer from its reservation to its last token.
 
-    reserve ─▶ room ─▶ Prefill call ─▶ First ─▶ (client) … Done ─▶ join ─▶ one chunk per verification ─▶ (client)
-    whatever ends the stream → landing stops → Release(answer) on the engine thread → pages free
+reserve ─▶ room ─▶ Prefill call ─▶ First ─▶ (client) … Done ─▶ join ─▶ one chunk per verification ─▶ (client)
+whatever ends the stream → landing stops → Release(answer) on the engine thread → pages free
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class DecodeService(rpc.DecodeWorkerServicer):
         self._epochs = itertools.count(secrets.randbits(40))
         self._channels: dict[str, grpc.aio.Channel] = {}
 
-    async def Decode(self, request: pb.DecodeRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[pb.DecodeChunk]:
+    async def Decode(
+        self, request: pb.DecodeRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.DecodeChunk]:
         """Stream one answer."""
         asked, route = decode_request_from_pb(request)
         check(self.host.resources, asked)
@@ -97,8 +99,13 @@ class DecodeService(rpc.DecodeWorkerServicer):
         """Status."""
         scheduler, decode = self.host.scheduler, self.host.decode
         info = describe(
-            self.host.resources, worker_id=self.worker_id, role="decode", address=self.address, queued=len(scheduler.waiting),
-            running=len(scheduler.granted) + len(scheduler.running), steps=decode.steps + self.host.prefill.steps,
+            self.host.resources,
+            worker_id=self.worker_id,
+            role="decode",
+            address=self.address,
+            queued=len(scheduler.waiting),
+            running=len(scheduler.granted) + len(scheduler.running),
+            steps=decode.steps + self.host.prefill.steps,
         )
         clocks = {f"{name}_seconds": seconds for name, seconds in list(decode.clocks.items())}
         return dataclasses.replace(info, metrics={**info.metrics, **clocks})
@@ -141,7 +148,9 @@ class _Run:
                 return
             self.handed = handed
             if handed.draft_damage:
-                log.warning("draft state is rebuilt: %s", handed.draft_damage, extra={"request_id": answer.request.request_id})
+                log.warning(
+                    "draft state is rebuilt: %s", handed.draft_damage, extra={"request_id": answer.request.request_id}
+                )
                 self.rebuilds += 1
                 await engine.call(lambda: host.prefill_here(answer))
             else:
@@ -157,7 +166,9 @@ class _Run:
             try:
                 return await self._receive(address)
             except RETRYABLE as error:
-                log.warning("prefill on %s failed: %s", address, error, extra={"request_id": self.answer.request.request_id})
+                log.warning(
+                    "prefill on %s failed: %s", address, error, extra={"request_id": self.answer.request.request_id}
+                )
                 failures.append(f"{address}: {error}")
                 self.retries += 1
         if policy == "local":
@@ -171,17 +182,27 @@ class _Run:
         resources = service.host.resources
         mode = DraftPrefill(answer.request.draft_prefill or config.draft_prefill)
         opening = Open(
-            epoch=service.next_epoch(), request=answer.request, drafter=answer.drafter.name, draft_prefill=mode.value,
-            fingerprint=resources.fingerprint, worker_id=service.worker_id,
+            epoch=service.next_epoch(),
+            request=answer.request,
+            drafter=answer.drafter.name,
+            draft_prefill=mode.value,
+            fingerprint=resources.fingerprint,
+            worker_id=service.worker_id,
         )
         landing = Landing(
-            resources=resources, pages=answer.pages, prompt_len=answer.ctx.prompt_len, drafter=answer.drafter,
-            draft_prefill=mode, on_first=self._first,
+            resources=resources,
+            pages=answer.pages,
+            prompt_len=answer.ctx.prompt_len,
+            drafter=answer.drafter,
+            draft_prefill=mode,
+            on_first=self._first,
         )
         relayed = self.route.handoff is Handoff.RELAY
         channel = service.channel(self.route.relay if relayed else address)
         metadata = relay_metadata(address) if relayed else ()
-        async with PrefillCall(channel, opening, stall_timeout_s=config.stall_timeout_s, peer=address, metadata=metadata) as call:
+        async with PrefillCall(
+            channel, opening, stall_timeout_s=config.stall_timeout_s, peer=address, metadata=metadata
+        ) as call:
             try:
                 return await landing.receive(call)
             finally:
@@ -197,23 +218,40 @@ class _Run:
                 raise PdspecError("a repeated prefill chose another first token", remedy="use numerics exact")
             return finish is None
         answer.first_sent = token_id
-        stats = GenerationStats(prompt_tokens=answer.ctx.prompt_len, output_tokens=1, drafter=answer.drafter.name) if finish else None
-        answer.queue.put_nowait(TokenChunk(
-            request_id=answer.request.request_id, start=0, token_ids=(token_id,), logprobs=(logprob,) if logprob else (),
-            finish_reason=finish, stop_match=str(token_id) if stops else "", stats=stats,
-        ))
+        stats = (
+            GenerationStats(prompt_tokens=answer.ctx.prompt_len, output_tokens=1, drafter=answer.drafter.name)
+            if finish
+            else None
+        )
+        answer.queue.put_nowait(
+            TokenChunk(
+                request_id=answer.request.request_id,
+                start=0,
+                token_ids=(token_id,),
+                logprobs=(logprob,) if logprob else (),
+                finish_reason=finish,
+                stop_match=str(token_id) if stops else "",
+                stats=stats,
+            )
+        )
         return finish is None
 
     def complete(self, chunk: TokenChunk) -> TokenChunk:
         """The last chunk, with what the handoff took."""
         answer, handed = self.answer, self.handed
         stats = dataclasses.replace(
-            chunk.stats or GenerationStats(), kv_bytes=handed.kv_bytes, draft_kv_bytes=handed.draft_kv_bytes,
-            hidden_bytes=handed.hidden_bytes, prefill_worker=handed.prefill_worker or self.service.worker_id,
-            decode_worker=self.service.worker_id, handoff=self.route.handoff.value if self.route.prefill else "none",
+            chunk.stats or GenerationStats(),
+            kv_bytes=handed.kv_bytes,
+            draft_kv_bytes=handed.draft_kv_bytes,
+            hidden_bytes=handed.hidden_bytes,
+            prefill_worker=handed.prefill_worker or self.service.worker_id,
+            decode_worker=self.service.worker_id,
+            handoff=self.route.handoff.value if self.route.prefill else "none",
             queue_ms=1e3 * (answer.granted_at - answer.queued_at) + handed.stats.get("queue_ms", 0.0),
             prefill_ms=handed.stats.get("prefill_ms", 1e3 * answer.prompt.seconds if answer.prompt else 0.0),
-            transfer_exposed_ms=handed.exposed_ms, draft_rebuilds=self.rebuilds, prefill_retries=self.retries,
+            transfer_exposed_ms=handed.exposed_ms,
+            draft_rebuilds=self.rebuilds,
+            prefill_retries=self.retries,
         )
         return dataclasses.replace(chunk, stats=stats)
 
@@ -223,18 +261,12 @@ def launch(config: WorkerConfig) -> RunningWorker:
     config = config.replace(role="decode")
     engine = EngineThread(lambda: DecodeHost(config), name="engine")
     host = engine.start()
-    worker = RunningWorker(config, engine, ("DecodeWorker",))
     service = DecodeService(config, engine, host)  # type: ignore[arg-type]
 
-    def register(server: grpc.aio.Server) -> None:
-        service.address = worker.address
-        service.worker_id = config.worker_id or f"decode@{worker.address}"
+    def register(server: grpc.aio.Server, address: str) -> None:
+        service.address = address
+        service.worker_id = config.worker_id or f"decode@{address}"
         rpc.add_DecodeWorkerServicer_to_server(service, server)
         rpc.add_WorkerServicer_to_server(StatusService(service.info), server)
 
-    try:
-        worker.start(register)
-    except BaseException:
-        engine.stop()
-        raise
-    return worker
+    return RunningWorker(config, engine, ("DecodeWorker",), register)

@@ -11,12 +11,12 @@ from pdspec.cache.pool import PagePool
 class Prompt(Protocol):
     """What the scheduler knows of a sequence."""
 
-    pages: list[int]
     finished: bool
+    num_pages: int  # it needs in all
 
     @property
-    def num_pages(self) -> int:
-        """Pages it needs in all."""
+    def pages(self) -> list[int]:
+        """Those it holds."""
 
     @property
     def remaining(self) -> int:

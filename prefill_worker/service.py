@@ -1,8 +1,8 @@
 """``PrefillWorker/Prefill``: one stream per prompt, from Open to Done.
 
-    Open → checks → queue → Begin ─┬─ engine thread: step, step … ──events──┐
-                                   └─ this coroutine: read pages, send frames ◀┘ … Done
-    whatever ends the stream → Release(sequence) on the engine thread → pages free
+Open → checks → queue → Begin ─┬─ engine thread: step, step … ──events──┐
+                               └─ this coroutine: read pages, send frames ◀┘ … Done
+whatever ends the stream → Release(sequence) on the engine thread → pages free
 """
 
 from __future__ import annotations
@@ -111,12 +111,24 @@ class PrefillService:
         """One Prefill call. Raises typed errors, which the handler sends as ErrorFrame and status."""
         opening, resources = stream.open, self.host.resources
         check(resources, opening.request)
-        check_fingerprint(resources.fingerprint, dict(opening.fingerprint), drafter=opening.drafter, peer=opening.worker_id or "the decode worker")
+        check_fingerprint(
+            resources.fingerprint,
+            dict(opening.fingerprint),
+            drafter=opening.drafter,
+            peer=opening.worker_id or "the decode worker",
+        )
         events = Events(asyncio.get_running_loop())
         prompt = self._prompt(stream, events)
         await self.engine.call(lambda: self.host.scheduler.add(prompt))
         try:
-            await stream.send(Begin(epoch=opening.epoch, rows=self._rows(prompt), fingerprint=resources.fingerprint, worker_id=self.worker_id))
+            await stream.send(
+                Begin(
+                    epoch=opening.epoch,
+                    rows=self._rows(prompt),
+                    fingerprint=resources.fingerprint,
+                    worker_id=self.worker_id,
+                )
+            )
             await self._send(stream, prompt, events)
         finally:
             self.engine.post(lambda: self.host.scheduler.release(prompt))
@@ -127,8 +139,13 @@ class PrefillService:
         drafter = self.host.resources.drafter(request.drafter)
         rows = len(request.prompt_ids) + 1 + drafter.max_nodes
         return QueuedPrompt(
-            request=request, ctx=ctx, drafter=drafter, draft_prefill=DraftPrefill(stream.open.draft_prefill), events=events,
-            ship_rows=request.sampling.max_tokens > 1, queued_at=time.perf_counter(),
+            request=request,
+            ctx=ctx,
+            drafter=drafter,
+            draft_prefill=DraftPrefill(stream.open.draft_prefill),
+            events=events,
+            ship_rows=request.sampling.max_tokens > 1,
+            queued_at=time.perf_counter(),
             num_pages=pages_for(rows, self.host.resources.pool.page_size),
         )
 
@@ -146,7 +163,19 @@ class PrefillService:
                     group, layer, start, stop = values
                     payload = cache.read_rows(group, layer, prompt.ctx.pages, start, stop)
                     heads = cache.layout(group).num_kv_heads
-                    await stream.send(Pages(epoch=epoch, seq=0, group=group, layer=layer, start=start, count=stop - start, head_start=0, head_count=heads, payload=payload))
+                    await stream.send(
+                        Pages(
+                            epoch=epoch,
+                            seq=0,
+                            group=group,
+                            layer=layer,
+                            start=start,
+                            count=stop - start,
+                            head_start=0,
+                            head_count=heads,
+                            payload=payload,
+                        )
+                    )
                 case "hidden":
                     await stream.send(hidden_frame(epoch, values[0]))
                 case "first":
@@ -162,8 +191,13 @@ class PrefillService:
         """Status."""
         scheduler = self.host.scheduler
         return describe(
-            self.host.resources, worker_id=self.worker_id, role="prefill", address=self.address, queued=len(scheduler.waiting),
-            running=len(scheduler.running), steps=self.host.engine.steps,
+            self.host.resources,
+            worker_id=self.worker_id,
+            role="prefill",
+            address=self.address,
+            queued=len(scheduler.waiting),
+            running=len(scheduler.running),
+            steps=self.host.engine.steps,
         )
 
 
@@ -176,9 +210,15 @@ def hidden_frame(epoch: int, rows: TargetRows) -> HiddenRows:
 
 def start_frame(epoch: int, candidates: Candidates | None, rows: dict[str, torch.Tensor]) -> DraftStart:
     """The drafter's start; no candidates travel as W = 0."""
-    found = candidates or Candidates(token_ids=np.empty(0, np.int32), log_q=np.empty(0, np.float32), score=np.empty(0, np.float32))
+    found = candidates or Candidates(
+        token_ids=np.empty(0, np.int32), log_q=np.empty(0, np.float32), score=np.empty(0, np.float32)
+    )
     return DraftStart(
-        epoch=epoch, seq=0, token_ids=found.token_ids, log_q=found.log_q, score=found.score,
+        epoch=epoch,
+        seq=0,
+        token_ids=found.token_ids,
+        log_q=found.log_q,
+        score=found.score,
         rows={name: row.cpu().numpy() for name, row in rows.items()},
     )
 
@@ -188,18 +228,15 @@ def launch(config: WorkerConfig) -> RunningWorker:
     config = config.replace(role="prefill")
     engine = EngineThread(lambda: PrefillHost(config), name="engine")
     host = engine.start()
-    worker = RunningWorker(config, engine, ("PrefillWorker",))
     service = PrefillService(config, engine, host)  # type: ignore[arg-type]
 
-    def register(server: grpc.aio.Server) -> None:
-        service.address = worker.address
-        service.worker_id = config.worker_id or f"prefill@{worker.address}"
-        server.add_generic_rpc_handlers((prefill_handler(service.serve, steps=lambda: service.host.engine.steps, stall_timeout_s=config.stall_timeout_s),))
+    def register(server: grpc.aio.Server, address: str) -> None:
+        service.address = address
+        service.worker_id = config.worker_id or f"prefill@{address}"
+        handler = prefill_handler(
+            service.serve, steps=lambda: service.host.engine.steps, stall_timeout_s=config.stall_timeout_s
+        )
+        server.add_generic_rpc_handlers((handler,))
         rpc.add_WorkerServicer_to_server(StatusService(service.info), server)
 
-    try:
-        worker.start(register)
-    except BaseException:
-        engine.stop()
-        raise
-    return worker
+    return RunningWorker(config, engine, ("PrefillWorker",), register)

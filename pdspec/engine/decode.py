@@ -59,11 +59,16 @@ class DecodeSequence:
         """What is known on the decode side."""
         depth = max([0, *self.reached_at]) + 1 if self.reached_at else 0
         return GenerationStats(
-            prompt_tokens=self.ctx.prompt_len, output_tokens=self.num_output, verifications=self.verifications,
-            drafted_tokens=self.drafted, accepted_tokens=self.accepted, first_draft_accepted=self.first_accepted,
+            prompt_tokens=self.ctx.prompt_len,
+            output_tokens=self.num_output,
+            verifications=self.verifications,
+            drafted_tokens=self.drafted,
+            accepted_tokens=self.accepted,
+            first_draft_accepted=self.first_accepted,
             accepted_per_position=tuple(self.accepted_at[d] for d in range(depth)),
             reached_per_position=tuple(self.reached_at[d] for d in range(depth)),
-            drafter=self.drafter.name, decode_ms=1e3 * self.seconds,
+            drafter=self.drafter.name,
+            decode_ms=1e3 * self.seconds,
         )
 
 
@@ -138,10 +143,14 @@ class DecodeEngine:
         tokens = [np.concatenate(([s.ctx.token_ids[-1]], d.token_ids)) for s, d in zip(sequences, drafts, strict=True)]
         count = [len(part.slots) for part in parts]
         return ForwardBatch(
-            token_ids=np.concatenate(tokens).astype(np.int32), positions=np.concatenate([p.positions for p in parts]),
-            sequence=np.repeat(np.arange(len(parts), dtype=np.int32), count), slots=np.concatenate([p.slots for p in parts]),
-            prefix_len=np.concatenate([p.prefix_len for p in parts]), ancestors=np.ascontiguousarray(np.concatenate(padded)),
-            page_table=page_table([s.ctx.pages for s in sequences]), logit_rows=np.arange(sum(count), dtype=np.int32),
+            token_ids=np.concatenate(tokens).astype(np.int32),
+            positions=np.concatenate([p.positions for p in parts]),
+            sequence=np.repeat(np.arange(len(parts), dtype=np.int32), count),
+            slots=np.concatenate([p.slots for p in parts]),
+            prefix_len=np.concatenate([p.prefix_len for p in parts]),
+            ancestors=np.ascontiguousarray(np.concatenate(padded)),
+            page_table=page_table([s.ctx.pages for s in sequences]),
+            logit_rows=np.arange(sum(count), dtype=np.int32),
             **hidden_wanted([s.drafter for s in sequences]),
         )
 
@@ -149,8 +158,16 @@ class DecodeEngine:
         params = sequence.request.sampling
         seed, sample = sequence.ctx.noise_key
         return verify(
-            draft, logits, params, sequence.history, seed=seed, sample=sample, root_position=sequence.ctx.root_position,
-            end_ids=self.resources.end_ids, max_new=sequence.remaining, logprobs=params.logprobs,
+            draft,
+            logits,
+            params,
+            sequence.history,
+            seed=seed,
+            sample=sample,
+            root_position=sequence.ctx.root_position,
+            end_ids=self.resources.end_ids,
+            max_new=sequence.remaining,
+            logprobs=params.logprobs,
         )
 
     def _commit(
@@ -175,25 +192,40 @@ class DecodeEngine:
         elif sequence.remaining <= 0:
             sequence.finish = FinishReason.LENGTH
         return HiddenRows(
-            start=base, captured=None if output.captured is None else output.captured[hidden_rows],
+            start=base,
+            captured=None if output.captured is None else output.captured[hidden_rows],
             final=None if output.final is None else output.final[hidden_rows],
         )
 
     def _chunk(self, sequence: DecodeSequence, draft: Draft, found: VerdictResult) -> TokenChunk:
         verdict, trace = found.verdict, None
         if sequence.request.trace:
-            trace = DraftTrace(token_ids=tuple(draft.token_ids.tolist()), parents=tuple(draft.parents.tolist()), accepted=verdict.num_accepted)
+            trace = DraftTrace(
+                token_ids=tuple(draft.token_ids.tolist()),
+                parents=tuple(draft.parents.tolist()),
+                accepted=verdict.num_accepted,
+            )
         return TokenChunk(
-            request_id=sequence.request.request_id, start=sequence.num_output - len(verdict.output_ids),
-            token_ids=verdict.output_ids, logprobs=found.logprobs, finish_reason=sequence.finish, trace=trace,
+            request_id=sequence.request.request_id,
+            start=sequence.num_output - len(verdict.output_ids),
+            token_ids=verdict.output_ids,
+            logprobs=found.logprobs,
+            finish_reason=sequence.finish,
+            trace=trace,
             stop_match=str(verdict.output_ids[-1]) if sequence.finish is FinishReason.STOP else "",
             stats=sequence.stats() if sequence.finish else None,
         )
 
-    def _count(self, sequences: Sequence[DecodeSequence], began: float, proposed: float, forwarded: float, verified: float) -> None:
+    def _count(
+        self, sequences: Sequence[DecodeSequence], began: float, proposed: float, forwarded: float, verified: float
+    ) -> None:
         ended = time.perf_counter()
         self.steps += 1
-        for name, seconds in (("draft", proposed - began + ended - verified), ("forward", forwarded - proposed), ("verify", verified - forwarded)):
+        for name, seconds in (
+            ("draft", proposed - began + ended - verified),
+            ("forward", forwarded - proposed),
+            ("verify", verified - forwarded),
+        ):
             self.clocks[name] += seconds
         for sequence in sequences:
             sequence.seconds += ended - began
@@ -209,7 +241,9 @@ def _shallow(draft: Draft, depth: int) -> Draft:
     renumbered = np.cumsum(keep) - 1
     parents = draft.parents[keep]
     return Draft(
-        token_ids=draft.token_ids[keep], log_q=draft.log_q[keep], survival=draft.survival[keep],
+        token_ids=draft.token_ids[keep],
+        log_q=draft.log_q[keep],
+        survival=draft.survival[keep],
         parents=np.where(parents < 0, -1, renumbered[parents]).astype(np.int32),
     )
 
@@ -234,7 +268,11 @@ def first_chunk(sequence: DecodeSequence, logprob: TokenLogprob | None, end_ids:
     elif sequence.remaining <= 0:
         sequence.finish = FinishReason.LENGTH
     return TokenChunk(
-        request_id=sequence.request.request_id, start=0, token_ids=(token,), logprobs=(logprob,) if logprob else (),
-        finish_reason=sequence.finish, stop_match=str(token) if sequence.finish is FinishReason.STOP else "",
+        request_id=sequence.request.request_id,
+        start=0,
+        token_ids=(token,),
+        logprobs=(logprob,) if logprob else (),
+        finish_reason=sequence.finish,
+        stop_match=str(token) if sequence.finish is FinishReason.STOP else "",
         stats=sequence.stats() if sequence.finish else None,
     )

@@ -51,8 +51,12 @@ def new_context(resources: Resources, request: GenerateRequest, pages: list[int]
         raise PdspecError("a request without a seed reached an engine", field="seed")
     drafter = resources.drafter(request.drafter)
     return DraftContext(
-        request_id=request.request_id, sampling=request.sampling, noise_key=(request.sampling.seed, request.sample),
-        token_ids=list(request.prompt_ids), pages=pages, prompt_len=len(request.prompt_ids),
+        request_id=request.request_id,
+        sampling=request.sampling,
+        noise_key=(request.sampling.seed, request.sample),
+        token_ids=list(request.prompt_ids),
+        pages=pages,
+        prompt_len=len(request.prompt_ids),
         tree=resources.tree(drafter, request.tree),
     )
 
@@ -60,8 +64,16 @@ def new_context(resources: Resources, request: GenerateRequest, pages: list[int]
 def check(resources: Resources, request: GenerateRequest) -> None:
     """Raises InvalidRequest or UnknownName for a request that this process can never serve."""
     config = resources.files.config
-    check_request(request, vocab_size=config.vocab_size, max_context=config.max_context,
-                  drafters=tuple(resources.drafters), models=(resources.config.model,))
+    check_request(
+        request,
+        vocab_size=config.vocab_size,
+        max_context=config.max_context,
+        drafters=tuple(resources.drafters),
+        models=(resources.config.model,),
+    )
+    drafter = resources.drafter(request.drafter)
+    if tree := resources.tree(drafter, request.tree):
+        drafter.depth(tree)
 
 
 class LocalGenerator:
@@ -107,12 +119,23 @@ class LocalGenerator:
         ctx.pages = self.resources.pool.allocate(pages_for(rows, self.resources.pool.page_size))
         held.append(ctx.pages)
         events = Kept()
-        prompt = PrefillSequence(request=request, ctx=ctx, drafter=drafter, draft_prefill=DraftPrefill.PREFILL, events=events, ship_rows=False)
+        prompt = PrefillSequence(
+            request=request,
+            ctx=ctx,
+            drafter=drafter,
+            draft_prefill=DraftPrefill.PREFILL,
+            events=events,
+            ship_rows=False,
+        )
         while not prompt.finished:
             self.prefill.step([(prompt, min(self.resources.config.chunk, prompt.remaining))])
-        sequence = DecodeSequence(request=request, ctx=ctx, drafter=drafter, history=prompt_history(request).extended(ctx.token_ids[-1:]))
+        sequence = DecodeSequence(
+            request=request, ctx=ctx, drafter=drafter, history=prompt_history(request).extended(ctx.token_ids[-1:])
+        )
         drafter.resume(ctx, *events.begun)
         chunk = first_chunk(sequence, events.logprob, self.resources.end_ids)
         if chunk.stats:
-            chunk = dataclasses.replace(chunk, stats=dataclasses.replace(chunk.stats, prefill_ms=1e3 * (time.perf_counter() - began)))
+            chunk = dataclasses.replace(
+                chunk, stats=dataclasses.replace(chunk.stats, prefill_ms=1e3 * (time.perf_counter() - began))
+            )
         return sequence, chunk

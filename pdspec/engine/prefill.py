@@ -85,7 +85,9 @@ class PrefillEngine:
     def step(self, work: Sequence[tuple[PrefillSequence, int]]) -> None:
         """Compute the next ``count`` tokens of each prompt. Events tell what became final."""
         began = time.perf_counter()
-        output = self.resources.runner.forward(self._pack(work), self.resources.cache, lambda layer: self._layer(work, layer))
+        output = self.resources.runner.forward(
+            self._pack(work), self.resources.cache, lambda layer: self._layer(work, layer)
+        )
         row = logit = 0
         for sequence, count in work:
             sequence.started_at = sequence.started_at or began
@@ -109,9 +111,15 @@ class PrefillEngine:
                 logit_rows.append(row - 1)
         slot_R = np.concatenate(slots)
         return ForwardBatch(
-            token_ids=np.concatenate(tokens), positions=slot_R, sequence=np.concatenate(owner), slots=slot_R,
-            prefix_len=slot_R + 1, ancestors=np.empty((row, 0), np.int32), page_table=page_table([s.ctx.pages for s, _ in work]),
-            logit_rows=np.array(logit_rows, np.int32), **hidden_wanted([s.drafter for s, _ in work if s.wants_hidden]),
+            token_ids=np.concatenate(tokens),
+            positions=slot_R,
+            sequence=np.concatenate(owner),
+            slots=slot_R,
+            prefix_len=slot_R + 1,
+            ancestors=np.empty((row, 0), np.int32),
+            page_table=page_table([s.ctx.pages for s, _ in work]),
+            logit_rows=np.array(logit_rows, np.int32),
+            **hidden_wanted([s.drafter for s, _ in work if s.wants_hidden]),
         )
 
     def _layer(self, work: Sequence[tuple[PrefillSequence, int]], layer: int) -> None:
@@ -123,7 +131,8 @@ class PrefillEngine:
 
     def _hidden(self, sequence: PrefillSequence, output: ForwardOutput, rows: slice) -> HiddenRows:
         return HiddenRows(
-            start=sequence.num_computed, final=None if output.final is None else output.final[rows],
+            start=sequence.num_computed,
+            final=None if output.final is None else output.final[rows],
             captured=None if output.captured is None else output.captured[rows],
         )
 

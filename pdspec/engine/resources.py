@@ -54,7 +54,9 @@ class Resources:
         """The drafter a request names, or the default. Raises UnknownName."""
         name = name or self.config.drafter
         if name not in self.drafters:
-            raise UnknownName(f"no drafter {name!r} here", field="drafter", remedy=f"use one of {', '.join(self.drafters)}")
+            raise UnknownName(
+                f"no drafter {name!r} here", field="drafter", remedy=f"use one of {', '.join(self.drafters)}"
+            )
         return self.drafters[name]
 
     def tree(self, drafter: Drafter, asked: str) -> str:
@@ -83,16 +85,34 @@ def load(config: WorkerConfig) -> Resources:
     drafts = draft_groups(config.drafters, heads=config.heads, model_config=files.config, **identity)
     cache = PagedCache((runner.group, *drafts), config.pages(), config.page_size, ops.device)
     drafters = {
-        name: make_drafter(name, ops=ops, cache=cache, model_config=files.config, embedding=runner.embedding,
-                           heads=config.heads, strict=config.strict_target, **identity)
+        name: make_drafter(
+            name,
+            ops=ops,
+            cache=cache,
+            model_config=files.config,
+            embedding=runner.embedding,
+            heads=config.heads,
+            strict=config.strict_target,
+            **identity,
+        )
         for name in config.drafters
     }
     resources = Resources(
-        config=config, files=files, ops=ops, runner=runner, cache=cache, drafters=drafters,
-        pool=PagePool(config.pages(), config.page_size), fingerprint={},
+        config=config,
+        files=files,
+        ops=ops,
+        runner=runner,
+        cache=cache,
+        drafters=drafters,
+        pool=PagePool(config.pages(), config.page_size),
+        fingerprint={},
     )
     resources.fingerprint.update(_fingerprint(resources, check_exact(resources, config.numerics)))
-    resources.metrics.update(native_kernels=float(ops.name == "native"), numerics_exact=float(resources.fingerprint["numerics"] != "fast"))
+    for name, drafter in drafters.items():
+        resources.metrics[f"head_matches_target_{name}"] = float(getattr(drafter, "target_matches", True))
+    resources.metrics.update(
+        native_kernels=float(ops.name == "native"), numerics_exact=float(resources.fingerprint["numerics"] != "fast")
+    )
     return resources
 
 
@@ -113,5 +133,8 @@ def check_fingerprint(mine: dict[str, str], theirs: dict[str, str], *, drafter: 
     for name in ("target", "tokenizer", "numerics", f"drafter/{drafter}"):
         a, b = mine.get(name, "absent"), theirs.get(name, "absent")
         if a != b:
-            raise Incompatible(f"this worker has {a[:24]}, {peer} has {b[:24]}", field=f"fingerprint.{name}",
-                               remedy="deploy both with the same model, dtype, numerics and heads")
+            raise Incompatible(
+                f"this worker has {a[:24]}, {peer} has {b[:24]}",
+                field=f"fingerprint.{name}",
+                remedy="deploy both with the same model, dtype, numerics and heads",
+            )

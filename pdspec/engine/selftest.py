@@ -6,8 +6,9 @@ chain; logits and hidden states must be equal to the bit.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,7 +35,9 @@ def check_exact(resources: Resources, wanted: str) -> str:
     if wanted == "auto":
         log.warning("numerics: fast, because %s", difference)
         return "fast"
-    raise ConfigError(f"exact does not hold here: {difference}", field="numerics", remedy="use numerics fast, or install a C compiler")
+    raise ConfigError(
+        f"exact does not hold here: {difference}", field="numerics", remedy="use numerics fast, or install a C compiler"
+    )
 
 
 def first_difference(resources: Resources) -> str:
@@ -80,13 +83,18 @@ def _rows(tokens: np.ndarray, pages: list[int], start: int, stop: int, tree: boo
     else:
         ancestors, prefix = np.empty((rows, 0), np.int32), slots + 1
     return ForwardBatch(
-        token_ids=tokens[start:stop], positions=slots, sequence=np.zeros(rows, np.int32), slots=slots,
-        prefix_len=prefix.astype(np.int32), ancestors=ancestors, page_table=np.array([pages], np.int32),
+        token_ids=tokens[start:stop],
+        positions=slots,
+        sequence=np.zeros(rows, np.int32),
+        slots=slots,
+        prefix_len=prefix.astype(np.int32),
+        ancestors=ancestors,
+        page_table=np.array([pages], np.int32),
         logit_rows=np.arange(rows, dtype=np.int32),
     )
 
 
 def _reordered(batch: ForwardBatch, order: list[int]) -> ForwardBatch:
     names = ("token_ids", "positions", "sequence", "slots", "prefix_len", "ancestors")
-    taken = {name: np.ascontiguousarray(getattr(batch, name)[order]) for name in names}
-    return ForwardBatch(**taken, page_table=batch.page_table, logit_rows=batch.logit_rows)
+    taken: dict[str, Any] = {name: np.ascontiguousarray(getattr(batch, name)[order]) for name in names}
+    return dataclasses.replace(batch, **taken)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -18,9 +17,9 @@ from pdspec.wire import pdspec_pb2 as pb
 from pdspec.wire import pdspec_pb2_grpc as rpc
 from pdspec.wire.channels import add_health, bind, make_server, service_name
 from pdspec.wire.codec import worker_info_to_pb
+from pdspec.wire.serving import ServiceThread
 
-log = logging.getLogger(__name__)
-Register = Callable[[grpc.aio.Server], Any]
+Register = Callable[[grpc.aio.Server, str], Any]
 
 
 class StatusService(rpc.WorkerServicer):
@@ -34,65 +33,75 @@ class StatusService(rpc.WorkerServicer):
         return worker_info_to_pb(self._info())
 
 
-def describe(resources: Resources, *, worker_id: str, role: str, address: str, queued: int, running: int, steps: int) -> WorkerInfo:
+def describe(
+    resources: Resources, *, worker_id: str, role: str, address: str, queued: int, running: int, steps: int
+) -> WorkerInfo:
     """The Status of a worker."""
     pool, config = resources.pool, resources.files.config
     return WorkerInfo(
-        worker_id=worker_id, role=role, address=address, model=resources.config.model, fingerprint=resources.digest,
-        drafters=tuple(resources.drafters), queued=queued, running=running, free_pages=pool.free, total_pages=pool.num_pages,
-        page_size=pool.page_size, max_context=config.max_context, vocab_size=config.vocab_size, steps=steps,
+        worker_id=worker_id,
+        role=role,
+        address=address,
+        model=resources.config.model,
+        fingerprint=resources.digest,
+        drafters=tuple(resources.drafters),
+        queued=queued,
+        running=running,
+        free_pages=pool.free,
+        total_pages=pool.num_pages,
+        page_size=pool.page_size,
+        max_context=config.max_context,
+        vocab_size=config.vocab_size,
+        steps=steps,
         metrics=dict(resources.metrics),
     )
 
 
+@dataclass(frozen=True)
+class Served:
+    """A server that listens."""
+
+    address: str
+
+
+@asynccontextmanager
+async def serving(config: WorkerConfig, services: tuple[str, ...], register: Register) -> AsyncIterator[Served]:
+    """Bind, let ``register(server, address)`` add the role's services, and serve until the block ends, which cuts
+    running calls. ``services`` are short names for health and reflection. Raises ConfigError for a taken port."""
+    server = make_server()
+    address = bind(server, config.host, config.port)
+    register(server, address)
+    await add_health(server, [service_name(name) for name in (*services, "Worker")])
+    await server.start()
+    try:
+        yield Served(address)
+    finally:
+        await server.stop(grace=None)
+
+
 class RunningWorker:
-    """A started worker of this process. ``services`` are short names for health and reflection."""
+    """A started worker of this process: its engine thread and its asyncio thread. Ends the engine if serving fails."""
 
-    def __init__(self, config: WorkerConfig, engine: EngineThread, services: tuple[str, ...]) -> None:
-        self.config, self.engine, self.address = config, engine, ""
-        self._services = services
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="grpc", daemon=True)
-        self._server: grpc.aio.Server | None = None
-        self._stopped = False
-
-    def start(self, register: Register) -> None:
-        """Bind, let ``register(server)`` add its services (``address`` is set by then), and serve. Raises ConfigError
-        when the port is taken."""
-        self._thread.start()
+    def __init__(
+        self, config: WorkerConfig, engine: EngineThread, services: tuple[str, ...], register: Register
+    ) -> None:
+        self.config, self.engine = config, engine
         try:
-            asyncio.run_coroutine_threadsafe(self._start(register), self._loop).result()
+            self._service = ServiceThread(lambda: serving(config, services, register), name="grpc")
         except BaseException:
-            self.stop()
+            engine.stop()
             raise
 
-    async def _start(self, register: Register) -> None:
-        server = make_server()
-        self.address = bind(server, self.config.host, self.config.port)
-        register(server)
-        await add_health(server, [service_name(name) for name in (*self._services, "Worker")])
-        await server.start()
-        self._server = server
+    @property
+    def address(self) -> str:
+        """``host:port``."""
+        return self._service.address
 
     def alive(self) -> bool:
         """Whether both threads still make progress; False is final."""
-        return not self._stopped and self._thread.is_alive() and self.engine.alive()
+        return self._service.alive() and self.engine.alive()
 
     def stop(self) -> None:
         """Cut running calls, free the port, end both threads. Idempotent."""
-        if self._stopped:
-            return
-        self._stopped = True
-        if self._thread.is_alive():
-            asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(timeout=15)
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(timeout=15)
+        self._service.stop(timeout_s=15)
         self.engine.stop()
-
-    async def _close(self) -> None:
-        if self._server is not None:
-            await self._server.stop(grace=None)
-        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

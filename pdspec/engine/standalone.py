@@ -18,7 +18,9 @@ POLL_S = 0.5
 def run_worker(role: str, launch: Callable[[WorkerConfig], Running]) -> None:
     """Run until SIGINT or SIGTERM. Exit status 2 for settings that cannot work, 70 when the worker dies."""
     try:
-        config = WorkerConfig.from_args(sys.argv[1:], prog=f"python -m {role}_worker", description=f"One {role} worker.")
+        config = WorkerConfig.from_args(
+            sys.argv[1:], prog=f"python -m {role}_worker", description=f"One {role} worker."
+        )
         config = config.replace(role=role)
         setup_logging(config.log_level, name=config.worker_id or role)
         worker = launch(config)

@@ -38,7 +38,9 @@ class EngineThread:
     """Runs a host made on the thread itself (torch stays there). ``start`` raises what making it raised."""
 
     def __init__(self, make: Callable[[], Host], name: str) -> None:
-        self._commands: queue.SimpleQueue[tuple[concurrent.futures.Future, Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[tuple[concurrent.futures.Future, Callable[[], Any]] | None] = (
+            queue.SimpleQueue()
+        )
         self._made: concurrent.futures.Future[Host] = concurrent.futures.Future()
         self._make = make
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -75,7 +77,7 @@ class EngineThread:
     def _run(self) -> None:
         try:
             host = self._make()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  start() raises it
             self.failure = error
             self._made.set_exception(error)
             return
@@ -119,5 +121,5 @@ def _execute(future: concurrent.futures.Future, command: Callable[[], Any]) -> N
         return
     try:
         future.set_result(command())
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001  whoever waits for the command gets it
         future.set_exception(error)

@@ -63,7 +63,9 @@ def load_kernels(*extra_flags: str) -> ctypes.CDLL:
             folder.mkdir(parents=True, exist_ok=True)
             _compile(path, flags)
         except OSError as error:
-            raise ConfigError(f"cannot write {folder}: {error}", field="cache_dir", remedy="set PDSPEC_CACHE") from error
+            raise ConfigError(
+                f"cannot write {folder}: {error}", field="cache_dir", remedy="set PDSPEC_CACHE"
+            ) from error
     return ctypes.CDLL(str(path))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes as c
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,33 +22,48 @@ _i32, _f32, _ptr = c.c_int32, c.c_float, c.c_void_p
 class RowsStruct(c.Structure):
     """layout.h: Rows."""
 
-    _fields_ = [("R", _i32), ("P", _i32), ("A", _i32), ("positions", _ptr), ("sequence", _ptr), ("slots", _ptr),
-                ("prefix_len", _ptr), ("ancestors", _ptr), ("page_table", _ptr)]
+    _fields_: ClassVar[Any] = [
+        ("R", _i32),
+        ("P", _i32),
+        ("A", _i32),
+        ("positions", _ptr),
+        ("sequence", _ptr),
+        ("slots", _ptr),
+        ("prefix_len", _ptr),
+        ("ancestors", _ptr),
+        ("page_table", _ptr),
+    ]
 
 
 class CacheStruct(c.Structure):
     """layout.h: Cache."""
 
-    _fields_ = [("data", _ptr), ("page_shift", _i32), ("heads", _i32), ("dim", _i32), ("bf16", _i32)]
+    _fields_: ClassVar[Any] = [("data", _ptr), ("page_shift", _i32), ("heads", _i32), ("dim", _i32), ("bf16", _i32)]
 
 
 class LayerStruct(c.Structure):
     """decoder.c: Layer."""
 
-    _fields_ = [(n, _ptr) for n in ("qkv", "o", "gate_up", "down", "qkv_bias", "input_norm", "post_norm", "q_norm", "k_norm")]
+    _fields_: ClassVar[Any] = [
+        (n, _ptr) for n in ("qkv", "o", "gate_up", "down", "qkv_bias", "input_norm", "post_norm", "q_norm", "k_norm")
+    ]
 
 
 class ModelStruct(c.Structure):
     """decoder.c: Model."""
 
-    _fields_ = [(n, _i32) for n in ("H", "Hq", "Hk", "D", "I", "bf16")] + [
-        ("eps", _f32), ("cos", _ptr), ("sin", _ptr), ("layers", _ptr)]
+    _fields_: ClassVar[Any] = [(n, _i32) for n in ("H", "Hq", "Hk", "D", "I", "bf16")] + [
+        ("eps", _f32),
+        ("cos", _ptr),
+        ("sin", _ptr),
+        ("layers", _ptr),
+    ]
 
 
 class ScratchStruct(c.Structure):
     """decoder.c: Scratch."""
 
-    _fields_ = [(n, _ptr) for n in ("norm", "qkv", "attn", "gate_up", "act")]
+    _fields_: ClassVar[Any] = [(n, _ptr) for n in ("norm", "qkv", "attn", "gate_up", "act")]
 
 
 @dataclass(frozen=True)
@@ -72,9 +87,15 @@ def _p(tensor: torch.Tensor | None) -> int | None:
 def rows_struct(batch: ForwardBatch) -> RowsStruct:
     """View of the batch's index arrays; valid while the batch lives."""
     return RowsStruct(
-        batch.num_rows, batch.page_table.shape[1], batch.ancestors.shape[1], batch.positions.ctypes.data,
-        batch.sequence.ctypes.data, batch.slots.ctypes.data, batch.prefix_len.ctypes.data,
-        batch.ancestors.ctypes.data, batch.page_table.ctypes.data,
+        batch.num_rows,
+        batch.page_table.shape[1],
+        batch.ancestors.shape[1],
+        batch.positions.ctypes.data,
+        batch.sequence.ctypes.data,
+        batch.slots.ctypes.data,
+        batch.prefix_len.ctypes.data,
+        batch.ancestors.ctypes.data,
+        batch.page_table.ctypes.data,
     )
 
 
@@ -113,22 +134,44 @@ class NativeOps:
         """Pack [N, K], bf16 or float32; K a multiple of 16."""
         rows, cols = weight.shape
         if weight.dtype not in (torch.bfloat16, torch.float32) or cols % 16:
-            raise ConfigError(f"cannot pack a {weight.dtype} weight of shape {tuple(weight.shape)}", field="dtype",
-                              remedy="use bfloat16 or float32 and inner sizes that are multiples of 16")
+            raise ConfigError(
+                f"cannot pack a {weight.dtype} weight of shape {tuple(weight.shape)}",
+                field="dtype",
+                remedy="use bfloat16 or float32 and inner sizes that are multiples of 16",
+            )
         weight = weight.contiguous()
         out = torch.empty((rows + 15) // 16, cols, 16, dtype=weight.dtype)
         self.lib.pd_pack(_ptr(weight.data_ptr()), rows, cols, int(weight.dtype == torch.bfloat16), _ptr(out.data_ptr()))
         return Packed(out, rows, cols)
 
-    def linear(self, x: torch.Tensor, weight: Packed, bias: torch.Tensor | None = None, *,
-               out: torch.Tensor | None = None, add: bool = False) -> torch.Tensor:
+    def linear(
+        self,
+        x: torch.Tensor,
+        weight: Packed,
+        bias: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor | None = None,
+        add: bool = False,
+    ) -> torch.Tensor:
         """x[R, K] W^T (+ bias) → [R, N]; ``add`` adds into ``out``."""
         if x.dtype != torch.float32 or x.shape[1] != weight.cols or x.stride(1) != 1:
             raise ValueError(f"linear: x is {x.dtype} {tuple(x.shape)}, the weight takes float32 [R, {weight.cols}]")
         if out is None:
             out = torch.empty(x.shape[0], weight.rows)
-        self.lib.pd_linear(self.pool, _ptr(x.data_ptr()), x.stride(0), _ptr(weight.data.data_ptr()), int(weight.bf16),
-                           _ptr(_p(bias)), _ptr(out.data_ptr()), out.stride(0), x.shape[0], weight.rows, weight.cols, int(add))
+        self.lib.pd_linear(
+            self.pool,
+            _ptr(x.data_ptr()),
+            x.stride(0),
+            _ptr(weight.data.data_ptr()),
+            int(weight.bf16),
+            _ptr(_p(bias)),
+            _ptr(out.data_ptr()),
+            out.stride(0),
+            x.shape[0],
+            weight.rows,
+            weight.cols,
+            int(add),
+        )
         return out
 
     def embed(self, weight: Packed, ids: np.ndarray) -> torch.Tensor:
@@ -137,15 +180,29 @@ class NativeOps:
         if len(ids) and (ids.min() < 0 or ids.max() >= weight.rows):
             raise ValueError(f"token id out of range 0..{weight.rows - 1}")
         out = torch.empty(len(ids), weight.cols)
-        self.lib.pd_embed(_ptr(weight.data.data_ptr()), int(weight.bf16), weight.cols, _ptr(ids.ctypes.data), len(ids),
-                          _ptr(out.data_ptr()))
+        self.lib.pd_embed(
+            _ptr(weight.data.data_ptr()),
+            int(weight.bf16),
+            weight.cols,
+            _ptr(ids.ctypes.data),
+            len(ids),
+            _ptr(out.data_ptr()),
+        )
         return out
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x[R, H] / rms(x) * weight[H]; H a multiple of 16."""
         out = torch.empty(x.shape[0], x.shape[1])
-        self.lib.pd_rms_norm(self.pool, _ptr(x.data_ptr()), x.stride(0), _ptr(weight.data_ptr()), _ptr(out.data_ptr()),
-                             x.shape[0], x.shape[1], _f32(eps))
+        self.lib.pd_rms_norm(
+            self.pool,
+            _ptr(x.data_ptr()),
+            x.stride(0),
+            _ptr(weight.data_ptr()),
+            _ptr(out.data_ptr()),
+            x.shape[0],
+            x.shape[1],
+            _f32(eps),
+        )
         return out
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -159,14 +216,26 @@ class NativeOps:
         _, _, _, heads, dim = layer_cache.shape
         q_heads = qkv.shape[1] // dim - 2 * heads
         rows, cache = rows_struct(batch), cache_struct(layer_cache)
-        self.lib.pd_rope_store(self.pool, _ptr(qkv.data_ptr()), q_heads, _ptr(rope.cos.data_ptr()),
-                               _ptr(rope.sin.data_ptr()), None, None, _f32(0), c.byref(rows), c.byref(cache))
+        self.lib.pd_rope_store(
+            self.pool,
+            _ptr(qkv.data_ptr()),
+            q_heads,
+            _ptr(rope.cos.data_ptr()),
+            _ptr(rope.sin.data_ptr()),
+            None,
+            None,
+            _f32(0),
+            c.byref(rows),
+            c.byref(cache),
+        )
         return qkv[:, : q_heads * dim].unflatten(1, (q_heads, dim))
 
     def attend(self, q: torch.Tensor, batch: ForwardBatch, layer_cache: torch.Tensor) -> torch.Tensor:
         """softmax(q k^T / sqrt(D)) v over each row's prefix and ancestors: q[R, Hq, D] → [R, Hq*D]."""
         out = torch.empty(q.shape[0], q.shape[1] * q.shape[2])
         rows, cache = rows_struct(batch), cache_struct(layer_cache)
-        if self.lib.pd_attend(self.pool, _ptr(q.data_ptr()), q.stride(0), q.shape[1], _ptr(out.data_ptr()), c.byref(rows), c.byref(cache)):
+        if self.lib.pd_attend(
+            self.pool, _ptr(q.data_ptr()), q.stride(0), q.shape[1], _ptr(out.data_ptr()), c.byref(rows), c.byref(cache)
+        ):
             raise MemoryError("attention scores")
         return out

@@ -30,8 +30,14 @@ class Rope:
     sin: torch.Tensor
 
 
-def make_rope(*, head_dim: int, theta: float, max_positions: int, scaling: dict[str, Any] | None = None,
-              device: torch.device | str = "cpu") -> Rope:
+def make_rope(
+    *,
+    head_dim: int,
+    theta: float,
+    max_positions: int,
+    scaling: dict[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+) -> Rope:
     """Rotary tables (Su et al., 2104.09864), half-split form; ``scaling`` as in Hugging Face configs
     (``linear`` or ``llama3``). Computed in float64."""
     inverse = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
@@ -61,12 +67,21 @@ class Ops(Protocol):
     device: torch.device
 
     def pack(self, weight: torch.Tensor) -> Any: ...
-    def linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None, *, out: torch.Tensor | None = None,
-               add: bool = False) -> torch.Tensor: ...
+    def linear(
+        self,
+        x: torch.Tensor,
+        weight: Any,
+        bias: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor | None = None,
+        add: bool = False,
+    ) -> torch.Tensor: ...
     def embed(self, weight: Any, ids: np.ndarray) -> torch.Tensor: ...
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor: ...
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor: ...
-    def rope_store(self, qkv: torch.Tensor, rope: Rope, batch: ForwardBatch, layer_cache: torch.Tensor) -> torch.Tensor: ...
+    def rope_store(
+        self, qkv: torch.Tensor, rope: Rope, batch: ForwardBatch, layer_cache: torch.Tensor
+    ) -> torch.Tensor: ...
     def attend(self, q: torch.Tensor, batch: ForwardBatch, layer_cache: torch.Tensor) -> torch.Tensor: ...
     def close(self) -> None: ...
 
@@ -105,8 +120,15 @@ class TorchOps:
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.to(self.device).contiguous()
 
-    def linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None, *, out: torch.Tensor | None = None,
-               add: bool = False) -> torch.Tensor:
+    def linear(
+        self,
+        x: torch.Tensor,
+        weight: Any,
+        bias: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor | None = None,
+        add: bool = False,
+    ) -> torch.Tensor:
         y = torch.nn.functional.linear(x.to(weight.dtype), weight).float()
         if bias is not None:
             y = y + bias
@@ -166,4 +188,4 @@ def _visible(batch: ForwardBatch) -> tuple[np.ndarray, np.ndarray]:
 def _flat_rows(batch: ForwardBatch, slots: np.ndarray, page_size: int) -> np.ndarray:
     """Flat cache rows of slots [R, K] → int64 [R, K]."""
     pages = np.take_along_axis(batch.page_table[batch.sequence], slots // page_size, axis=1)
-    return (pages.astype(np.int64) * page_size + slots % page_size)
+    return pages.astype(np.int64) * page_size + slots % page_size

@@ -19,7 +19,13 @@ from pdspec.errors import ConfigError
 from pdspec.model.batch import ForwardBatch, ForwardOutput
 from pdspec.model.config import ModelConfig
 from pdspec.model.native import (
-    CacheStruct, LayerStruct, ModelStruct, NativeOps, ScratchStruct, cache_struct, rows_struct,
+    CacheStruct,
+    LayerStruct,
+    ModelStruct,
+    NativeOps,
+    ScratchStruct,
+    cache_struct,
+    rows_struct,
 )
 from pdspec.model.ops import Ops, make_rope
 
@@ -45,11 +51,18 @@ class Runner:
     """A Llama-family decoder with packed weights. ``weights`` has Hugging Face keys, in ``dtype`` (KV rows are in
     ``dtype`` too); it is emptied while packing, so that no second copy stays in memory."""
 
-    def __init__(self, config: ModelConfig, weights: dict[str, torch.Tensor], *, ops: Ops, dtype: str = "bfloat16") -> None:
+    def __init__(
+        self, config: ModelConfig, weights: dict[str, torch.Tensor], *, ops: Ops, dtype: str = "bfloat16"
+    ) -> None:
         self.config, self.ops, self.dtype = config, ops, dtype
         self.group = config.target_group(dtype)
-        self.rope = make_rope(head_dim=config.head_dim, theta=config.rope_theta, max_positions=config.max_context,
-                              scaling=config.rope_scaling, device=ops.device)
+        self.rope = make_rope(
+            head_dim=config.head_dim,
+            theta=config.rope_theta,
+            max_positions=config.max_context,
+            scaling=config.rope_scaling,
+            device=ops.device,
+        )
         self.embedding = ops.pack(weights["model.embed_tokens.weight"])
         self.lm_head = self.embedding if config.tie_embeddings else ops.pack(weights.pop("lm_head.weight"))
         self.final_norm = weights.pop("model.norm.weight").float().to(ops.device)
@@ -68,12 +81,19 @@ class Runner:
 
         attention, config = "self_attn.", self.config
         qkv = self.ops.pack(torch.cat([take(f"{attention}{n}_proj.weight") for n in "qkv"]))
-        bias = torch.cat([take(f"{attention}{n}_proj.bias") for n in "qkv"]).float().to(self.ops.device) if config.qkv_bias else None
+        bias = (
+            torch.cat([take(f"{attention}{n}_proj.bias") for n in "qkv"]).float().to(self.ops.device)
+            if config.qkv_bias
+            else None
+        )
         return Layer(
-            qkv=qkv, o=self.ops.pack(take(attention + "o_proj.weight")),
+            qkv=qkv,
+            o=self.ops.pack(take(attention + "o_proj.weight")),
             gate_up=self.ops.pack(torch.cat([take("mlp.gate_proj.weight"), take("mlp.up_proj.weight")])),
-            down=self.ops.pack(take("mlp.down_proj.weight")), input_norm=norm("input_layernorm.weight"),
-            post_norm=norm("post_attention_layernorm.weight"), qkv_bias=bias,
+            down=self.ops.pack(take("mlp.down_proj.weight")),
+            input_norm=norm("input_layernorm.weight"),
+            post_norm=norm("post_attention_layernorm.weight"),
+            qkv_bias=bias,
             q_norm=norm(attention + "q_norm.weight") if config.qk_norm else None,
             k_norm=norm(attention + "k_norm.weight") if config.qk_norm else None,
         )
@@ -81,12 +101,17 @@ class Runner:
     def forward(self, batch: ForwardBatch, cache: PagedCache, on_layer: OnLayer | None = None) -> ForwardOutput:
         """One forward of R rows; writes their KV rows. Positions must be below ``max_context``."""
         if batch.num_rows and int(batch.positions.max()) >= self.config.max_context:
-            raise ConfigError(f"position {int(batch.positions.max())} is beyond the context of {self.config.max_context}",
-                              field="max_tokens", remedy="ask for fewer tokens")
+            raise ConfigError(
+                f"position {int(batch.positions.max())} is beyond the context of {self.config.max_context}",
+                field="max_tokens",
+                remedy="ask for fewer tokens",
+            )
         x = self.ops.embed(self.embedding, batch.token_ids)
         captured = torch.empty(len(batch.capture), *x.shape, device=self.ops.device) if batch.capture else None
         run = self._native or self._spelled_out
-        stops = sorted({*batch.capture, self.config.num_layers} if on_layer is None else range(self.config.num_layers + 1))
+        stops = sorted(
+            {*batch.capture, self.config.num_layers} if on_layer is None else range(self.config.num_layers + 1)
+        )
         first = 0
         with torch.inference_mode():
             for stop in stops:
@@ -107,7 +132,8 @@ class Runner:
             final, wanted = None, self.ops.rms_norm(x[rows], self.final_norm, self.config.rms_norm_eps)
         return ForwardOutput(
             logits=self.ops.linear(wanted, self.lm_head),
-            captured=None if captured is None else captured.transpose(0, 1).contiguous(), final=final,
+            captured=None if captured is None else captured.transpose(0, 1).contiguous(),
+            final=final,
         )
 
     def _spelled_out(self, batch: ForwardBatch, cache: PagedCache, x: torch.Tensor, first: int, last: int) -> None:
@@ -143,8 +169,15 @@ class _NativeLayers:
         self.runner, self.ops = runner, ops
         self._layers = (LayerStruct * config.num_layers)(*map(_layer_struct, runner.layers))
         self._model = ModelStruct(
-            config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.intermediate_size,
-            int(runner.layers[0].qkv.bf16), config.rms_norm_eps, runner.rope.cos.data_ptr(), runner.rope.sin.data_ptr(),
+            config.hidden_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            config.intermediate_size,
+            int(runner.layers[0].qkv.bf16),
+            config.rms_norm_eps,
+            runner.rope.cos.data_ptr(),
+            runner.rope.sin.data_ptr(),
             ctypes.cast(self._layers, ctypes.c_void_p),
         )
         self._caches: tuple[PagedCache, Any] | None = None
@@ -170,20 +203,35 @@ class _NativeLayers:
         if first == last:
             return
         rows, scratch = rows_struct(batch), self._reserve(batch.num_rows)
-        status = self.ops.lib.pd_layers(self.ops.pool, ctypes.byref(self._model), ctypes.byref(rows), self._cache_structs(cache),
-                                        ctypes.c_void_p(x.data_ptr()), ctypes.byref(scratch), first, last)
+        status = self.ops.lib.pd_layers(
+            self.ops.pool,
+            ctypes.byref(self._model),
+            ctypes.byref(rows),
+            self._cache_structs(cache),
+            ctypes.c_void_p(x.data_ptr()),
+            ctypes.byref(scratch),
+            first,
+            last,
+        )
         if status:
             raise MemoryError("attention scores")
 
 
 def _check_sizes(config: ModelConfig) -> None:
-    sizes = {"hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size, "head_dim": config.head_dim}
+    sizes = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "head_dim": config.head_dim,
+    }
     wrong = [f"{name}={size}" for name, size in sizes.items() if size % 16]
     if config.head_dim > 256 or config.num_heads // config.num_kv_heads > 16:
         wrong.append(f"head_dim={config.head_dim}, {config.num_heads} heads over {config.num_kv_heads}")
     if wrong:
-        raise ConfigError(f"the CPU kernels cannot run {', '.join(wrong)}", field="model",
-                          remedy="sizes are multiples of 16, head_dim at most 256, at most 16 query heads per KV head")
+        raise ConfigError(
+            f"the CPU kernels cannot run {', '.join(wrong)}",
+            field="model",
+            remedy="sizes are multiples of 16, head_dim at most 256, at most 16 query heads per KV head",
+        )
 
 
 def _layer_struct(layer: Layer) -> LayerStruct:

@@ -24,6 +24,10 @@ class NoDrafter:
         """It holds nothing that two sides could differ in."""
         return "none/1"
 
+    def depth(self, tree: str) -> int:
+        """Whatever the tree, nothing is drafted."""
+        return 0
+
     def rows_at(self, num_tokens: int) -> dict[str, int]:
         """No groups."""
         return {}

@@ -10,8 +10,9 @@ Coupling (DESIGN 5): position t of a request has fixed Gumbel noise g[t, v]; a d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -42,8 +43,10 @@ class Draft:
 def empty_draft() -> Draft:
     """The draft of zero nodes: the verification is then a plain decode step."""
     return Draft(
-        token_ids=np.empty(0, np.int32), parents=np.empty(0, np.int32),
-        log_q=np.empty(0, np.float32), survival=np.empty(0, np.float32),
+        token_ids=np.empty(0, np.int32),
+        parents=np.empty(0, np.int32),
+        log_q=np.empty(0, np.float32),
+        survival=np.empty(0, np.float32),
     )
 
 
@@ -120,6 +123,9 @@ class Drafter(Protocol):
 
     def fingerprint(self) -> str:
         """Hash of content, geometry, vocabulary map and padding; equal on both sides of a handoff."""
+
+    def depth(self, tree: str) -> int:
+        """Deepest node under a request's tree. Raises UnknownName or InvalidRequest for a tree it cannot draft."""
 
     def rows_at(self, num_tokens: int) -> dict[str, int]:
         """Final rows per group when tokens t_0..t_{num_tokens-1} and t_{num_tokens} are known."""

@@ -36,14 +36,23 @@ def batch_of(rows: int, *, prefix: int = 37, ancestors: bool = False) -> Forward
     else:
         paths, lengths = np.empty((rows, 0), np.int32), slots + 1
     pages = np.random.default_rng(0).permutation(40)[: (prefix + rows) // 8 + 1].astype(np.int32)
-    return ForwardBatch(token_ids=index, positions=slots.astype(np.int32), sequence=np.zeros(rows, np.int32),
-                        slots=slots.astype(np.int32), prefix_len=lengths.astype(np.int32), ancestors=paths,
-                        page_table=pages[None], logit_rows=index)
+    return ForwardBatch(
+        token_ids=index,
+        positions=slots.astype(np.int32),
+        sequence=np.zeros(rows, np.int32),
+        slots=slots.astype(np.int32),
+        prefix_len=lengths.astype(np.int32),
+        ancestors=paths,
+        page_table=pages[None],
+        logit_rows=index,
+    )
 
 
 def pick(batch: ForwardBatch, rows: list[int]) -> ForwardBatch:
-    take = {n: np.ascontiguousarray(getattr(batch, n)[rows]) for n in
-            ("token_ids", "positions", "sequence", "slots", "prefix_len", "ancestors")}
+    take = {
+        n: np.ascontiguousarray(getattr(batch, n)[rows])
+        for n in ("token_ids", "positions", "sequence", "slots", "prefix_len", "ancestors")
+    }
     return ForwardBatch(**take, page_table=batch.page_table, logit_rows=np.arange(len(rows), dtype=np.int32))
 
 
@@ -102,14 +111,22 @@ def test_attention_matches_torch_and_a_row_ignores_its_neighbours(ops, dtype, an
 def test_a_tree_path_has_the_bits_of_the_same_chain(ops):
     layer, q = filled_cache("float32"), torch.randn(1, 6, 32)
     chain = batch_of(3)
-    tree = ForwardBatch(token_ids=chain.token_ids, positions=chain.positions, sequence=chain.sequence, slots=chain.slots,
-                        prefix_len=np.full(3, 37, np.int32), page_table=chain.page_table, logit_rows=chain.logit_rows,
-                        ancestors=np.array([[37, -1, -1], [37, 38, -1], [37, 38, 39]], np.int32))
+    tree = ForwardBatch(
+        token_ids=chain.token_ids,
+        positions=chain.positions,
+        sequence=chain.sequence,
+        slots=chain.slots,
+        prefix_len=np.full(3, 37, np.int32),
+        page_table=chain.page_table,
+        logit_rows=chain.logit_rows,
+        ancestors=np.array([[37, -1, -1], [37, 38, -1], [37, 38, 39]], np.int32),
+    )
     for row in range(3):
         assert torch.equal(ops.attend(q, pick(chain, [row]), layer), ops.attend(q, pick(tree, [row]), layer))
 
 
 def test_unpackable_weights_are_refused(ops):
     from pdspec.errors import ConfigError
+
     with pytest.raises(ConfigError, match="multiples of 16"):
         ops.pack(torch.randn(8, 10))
