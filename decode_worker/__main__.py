@@ -1,7 +1,7 @@
 """``python -m decode_worker``: a decode worker without Ray."""
 
-from pdspec.engine.standalone import run_worker
 from decode_worker.service import launch
+from pdspec.engine.standalone import run_worker
 
 if __name__ == "__main__":
     run_worker("decode", launch)

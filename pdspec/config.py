@@ -13,7 +13,7 @@ from pdspec.settings import Settings, option, unknown_name
 
 ROLES = ("prefill", "decode")
 DTYPES = ("bfloat16", "float32")
-NUMERICS = ("exact", "fast")
+NUMERICS = ("auto", "exact", "fast")
 HANDOFFS = ("direct", "relay")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -25,7 +25,10 @@ class WorkerConfig(Settings):
     role: str = option("decode", "what the worker does", choices=ROLES)
     model: str = option("smollm2-135m", "alias, hub id or folder of the target model")
     dtype: str = option("bfloat16", "type of weights and KV", choices=DTYPES)
-    numerics: str = option("exact", "exact: a row's bits depend on its token prefix alone", choices=NUMERICS)
+    numerics: str = option(
+        "auto", "exact: a row's bits depend on its token prefix alone; auto: exact where the self-test proves it",
+        choices=NUMERICS,
+    )  # fmt: skip
     drafter: str = option("eagle3", "drafter of requests that name none")
     drafters: tuple[str, ...] = option(("none", "ngram", "eagle3"), "drafters to hold ready")
     heads: dict[str, str] = option({}, "draft head folders by drafter name; others use the shipped head")

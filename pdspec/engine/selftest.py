@@ -42,6 +42,8 @@ def check_exact(resources: Resources, wanted: str) -> str:
 
 def first_difference(resources: Resources) -> str:
     """What breaks row invariance, empty when nothing does. Uses a few free pages and gives them back."""
+    if resources.ops.name != "native":
+        return "torch picks its kernels by the shape of the batch"
     pages = resources.pool.allocate((PREFIX + ROWS) // resources.pool.page_size + 1)
     try:
         return _compare(resources, pages)

@@ -1,0 +1,227 @@
+"""``pdspec bench decode``: tokens per second and acceptance length through router, prefill and decode worker.
+
+Everything that is compared is measured in turns within one run, prompt by prompt, so that a drifting machine hits all
+alike; medians over the runs count. Each drafter is first tried at every setting within the node budget.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pdspec.client import Answer, RouterClient
+from pdspec.config import WorkerConfig
+from pdspec.engine.local import LocalGenerator
+from pdspec.errors import PdspecError
+from pdspec.model.tokenizer import load_tokenizer
+from pdspec.study.machine import read_bandwidth
+from pdspec.study.prompts import study_prompts
+from pdspec.study.repetition import repeated_share
+from pdspec.study.stack import Stack
+from pdspec.study.transformers_peer import TransformersPeer
+from pdspec.telemetry import usable_cores
+from pdspec.types import GenerateRequest, SamplingParams, UserRequest
+
+Progress = Callable[[str], object]
+PREFILL_LENGTHS = (128, 512, 1024, 2048)
+TTFT_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A drafter with a tree."""
+
+    drafter: str
+    tree: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.drafter} {self.tree}".strip()
+
+
+def settings_of(drafter: str, nodes: int) -> list[Setting]:
+    """What is tried within a budget of ``nodes`` draft nodes per verification."""
+    chains = [Setting(drafter, f"chain({k})") for k in (2, 3, 5, 8) if k <= nodes]
+    if drafter == "none":
+        return [Setting("none")]
+    if drafter == "ngram":
+        return chains
+    dynamic = [Setting(drafter, f"dynamic({depth},{k},{nodes})") for depth, k in ((2, 4), (3, 4), (4, 4)) if k <= nodes]
+    return [*chains, *dynamic]
+
+
+class Bench:
+    """One stack, one client, and the prompts as token ids."""
+
+    def __init__(self, client: RouterClient, prompts: Sequence[tuple[int, ...]], max_tokens: int, handoff: str) -> None:
+        self.client, self.prompts, self.max_tokens, self.handoff = client, prompts, max_tokens, handoff
+
+    def ask(self, setting: Setting, ids: tuple[int, ...], max_tokens: int) -> Answer:
+        """One greedy answer of exactly ``max_tokens`` tokens."""
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=0)
+        return self.client.generate(UserRequest(
+            prompt_ids=ids, drafter=setting.drafter, tree=setting.tree, handoff=self.handoff, sampling=params,
+        ))  # fmt: skip
+
+    def run(self, setting: Setting) -> dict[str, Any]:
+        """All prompts once: decode tokens per second, output tokens per verification, answers."""
+        answers = [self.ask(setting, ids, self.max_tokens) for ids in self.prompts]
+        tokens = sum(len(answer.token_ids) - 1 for answer in answers)
+        seconds = sum(answer.total_ms - answer.ttft_ms for answer in answers) / 1e3
+        verifications = sum(answer.stats.verifications for answer in answers)
+        return {
+            "tokens_per_second": tokens / seconds, "acceptance_length": tokens / verifications,
+            "ms_per_verification": 1e3 * seconds / verifications, "answers": [answer.token_ids for answer in answers],
+        }  # fmt: skip
+
+
+def run(
+    *, drafters: Sequence[str], vs_transformers: bool, worker: dict[str, Any], handoff: str, prompts: str | None,
+    num_prompts: int, max_tokens: int, nodes: int, runs: int, progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
+    """The whole benchmark. Raises ConfigError for settings that cannot work."""
+    config = WorkerConfig.from_mapping({**worker, "drafters": tuple(dict.fromkeys(("none", *drafters)))} | (
+        {} if "drafter" in worker else {"drafter": drafters[-1]}))  # fmt: skip
+    tokenizer = load_tokenizer(config.model, config.cache_dir or None)
+    texts = [prompt.text for prompt in study_prompts(prompts, num_prompts)]
+    ids = [tuple(tokenizer.apply_chat([{"role": "user", "content": text}])) for text in texts]
+    threads = config.threads or usable_cores()
+    peer = TransformersPeer(config.model, config.dtype, threads, config.cache_dir or None) if vs_transformers else None
+    with Stack(config, progress=progress) as stack, RouterClient(stack.endpoint) as client:
+        bench = Bench(client, ids, max_tokens, handoff)
+        tried = {setting: bench.run(setting) for name in drafters for setting in settings_of(name, nodes)}
+        for setting, result in tried.items():
+            rate, length = result["tokens_per_second"], result["acceptance_length"]
+            progress(f"tried {setting}: {rate:.1f} tokens/s, {length:.2f} per verification")
+        best = {
+            name: max((s for s in tried if s.drafter == name), key=lambda s: tried[s]["tokens_per_second"])
+            for name in drafters
+        }
+        measured, peer_rates = _interleaved(bench, list(best.values()), peer, runs, progress)
+        result = _summary(tried, best, measured, nodes)
+        result["floors"] = _floors(client, config, threads)
+        if peer is not None:
+            result |= _against(bench, config, peer, measured, peer_rates, runs, progress)
+    return result
+
+
+def _interleaved(
+    bench: Bench, settings: Sequence[Setting], peer: TransformersPeer | None, runs: int, progress: Progress
+) -> tuple[dict[Setting, list[dict[str, Any]]], list[float]]:
+    measured: dict[Setting, list[dict[str, Any]]] = defaultdict(list)
+    peer_rates: list[float] = []
+    for index in range(runs):
+        for setting in settings:
+            measured[setting].append(bench.run(setting))
+        if peer is not None:
+            times = [peer.generate(ids, bench.max_tokens)[1] for ids in bench.prompts]
+            peer_rates.append(len(times) / sum(times))
+        progress(f"run {index + 1} of {runs}")
+    return measured, peer_rates
+
+
+def _median(rows: Sequence[dict[str, Any]], key: str) -> float:
+    return statistics.median(row[key] for row in rows)
+
+
+def _summary(
+    tried: dict[Setting, dict[str, Any]],
+    best: dict[str, Setting],
+    measured: dict[Setting, list[dict[str, Any]]],
+    nodes: int,
+) -> dict[str, Any]:
+    plain = next((s for s in measured if s.drafter == "none"), None)
+    base = _median(measured[plain], "tokens_per_second") if plain else None
+    table = {}
+    for name, setting in best.items():
+        rows = measured[setting]
+        rate = _median(rows, "tokens_per_second")
+        table[name] = {
+            "tree": setting.tree, "tokens_per_second": rate, "runs": [row["tokens_per_second"] for row in rows],
+            "acceptance_length": rows[0]["acceptance_length"],
+            "ms_per_verification": _median(rows, "ms_per_verification"),
+            "best_acceptance_length": max(r["acceptance_length"] for s, r in tried.items() if s.drafter == name),
+            "speedup_over_none": rate / base if base else None,
+            "repeated_8gram_share": repeated_share(rows[0]["answers"]),
+        }  # fmt: skip
+    same = len({tuple(map(tuple, rows[0]["answers"])) for rows in measured.values()}) == 1
+    settings = {str(s): {k: v for k, v in r.items() if k != "answers"} for s, r in tried.items()}
+    return {"nodes": nodes, "drafters": table, "settings_tried": settings, "same_tokens": same}
+
+
+def _floors(client: RouterClient, config: WorkerConfig, threads: int) -> dict[str, Any]:
+    """The time that reading the weights once takes at the measured bandwidth: no plain step can be faster."""
+    from pdspec.model.config import weight_shapes
+    from pdspec.model.files import resolve
+
+    shapes = weight_shapes(resolve(config.model, config.cache_dir or None).config)
+    weights = sum(_product(shape) for shape in shapes.values()) * (2 if config.dtype == "bfloat16" else 4)
+    bandwidth = read_bandwidth(threads)
+    return {
+        "weight_bytes": weights, "read_bytes_per_second": bandwidth, "step_ms": 1e3 * weights / bandwidth,
+        "tokens_per_second": bandwidth / weights,
+    }  # fmt: skip
+
+
+def _product(shape: Sequence[int]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+def _against(
+    bench: Bench, config: WorkerConfig, peer: TransformersPeer, measured: dict[Setting, list[dict[str, Any]]],
+    peer_rates: Sequence[float], runs: int, progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
+    plain = next(s for s in measured if s.drafter == "none")
+    ours, theirs = _median(measured[plain], "tokens_per_second"), statistics.median(peer_rates)
+    return {
+        "ratio": ours / theirs, "transformers_tokens_per_second": theirs, "transformers_runs": list(peer_rates),
+        "prefill": _prefill(bench, peer, runs, progress), "ttft": _ttft(bench, config, runs, progress),
+    }  # fmt: skip
+
+
+def _long_prompt(bench: Bench, length: int, salt: int) -> tuple[int, ...]:
+    ids = [token for prompt in bench.prompts for token in prompt]
+    whole = ids[salt % 7 :] * (length // len(ids) + 2)
+    return tuple(whole[:length])
+
+
+def _prefill(bench: Bench, peer: TransformersPeer, runs: int, progress: Progress) -> dict[str, Any]:
+    """Prompt tokens per second: one token asked of the stack, one forward asked of transformers."""
+    table = {}
+    for length in PREFILL_LENGTHS:
+        ours, theirs = [], []
+        for index in range(runs):
+            ids = _long_prompt(bench, length, index)
+            ours.append(bench.ask(Setting("none"), ids, 1).ttft_ms / 1e3)
+            theirs.append(peer.prefill_seconds(ids))
+        mine, peers = length / statistics.median(ours), length / statistics.median(theirs)
+        table[str(length)] = {"tokens_per_second": mine, "transformers": peers, "ratio": mine / peers}
+        progress(f"prefill of {length}: {mine:.0f} tokens/s, transformers {peers:.0f}")
+    return table
+
+
+def _ttft(bench: Bench, config: WorkerConfig, runs: int, progress: Progress) -> dict[str, Any]:
+    """Time to first token at 512 prompt tokens, through the stack and in one process."""
+    local = LocalGenerator(config)
+    try:
+        through, alone = [], []
+        for index in range(runs + 1):  # the first of each warms up
+            ids = _long_prompt(bench, TTFT_TOKENS, index)
+            through.append(bench.ask(Setting(config.drafter), ids, 2).ttft_ms)
+            began = time.perf_counter()
+            request = GenerateRequest(request_id="local", prompt_ids=ids, sampling=SamplingParams(max_tokens=2, seed=0))
+            next(iter(local.generate(request)))
+            alone.append(1e3 * (time.perf_counter() - began))
+    finally:
+        local.resources.close()
+    if len(through) < 2:
+        raise PdspecError("at least one run is needed", field="runs")
+    a, b = statistics.median(through[1:]), statistics.median(alone[1:])
+    progress(f"time to first token of {TTFT_TOKENS}: {a:.0f} ms, in one process {b:.0f} ms")
+    return {"prompt_tokens": TTFT_TOKENS, "ttft_ms": a, "local_ttft_ms": b, "difference_ms": a - b}

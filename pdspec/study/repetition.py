@@ -1,0 +1,20 @@
+"""How repetitive answers are: drafters that copy shine on repetition, so every acceptance figure states its share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def repeated_share(answers: Sequence[Sequence[int]], n: int = 8) -> float:
+    """Share of tokens that stand inside an n-gram which occurred earlier in the same answer, over all answers."""
+    inside = total = 0
+    for answer in answers:
+        seen: set[tuple[int, ...]] = set()
+        marked = [False] * len(answer)
+        for start in range(len(answer) - n + 1):
+            gram = tuple(answer[start : start + n])
+            if gram in seen:
+                marked[start : start + n] = [True] * n
+            seen.add(gram)
+        inside, total = inside + sum(marked), total + len(answer)
+    return inside / total if total else 0.0
