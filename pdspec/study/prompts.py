@@ -11,7 +11,7 @@ __all__ = ["Prompt", "example_folder", "load_prompts", "study_prompts"]
 
 
 def example_folder() -> Path:
-    """``examples/prompts`` of the working tree this package was installed from. Raises ConfigError if it is not there."""
+    """``examples/prompts`` of the working tree this package is installed from. Raises ConfigError without one."""
     folder = Path(__file__).resolve().parents[2] / "examples" / "prompts"
     if not folder.is_dir():
         raise ConfigError("the example prompts are not installed", field="prompts", remedy="give --prompts FILE")

@@ -6,51 +6,30 @@ are row-invariant), so a killed run continues where it stopped; user turns that 
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pdspec.cache.paged import PagedCache
 from pdspec.cache.pool import pages_for
+from pdspec.errors import ConfigError
 from pdspec.model.batch import ForwardBatch
 from pdspec.model.loader import load_weights, resolve
 from pdspec.model.ops import make_ops
 from pdspec.model.runner import Runner
 from pdspec.model.tokenizer import Tokenizer, load_tokenizer
-from pdspec.prompts import Prompt
 from pdspec.spec.eagle3.config import default_fused_layers
+from pdspec.train.plan import DataConfig, Plan, plan, prompt_key
 from pdspec.train.store import Sample, TokenStore
 
 MARK = "\u241eUSER\u241e"
 PAGE_SIZE = 16
-SELF = "self-synthesised"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What to write. ``tokens`` counts answer tokens; ``max_answer``/``max_user`` are tokens of one turn."""
-
-    out: Path
-    tokens: int
-    sources: tuple[tuple[str, tuple[Prompt, ...]], ...] = ()  # (name, prompts)
-    self_share: float = 0.6  # of the samples, while files last; afterwards all
-    temperature: float = 0.7
-    user_temperature: float = 1.0
-    user_min_p: float = 0.02
-    max_answer: int = 400
-    max_user: int = 160
-    min_user: int = 6
-    batch: int = 24
-    seed: int = 0
-    keep_hidden: bool = False
+HOPELESS = 200  # user turns dropped in a row before generation gives up
 
 
 @dataclass(frozen=True)
@@ -71,40 +50,9 @@ def load_target(model: str, *, dtype: str = "bfloat16", threads: int = 0, cache_
     return Target(runner, load_tokenizer(files), model, files.content_hash, files.tokenizer_hash)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Sample ``index``: a prompt, or None when the target writes the user's turn as well."""
-
-    index: int
-    source: str
-    prompt: Prompt | None
-
-
-def plan(config: DataConfig) -> Iterator[Plan]:
-    """All samples in order, without end: file prompts in a seeded shuffle until they are used up."""
-    files = [(name, prompt) for name, prompts in config.sources for prompt in prompts]
-    random.Random(config.seed).shuffle(files)
-    taken, index = 0, 0
-    if config.self_share <= 0 and not files:
-        raise ValueError("nothing to generate from: no prompts, and no self-synthesised ones")
-    while config.self_share > 0 or taken < len(files):
-        use_self = int((index + 1) * config.self_share) > int(index * config.self_share)
-        if use_self or taken == len(files):
-            if config.self_share > 0:
-                yield Plan(index=index, source=SELF, prompt=None)
-        else:
-            yield Plan(index=index, source=files[taken][0], prompt=files[taken][1])
-            taken += 1
-        index += 1
-
-
-def prompt_key(text: str) -> str:
-    """Hash of a user turn, blind to case and spacing: equal keys are duplicates."""
-    return xxhash.xxh3_64_hexdigest(" ".join(text.lower().split()).encode())
-
-
-def sample_tokens(logits: torch.Tensor, temperature: Sequence[float], min_p: Sequence[float],
-                  uniform: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+def sample_tokens(
+    logits: torch.Tensor, temperature: Sequence[float], min_p: Sequence[float], uniform: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
     """One token per row of ``logits`` [S, V] by inverse transform, and the best one: two int64 [S].
 
     Temperature 0 takes the best. ``min_p`` drops tokens less likely than that share of the best one's chance.
@@ -147,17 +95,25 @@ class Generator:
         self.max_tokens = min(model.max_context, self.max_prompt + config.max_answer)
         before, after = target.tokenizer.render_chat([{"role": "user", "content": MARK}]).split(MARK)
         self.before, self.after = target.tokenizer.encode(before), target.tokenizer.encode(after)
-        self.rejected = 0
+        self.rejected = self._rejected_in_a_row = 0
 
     def meta(self) -> dict[str, Any]:
         """What a store of these samples is made with."""
         config, hidden = self.config, self.target.runner.config.hidden_size
         return {
-            "format": 1, "model": self.target.name, "content_hash": self.target.content_hash,
-            "tokenizer_hash": self.target.tokenizer_hash, "dtype": self.target.runner.dtype, "seed": config.seed,
-            "temperature": config.temperature, "user_temperature": config.user_temperature,
-            "user_min_p": config.user_min_p, "max_answer": config.max_answer, "self_share": config.self_share,
-            "sources": [[name, len(prompts)] for name, prompts in config.sources], "capture": list(self.capture),
+            "format": 1,
+            "model": self.target.name,
+            "content_hash": self.target.content_hash,
+            "tokenizer_hash": self.target.tokenizer_hash,
+            "dtype": self.target.runner.dtype,
+            "seed": config.seed,
+            "temperature": config.temperature,
+            "user_temperature": config.user_temperature,
+            "user_min_p": config.user_min_p,
+            "max_answer": config.max_answer,
+            "self_share": config.self_share,
+            "sources": [[name, len(prompts)] for name, prompts in config.sources],
+            "capture": list(self.capture),
             "hidden_row": [len(self.capture) + 1, hidden] if config.keep_hidden else [],
         }
 
@@ -187,8 +143,19 @@ class Generator:
                 if sample is not None:
                     done.add(slot.plan.index)
                     slots[number] = None
+                    self._count(sample is True)
                     if isinstance(sample, Sample):
                         yield sample
+
+    def _count(self, rejected: bool) -> None:
+        self.rejected += rejected
+        self._rejected_in_a_row = self._rejected_in_a_row + 1 if rejected else 0
+        if self._rejected_in_a_row > HOPELESS:
+            raise ConfigError(
+                f"{self._rejected_in_a_row} user turns in a row were no use: too long, too short or known",
+                field="self_share",
+                remedy="give --prompts and --self-share 0: this model cannot ask",
+            )
 
     def _open(self, item: Plan, keys: set[str]) -> _Slot | None:
         rng = np.random.Generator(np.random.PCG64([self.config.seed, item.index]))
@@ -207,17 +174,29 @@ class Generator:
         counts = [len(slot.tokens) - slot.computed for _, slot in running]
         slots = np.concatenate([np.arange(slot.computed, len(slot.tokens), dtype=np.int32) for _, slot in running])
         ends = np.cumsum(counts, dtype=np.int32)
-        out = self.target.runner.forward(ForwardBatch(
-            token_ids=np.concatenate([np.array(slot.tokens[slot.computed :], np.int32) for _, slot in running]),
-            positions=slots, sequence=np.repeat(np.array([n for n, _ in running], np.int32), counts), slots=slots,
-            prefix_len=slots + 1, ancestors=np.empty((len(slots), 0), np.int32), page_table=table,
-            logit_rows=ends - 1, capture=self.capture, want_final=bool(self.capture),
-        ), cache)
+        out = self.target.runner.forward(
+            ForwardBatch(
+                token_ids=np.concatenate([np.array(slot.tokens[slot.computed :], np.int32) for _, slot in running]),
+                positions=slots,
+                sequence=np.repeat(np.array([n for n, _ in running], np.int32), counts),
+                slots=slots,
+                prefix_len=slots + 1,
+                ancestors=np.empty((len(slots), 0), np.int32),
+                page_table=table,
+                logit_rows=ends - 1,
+                capture=self.capture,
+                want_final=bool(self.capture),
+            ),
+            cache,
+        )
         config = self.config
         answering = [slot.prompt_tokens > 0 for _, slot in running]
         ids, best = sample_tokens(
-            out.logits, [config.temperature if a else config.user_temperature for a in answering],
-            [0.0 if a else config.user_min_p for a in answering], [slot.rng.random() for _, slot in running])
+            out.logits,
+            [config.temperature if a else config.user_temperature for a in answering],
+            [0.0 if a else config.user_min_p for a in answering],
+            [slot.rng.random() for _, slot in running],
+        )
         hidden = None
         if out.captured is not None and out.final is not None:
             both = torch.cat((out.captured, out.final[:, None]), 1)
@@ -241,14 +220,12 @@ class Generator:
             user = slot.tokens[start:-1]
             slot.key = prompt_key(self.target.tokenizer.decode(user))
             if len(user) < self.config.min_user or slot.key in keys:
-                self.rejected += 1
                 return True
             keys.add(slot.key)
             slot.tokens.extend(self.after[1:])
             slot.prompt_tokens = len(slot.tokens)
             return None
         if len(slot.tokens) - start > self.config.max_user or slot.tokens[-1] in self.target.tokenizer.eos_ids:
-            self.rejected += 1
             return True
         return None
 
@@ -258,8 +235,12 @@ class Generator:
             rows = np.concatenate(slot.hidden)
             hidden = np.concatenate((rows, np.zeros((1, *rows.shape[1:]), np.uint16)))
         return Sample(
-            index=slot.plan.index, source=slot.plan.source, prompt_tokens=slot.prompt_tokens, key=slot.key,
-            tokens=np.array(slot.tokens, np.int32), best=np.append(np.concatenate(slot.best), -1).astype(np.int32),
+            index=slot.plan.index,
+            source=slot.plan.source,
+            prompt_tokens=slot.prompt_tokens,
+            key=slot.key,
+            tokens=np.array(slot.tokens, np.int32),
+            best=np.append(np.concatenate(slot.best), -1).astype(np.int32),
             hidden=hidden,
         )
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from pdspec.model.ops import Rope, make_rope
 from pdspec.spec.eagle3.checkpoint import Head
 from pdspec.spec.eagle3.config import Eagle3Config, TargetIdentity
+from pdspec.train.packing import Example, Keys, Packed, alive_in
 
 DECAY = 0.8
 CHUNK = 512  # rows of logits in the cache at a time
@@ -37,16 +38,6 @@ class TargetParts:
 
 
 @dataclass(frozen=True)
-class Example:
-    """One sample ready to train on. ``hidden`` float32 [N, C+1, H]; ``best`` int64 [N], -1 where unknown."""
-
-    tokens: torch.Tensor  # [N] int64
-    best: torch.Tensor
-    hidden: torch.Tensor
-    prompt_tokens: int
-
-
-@dataclass(frozen=True)
 class StepScores:
     """Of one training-time-test step: its rows as (example, row) int64 [M, 2], loss, and what was asked for."""
 
@@ -57,8 +48,9 @@ class StepScores:
     ranked: torch.Tensor | None  # [M, k] draft ids, best first
 
 
-def new_parameters(config: Eagle3Config, target: dict[str, torch.Tensor], target_ids: torch.Tensor,
-                   num_layers: int, seed: int) -> dict[str, torch.nn.Parameter]:
+def new_parameters(
+    config: Eagle3Config, target: dict[str, torch.Tensor], target_ids: torch.Tensor, num_layers: int, seed: int
+) -> dict[str, torch.nn.Parameter]:
     """Starting weights under SafeAILab's keys. Features start as the last fused level; norms, attention over features
     and (where it fits) the MLP start as the target's last layer; lm_head as the target's output rows; the rest random.
 
@@ -69,7 +61,9 @@ def new_parameters(config: Eagle3Config, target: dict[str, torch.Tensor], target
     tensors["fc.weight"][:, -hidden:] += torch.eye(hidden)
     last = f"model.layers.{num_layers - 1}."
     for letter in "qkv":
-        tensors[f"midlayer.self_attn.{letter}_proj.weight"][:, hidden:] = target[f"{last}self_attn.{letter}_proj.weight"].float()
+        tensors[f"midlayer.self_attn.{letter}_proj.weight"][:, hidden:] = target[
+            f"{last}self_attn.{letter}_proj.weight"
+        ].float()
     tensors["midlayer.self_attn.o_proj.weight"] = target[f"{last}self_attn.o_proj.weight"].float().clone()
     for name in ("gate_proj", "up_proj", "down_proj"):
         source = target[f"{last}mlp.{name}.weight"]
@@ -78,7 +72,9 @@ def new_parameters(config: Eagle3Config, target: dict[str, torch.Tensor], target
     output = target.get("lm_head.weight", target["model.embed_tokens.weight"])
     tensors["lm_head.weight"] = output[target_ids].float()
     tensors["midlayer.hidden_norm.weight"] = target[f"{last}input_layernorm.weight"].float().clone()
-    tensors["midlayer.post_attention_layernorm.weight"] = target[f"{last}post_attention_layernorm.weight"].float().clone()
+    tensors["midlayer.post_attention_layernorm.weight"] = (
+        target[f"{last}post_attention_layernorm.weight"].float().clone()
+    )
     tensors["norm.weight"] = target["model.norm.weight"].float().clone()
     tensors["midlayer.input_layernorm.weight"] = torch.ones(hidden)
     return {name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()}
@@ -87,11 +83,18 @@ def new_parameters(config: Eagle3Config, target: dict[str, torch.Tensor], target
 class Eagle3Trainer:
     """The head as torch autograd sees it. ``parameters`` have SafeAILab's keys, float32."""
 
-    def __init__(self, config: Eagle3Config, parameters: dict[str, torch.nn.Parameter], target_ids: torch.Tensor,
-                 parts: TargetParts, max_positions: int) -> None:
+    def __init__(
+        self,
+        config: Eagle3Config,
+        parameters: dict[str, torch.nn.Parameter],
+        target_ids: torch.Tensor,
+        parts: TargetParts,
+        max_positions: int,
+    ) -> None:
         self.config, self.parameters, self.target_ids, self.parts = config, parameters, target_ids, parts
-        self.rope: Rope = make_rope(head_dim=config.head_dim, theta=config.rope_theta, max_positions=max_positions,
-                                    scaling=config.rope_scaling)
+        self.rope: Rope = make_rope(
+            head_dim=config.head_dim, theta=config.rope_theta, max_positions=max_positions, scaling=config.rope_scaling
+        )
         self.draft_ids = torch.full((config.vocab_size,), -1, dtype=torch.int64)
         self.draft_ids[target_ids] = torch.arange(len(target_ids))
 
@@ -102,11 +105,11 @@ class Eagle3Trainer:
 
     def steps(self, examples: Sequence[Example], num_steps: int, *, rank: int = 0) -> list[StepScores]:
         """All training-time-test steps over a packed batch. ``rank``: how many best draft ids to return per row."""
-        packed = _Packed(examples, num_steps, self.rope)
+        packed = Packed(examples)
         w, eps = self.parameters, self.config.rms_norm_eps
         features = F.linear(packed.captured, w["fc.weight"])
         q, k, v = self._qkv(packed.next_ids, features, packed.positions)
-        keys = _Keys(k, v)
+        keys = Keys(k, v)
         x, q = features[packed.query], q[packed.query]
         alive = torch.arange(len(packed.query))  # queries of the last step that take part in this one
         teacher = self._teacher(packed)
@@ -141,7 +144,7 @@ class Eagle3Trainer:
         q, k, v = heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), 1)
         return _rotate(q, cos, sin), _rotate(k, cos, sin), v
 
-    def _attend(self, q: torch.Tensor, keys: _Keys, packed: _Packed, alive: torch.Tensor) -> torch.Tensor:
+    def _attend(self, q: torch.Tensor, keys: Keys, packed: Packed, alive: torch.Tensor) -> torch.Tensor:
         """[M, Hq*D]: each sequence on its own; own rows of later steps enter as single columns."""
         config, out = self.config, []
         groups = config.num_heads // config.num_kv_heads
@@ -169,14 +172,17 @@ class Eagle3Trainer:
     def _mlp(self, x: torch.Tensor) -> torch.Tensor:
         w = self.parameters
         gate = F.linear(x, w["midlayer.mlp.gate_proj.weight"])
-        return F.linear(F.silu(gate) * F.linear(x, w["midlayer.mlp.up_proj.weight"]), w["midlayer.mlp.down_proj.weight"])
+        return F.linear(
+            F.silu(gate) * F.linear(x, w["midlayer.mlp.up_proj.weight"]), w["midlayer.mlp.down_proj.weight"]
+        )
 
-    def _teacher(self, packed: _Packed) -> torch.Tensor:
+    def _teacher(self, packed: Packed) -> torch.Tensor:
         """Target probabilities over the draft vocabulary of every target row that some step predicts from."""
         return F.linear(packed.final, self.parts.output).softmax(-1)
 
-    def _score(self, x: torch.Tensor, packed: _Packed, alive: torch.Tensor, step: int, teacher: torch.Tensor,
-               rank: int) -> StepScores:
+    def _score(
+        self, x: torch.Tensor, packed: Packed, alive: torch.Tensor, step: int, teacher: torch.Tensor, rank: int
+    ) -> StepScores:
         w = self.parameters
         rows = packed.query[alive]
         where = packed.final_row[rows] + step  # the target row whose distribution is predicted
@@ -186,77 +192,28 @@ class Eagle3Trainer:
         weight = counted.float() / counted.sum().clamp(min=1)
         loss, ranked = _SoftCrossEntropy.apply(normed, w["lm_head.weight"], teacher, where, weight, max(rank, 1))
         example = torch.bucketize(rows, torch.tensor(packed.bounds[1:]), right=True)
-        return StepScores(torch.stack((example, rows - torch.tensor(packed.bounds)[example]), 1), loss,
-                          ranked[:, 0] == best, counted, ranked if rank else None)
-
-
-class _Packed:
-    """Examples one after the other: rows i = 0..N-3 of each (row N-3 predicts the last token)."""
-
-    def __init__(self, examples: Sequence[Example], num_steps: int, rope: Rope) -> None:
-        self.bounds, query, final_row, limit = [0], [], [], []
-        finals, bests, offset = [], [], 0
-        for example in examples:
-            rows = len(example.tokens) - 2
-            first = min(max(example.prompt_tokens - 2, 0), rows)
-            start = self.bounds[-1]
-            self.bounds.append(start + rows)
-            query.append(torch.arange(start + first, start + rows))
-            limit.append(torch.full((rows - first,), start + rows))
-            # the row that predicts t_{i+2} matches target row i+1; kept are target rows first+1 .. N-2
-            final_row.append(torch.arange(rows) - first + offset)
-            finals.append(example.hidden[first + 1 : rows + 1, -1])
-            bests.append(example.best[first + 1 : rows + 1])
-            offset += rows - first
-        self.query, self.limit = torch.cat(query), torch.cat(limit)
-        self.final_row = torch.cat(final_row)
-        self.final, self.best = torch.cat(finals), torch.cat(bests)
-        self.positions = torch.cat([torch.arange(len(e.tokens) - 2) for e in examples])
-        self.captured = torch.cat([e.hidden[: len(e.tokens) - 2, :-1].flatten(1) for e in examples])
-        self._tokens = torch.cat([e.tokens for e in examples])
-        self._token_row = torch.cat([torch.arange(len(e.tokens) - 2) + 2 * n for n, e in enumerate(examples)])
-        self._token_row += torch.cat([torch.full((len(e.tokens) - 2,), self.bounds[n]) for n, e in enumerate(examples)])
-        self.next_ids = self._tokens[self._token_row + 1]
-
-    def ids_after(self, rows: torch.Tensor, step: int) -> torch.Tensor:
-        """t_{i+1+step} of flat rows."""
-        return self._tokens[self._token_row[rows] + 1 + step]
-
-    def alive(self, step: int) -> torch.Tensor:
-        """Indices into ``query`` of rows that still have a token to predict in ``step``."""
-        return torch.nonzero(self.query + step < self.limit)[:, 0]
-
-    def counts(self, alive: torch.Tensor) -> list[int]:
-        """Queries of each example among ``alive``."""
-        edges = torch.searchsorted(self.query[alive], torch.tensor(self.bounds))
-        return [int(n) for n in edges.diff()]
-
-
-class _Keys:
-    """Keys and values of step 0 [F, G, D], and each query's own rows of later steps [Q, G, D]."""
-
-    def __init__(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.k, self.v = k, v
-        self.own_k: list[torch.Tensor] = []
-        self.own_v: list[torch.Tensor] = []
-
-    def extend(self, k: torch.Tensor, v: torch.Tensor, alive: torch.Tensor, queries: int) -> None:
-        """Own rows of one more step, of the queries still ``alive``."""
-        for held, new in ((self.own_k, k), (self.own_v, v)):
-            held.append(torch.zeros(queries, *new.shape[1:]).index_copy(0, alive, new))
-
-
-def alive_in(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
-    """Where the members of sorted ``now`` stand in sorted ``before``, of which they are a part."""
-    return torch.searchsorted(before, now)
+        return StepScores(
+            torch.stack((example, rows - torch.tensor(packed.bounds)[example]), 1),
+            loss,
+            ranked[:, 0] == best,
+            counted,
+            ranked if rank else None,
+        )
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
     """Σ_m weight_m · H(p_m, softmax(y_m Wᵀ)) and the best ids; logits are made, used and dropped chunk by chunk."""
 
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, weight_VH: torch.Tensor, teacher: torch.Tensor, where: torch.Tensor,
-                row_weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        ctx: Any,
+        y: torch.Tensor,
+        weight_VH: torch.Tensor,
+        teacher: torch.Tensor,
+        where: torch.Tensor,
+        row_weight: torch.Tensor,
+        rank: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """y [M, H], teacher [T, V], where [M] rows of teacher, row_weight [M] → loss [], ids [M, rank]."""
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_y, grad_w = (torch.empty_like(y), torch.zeros_like(weight_VH)) if wanted else (None, None)

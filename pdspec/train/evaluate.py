@@ -17,9 +17,10 @@ import torch
 from pdspec.model.loader import load_weights, resolve
 from pdspec.prompts import Prompt
 from pdspec.spec.eagle3.checkpoint import Head, load_head
-from pdspec.train.data import DataConfig, Target, generate
+from pdspec.train.data import Target, generate
 from pdspec.train.eagle3 import Eagle3Trainer, StepScores, TargetParts
 from pdspec.train.examples import ExampleReader
+from pdspec.train.plan import DataConfig
 from pdspec.train.store import TokenStore
 
 TOP = 4
@@ -43,18 +44,39 @@ class Acceptance:
         return asdict(self)
 
 
-def write_answers(target: Target, prompts: Sequence[Prompt], out: Path, *, max_answer: int = 200, temperature: float = 0.0,
-                  batch: int = 16, show: bool = True) -> TokenStore:
+def write_answers(
+    target: Target,
+    prompts: Sequence[Prompt],
+    out: Path,
+    *,
+    max_answer: int = 200,
+    temperature: float = 0.0,
+    batch: int = 16,
+    show: bool = True,
+) -> TokenStore:
     """The target's answers to ``prompts``, with hidden rows, in a store of their own."""
     config = DataConfig(
-        out=out, tokens=max_answer * len(prompts) + 1, sources=(("evaluation", tuple(prompts)),), self_share=0.0,
-        temperature=temperature, max_answer=max_answer, batch=batch, keep_hidden=True,
+        out=out,
+        tokens=max_answer * len(prompts) + 1,
+        sources=(("evaluation", tuple(prompts)),),
+        self_share=0.0,
+        temperature=temperature,
+        max_answer=max_answer,
+        batch=batch,
+        keep_hidden=True,
     )
     return generate(config, target, show=show)
 
 
-def evaluate_head(folder: Path, stores: Sequence[TokenStore], *, model: str, depth: int = 5, max_length: int = 1024,
-                  cache_dir: str | None = None) -> Acceptance:
+def evaluate_head(
+    folder: Path,
+    stores: Sequence[TokenStore],
+    *,
+    model: str,
+    depth: int = 5,
+    max_length: int = 1024,
+    cache_dir: str | None = None,
+) -> Acceptance:
     """Acceptance of the head in ``folder`` on stored answers of ``model``."""
     head = load_head(folder)
     files = resolve(model, cache_dir)
@@ -75,8 +97,9 @@ def acceptance(head: Head, parts: TargetParts, reader: ExampleReader, *, depth: 
         for number in range(len(reader)):
             example = reader.example(number)
             answer = example.tokens[example.prompt_tokens + 1 :]
-            hits = chain_hits(trainer.steps([example], depth, rank=TOP), example.tokens, trainer.draft_ids,
-                              example.prompt_tokens)
+            hits = chain_hits(
+                trainer.steps([example], depth, rank=TOP), example.tokens, trainer.draft_ids, example.prompt_tokens
+            )
             rows, covered = rows + len(answer), covered + int((trainer.draft_ids[answer] >= 0).sum())
             for kind, table in enumerate(hits):
                 alive = torch.ones(len(table), dtype=torch.bool)
@@ -90,13 +113,19 @@ def acceptance(head: Head, parts: TargetParts, reader: ExampleReader, *, depth: 
     for share in top1:
         survival *= share
         chain += survival
-    return Acceptance(samples=len(reader), rows=rows, top1=tuple(round(x, 4) for x in top1),
-                      top4=tuple(round(x, 4) for x in top4), chain_length=round(1 + chain, 4),
-                      coverage=round(covered / max(1, rows), 4))
+    return Acceptance(
+        samples=len(reader),
+        rows=rows,
+        top1=tuple(round(x, 4) for x in top1),
+        top4=tuple(round(x, 4) for x in top4),
+        chain_length=round(1 + chain, 4),
+        coverage=round(covered / max(1, rows), 4),
+    )
 
 
-def chain_hits(steps: Sequence[StepScores], tokens: torch.Tensor, draft_ids: torch.Tensor, prompt_tokens: int
-               ) -> tuple[torch.Tensor, torch.Tensor]:
+def chain_hits(
+    steps: Sequence[StepScores], tokens: torch.Tensor, draft_ids: torch.Tensor, prompt_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Two tables [rows, depth] of 1 (token is the best / among the best), 0, or -1 (no such token), of the rows that
     draft from a token of the answer (row i reads t_{i+1} with i+1 ≥ n)."""
     first = prompt_tokens - 1

@@ -13,7 +13,7 @@ from pdspec.errors import ConfigError
 from pdspec.model.batch import ForwardBatch
 from pdspec.spec.eagle3.config import default_fused_layers
 from pdspec.train.data import PAGE_SIZE, Target
-from pdspec.train.eagle3 import Example
+from pdspec.train.packing import Example
 from pdspec.train.store import Sample, TokenStore
 
 
@@ -21,11 +21,21 @@ class ExampleReader:
     """Batches of examples of some stores. ``coverage`` is the draft vocabulary's share of their answers, carried for
     the card. ``open_target`` is called once, when hidden rows are not stored."""
 
-    def __init__(self, stores: Sequence[TokenStore], max_length: int, coverage: float,
-                 open_target: Callable[[], Target] | None = None) -> None:
-        self.coverage, self._max_length, self._open, self._target = coverage, max_length, open_target, None
-        self._where = [(store, number) for store in stores for number, (prompt, tokens) in enumerate(store.lengths())
-                       if tokens >= prompt + 3 and prompt + 3 <= max_length]
+    def __init__(
+        self,
+        stores: Sequence[TokenStore],
+        max_length: int,
+        coverage: float,
+        open_target: Callable[[], Target] | None = None,
+    ) -> None:
+        self.coverage, self._max_length, self._open = coverage, max_length, open_target
+        self._target: Target | None = None
+        self._where = [
+            (store, number)
+            for store in stores
+            for number, (prompt, tokens) in enumerate(store.lengths())
+            if tokens >= prompt + 3 and prompt + 3 <= max_length
+        ]
         if not self._where:
             raise ConfigError("no sample with an answer of three tokens", field="data", remedy="generate more")
 
@@ -51,13 +61,19 @@ class ExampleReader:
             rows = torch.from_numpy(sample.hidden[: self._max_length].view(np.int16)).view(torch.bfloat16).float()
         else:
             rows = self._compute(sample)
-        return Example(torch.from_numpy(tokens.astype(np.int64)),
-                       torch.from_numpy(sample.best[: self._max_length].astype(np.int64)), rows, sample.prompt_tokens)
+        return Example(
+            torch.from_numpy(tokens.astype(np.int64)),
+            torch.from_numpy(sample.best[: self._max_length].astype(np.int64)),
+            rows,
+            sample.prompt_tokens,
+        )
 
     def _compute(self, sample: Sample) -> torch.Tensor:
         if self._target is None:
             if self._open is None:
-                raise ConfigError("the store holds no hidden rows", field="data", remedy="give a target to compute them")
+                raise ConfigError(
+                    "the store holds no hidden rows", field="data", remedy="give a target to compute them"
+                )
             self._target = self._open()
         return hidden_rows(self._target, sample.tokens[: self._max_length])
 
@@ -70,10 +86,16 @@ def hidden_rows(target: Target, tokens: np.ndarray) -> torch.Tensor:
     slots = np.arange(rows, dtype=np.int32)
     out = target.runner.forward(
         ForwardBatch(
-            token_ids=np.ascontiguousarray(tokens[:-1], np.int32), positions=slots, sequence=np.zeros(rows, np.int32),
-            slots=slots, prefix_len=slots + 1, ancestors=np.empty((rows, 0), np.int32),
-            page_table=np.arange(pages, dtype=np.int32)[None], logit_rows=np.array([rows - 1], np.int32),
-            capture=default_fused_layers(config.num_layers), want_final=True,
+            token_ids=np.ascontiguousarray(tokens[:-1], np.int32),
+            positions=slots,
+            sequence=np.zeros(rows, np.int32),
+            slots=slots,
+            prefix_len=slots + 1,
+            ancestors=np.empty((rows, 0), np.int32),
+            page_table=np.arange(pages, dtype=np.int32)[None],
+            logit_rows=np.array([rows - 1], np.int32),
+            capture=default_fused_layers(config.num_layers),
+            want_final=True,
         ),
         PagedCache((target.runner.group,), pages, PAGE_SIZE),
     )

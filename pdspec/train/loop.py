@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,59 +29,18 @@ from pdspec.model.loader import load_weights, resolve
 from pdspec.prompts import load_prompts
 from pdspec.spec.eagle3.checkpoint import Head, load_head, save_head
 from pdspec.spec.eagle3.config import Eagle3Config, TargetIdentity
-from pdspec.train.data import DataConfig, Target, generate, load_target
+from pdspec.train.config import TrainConfig
+from pdspec.train.data import Target, generate, load_target
 from pdspec.train.eagle3 import Eagle3Trainer, TargetParts, new_parameters
 from pdspec.train.examples import ExampleReader
+from pdspec.train.plan import DataConfig
 from pdspec.train.store import TokenStore
 from pdspec.train.vocab import answer_counts, coverage, draft_vocabulary
 
+__all__ = ["TrainConfig", "data_counts", "make_data", "train_eagle3"]
 STATE, LOG = "state.pt", "log.jsonl"
 CLIP = 1.0
 SAVE_SECONDS = 60.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """One training run. ``tokens`` target-written answer tokens are generated unless they are there already.
-
-    Exactly one of ``passes`` (over the data) and ``minutes`` (of training, generation not counted) is above 0.
-    ``head`` starts from a head that exists; ``data`` names stores made elsewhere (nothing is then generated).
-    """
-
-    model: str = "smollm2-135m"
-    out: Path
-    prompts: tuple[Path, ...] = ()
-    holdout: int = 100  # the last prompts of each file, kept for evaluation
-    tokens: int = 300_000
-    self_share: float = 0.6
-    passes: float = 3.0
-    minutes: float = 0.0
-    ttt: int = 4
-    draft_vocab: int = 4096
-    intermediate: int = 0  # 0: the target's
-    learning_rate: float = 6e-4
-    warmup: float = 0.03  # share of the run
-    batch: int = 8  # samples per step
-    max_length: int = 768  # tokens of a sample
-    seed: int = 0
-    threads: int = 0
-    resume: bool = False
-    head: Path | None = None
-    data: tuple[Path, ...] = ()
-    work: Path | None = None
-    cache_dir: str | None = None
-    keep_hidden: bool = True  # hidden rows are kept beside the tokens; else computed when a sample is used
-    generation_batch: int = 32
-    max_steps: int = 0  # stop (not anneal) after this many steps in all; 0: no limit
-
-    def __post_init__(self) -> None:
-        if (self.passes > 0) == (self.minutes > 0):
-            raise ConfigError("give passes or minutes, not both", field="minutes", remedy="set the other to 0")
-
-    @property
-    def work_folder(self) -> Path:
-        """Where data and state go."""
-        return self.work or self.out / "work"
 
 
 @dataclass(kw_only=True)
@@ -99,10 +59,16 @@ def train_eagle3(config: TrainConfig, *, show: bool = True) -> Head:
     trainer, progression, identity, reader = _train(config, stores, show)
     counts = data_counts(stores)
     card = {
-        "data": counts, "steps": progression.step, "tokens_seen": progression.tokens_seen,
-        "ttt_steps": config.ttt, "learning_rate": config.learning_rate, "batch": config.batch,
-        "training_seconds": round(progression.elapsed), "final_loss": round(_tail(progression.losses), 4),
+        "data": counts,
+        "steps": progression.step,
+        "tokens_seen": progression.tokens_seen,
+        "ttt_steps": config.ttt,
+        "learning_rate": config.learning_rate,
+        "batch": config.batch,
+        "training_seconds": round(progression.elapsed),
+        "final_loss": round(_tail(progression.losses), 4),
         "draft_vocab_coverage": round(reader.coverage, 4),
+        "loss_curve": loss_curve(progression.losses),
     }
     save_head(config.out, trainer.head(identity, card), int8=True)
     return load_head(config.out)
@@ -115,10 +81,17 @@ def make_data(config: TrainConfig, *, show: bool = True) -> list[TokenStore]:
     sources = []
     for path in config.prompts:
         prompts = load_prompts(path)
-        sources.append((Path(path).stem, tuple(prompts[: len(prompts) - config.holdout] if config.holdout else prompts)))
+        sources.append(
+            (Path(path).stem, tuple(prompts[: len(prompts) - config.holdout] if config.holdout else prompts))
+        )
     wanted = DataConfig(
-        out=config.work_folder / "data", tokens=config.tokens, sources=tuple(sources), self_share=config.self_share,
-        seed=config.seed, keep_hidden=config.keep_hidden, batch=config.generation_batch,
+        out=config.work_folder / "data",
+        tokens=config.tokens,
+        sources=tuple(sources),
+        self_share=config.self_share,
+        seed=config.seed,
+        keep_hidden=config.keep_hidden,
+        batch=config.generation_batch,
     )
     target = load_target(config.model, threads=config.threads, cache_dir=config.cache_dir)
     store = generate(wanted, target, show=show)
@@ -155,20 +128,34 @@ def _train(
         raise ConfigError(f"{folder} holds a run", field="out", remedy="resume it, or name another folder")
     start = load_head(config.head) if config.head else None
     counts = sum(answer_counts(store.read_all(), files.config.vocab_size) for store in stores)
-    target_ids = state["target_ids"] if state else start.target_ids if start else draft_vocabulary(
-        np.asarray(counts), config.draft_vocab)
-    geometry = start.config if start else Eagle3Config.for_target(
-        files.config, len(target_ids), intermediate_size=config.intermediate)
+    target_ids = (
+        state["target_ids"]
+        if state
+        else start.target_ids
+        if start
+        else draft_vocabulary(np.asarray(counts), config.draft_vocab)
+    )
+    geometry = (
+        start.config
+        if start
+        else Eagle3Config.for_target(files.config, len(target_ids), intermediate_size=config.intermediate)
+    )
     if start:
         parameters = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in start.tensors.items()}
     else:
         parameters = new_parameters(geometry, weights, target_ids, files.config.num_layers, config.seed)
     output = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
     parts = TargetParts(weights["model.embed_tokens.weight"], output[target_ids].clone())
-    trainer = Eagle3Trainer(geometry, parameters, target_ids, parts, min(files.config.max_context, 2 * config.max_length))
+    trainer = Eagle3Trainer(
+        geometry, parameters, target_ids, parts, min(files.config.max_context, 2 * config.max_length)
+    )
     del weights, output
-    reader = ExampleReader(stores, config.max_length, coverage(np.asarray(counts), target_ids),
-                           None if all(s.has_hidden for s in stores) else _online(config))
+    reader = ExampleReader(
+        stores,
+        config.max_length,
+        coverage(np.asarray(counts), target_ids),
+        None if all(s.has_hidden for s in stores) else _online(config),
+    )
     optimiser = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     progression = Progression()
     if state is not None:
@@ -185,8 +172,14 @@ def _online(config: TrainConfig) -> Callable[[], Target]:
     return lambda: load_target(config.model, threads=config.threads, cache_dir=config.cache_dir)
 
 
-def run_steps(config: TrainConfig, trainer: Eagle3Trainer, reader: ExampleReader, optimiser: torch.optim.Optimizer,
-              progression: Progression, show: bool) -> None:
+def run_steps(
+    config: TrainConfig,
+    trainer: Eagle3Trainer,
+    reader: ExampleReader,
+    optimiser: torch.optim.Optimizer,
+    progression: Progression,
+    show: bool,
+) -> None:
     """Trains until the schedule ends, saving on the way and at the end. Step s uses batch s of a seeded order."""
     per_pass = reader.batches_per_pass(config.batch)
     total = math.ceil(config.passes * per_pass)
@@ -208,11 +201,12 @@ def run_steps(config: TrainConfig, trainer: Eagle3Trainer, reader: ExampleReader
             progression.step += 1
             progression.elapsed = before + time.monotonic() - began
             progression.tokens_seen += len(scores[0].rows)
-            progression.losses.append(round(float(loss.detach()), 5))
+            value = round(float(loss.detach()), 5)
+            progression.losses.append(value)
             hits = [float((s.hits & s.counted).sum() / s.counted.sum().clamp(min=1)) for s in scores]
             _log(config.work_folder, progression, hits)
             shown = " ".join(f"{h:.2f}" for h in hits)
-            bar.update(task, completed=share, description=f"step {progression.step} loss {float(loss):.3f} best {shown}")
+            bar.update(task, completed=share, description=f"step {progression.step} loss {value:.3f} best {shown}")
             if time.monotonic() - saved > SAVE_SECONDS:
                 _save_state(config.work_folder / STATE, trainer, optimiser, progression)
                 saved = time.monotonic()
@@ -233,15 +227,24 @@ def _ahead(reader: ExampleReader, config: TrainConfig, step: int) -> Iterator[li
 
 
 def _log(folder: Path, progression: Progression, hits: list[float]) -> None:
-    line = {"step": progression.step, "loss": progression.losses[-1], "tokens_seen": progression.tokens_seen,
-            "elapsed": round(progression.elapsed, 1), "best_token": [round(h, 3) for h in hits]}
+    line = {
+        "step": progression.step,
+        "loss": progression.losses[-1],
+        "tokens_seen": progression.tokens_seen,
+        "elapsed": round(progression.elapsed, 1),
+        "best_token": [round(h, 3) for h in hits],
+    }
     with (folder / LOG).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
 def _save_state(path: Path, trainer: Eagle3Trainer, optimiser: torch.optim.Optimizer, progression: Progression) -> None:
-    state = {"parameters": {name: value.detach() for name, value in trainer.parameters.items()},
-             "optimiser": optimiser.state_dict(), "target_ids": trainer.target_ids, "progression": vars(progression)}
+    state = {
+        "parameters": {name: value.detach() for name, value in trainer.parameters.items()},
+        "optimiser": optimiser.state_dict(),
+        "target_ids": trainer.target_ids,
+        "progression": vars(progression),
+    }
     torch.save(state, path.with_suffix(".new"))
     os.replace(path.with_suffix(".new"), path)
 
@@ -251,6 +254,12 @@ def _load_state(path: Path) -> dict[str, Any] | None:
         return None
     state: dict[str, Any] = torch.load(path, weights_only=True)
     return state
+
+
+def loss_curve(losses: list[float], points: int = 10) -> list[tuple[int, float]]:
+    """(step, mean loss of the steps since the point before), at most ``points`` of them."""
+    edges = sorted({len(losses) * n // points for n in range(points + 1)})
+    return [(b, round(sum(losses[a:b]) / (b - a), 4)) for a, b in pairwise(edges)]
 
 
 def _tail(losses: list[float], count: int = 50) -> float:

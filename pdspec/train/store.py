@@ -104,11 +104,18 @@ class TokenStore:
         self._append(BEST, np.ascontiguousarray(sample.best, np.int32))
         if self.row_shape:
             if sample.hidden is None or sample.hidden.shape != (len(sample.tokens), *self.row_shape):
-                raise ValueError(f"hidden rows {None if sample.hidden is None else sample.hidden.shape}, "
-                                 f"wanted {(len(sample.tokens), *self.row_shape)}")
+                raise ValueError(
+                    f"hidden rows {None if sample.hidden is None else sample.hidden.shape}, "
+                    f"wanted {(len(sample.tokens), *self.row_shape)}"
+                )
             self._append(HIDDEN, np.ascontiguousarray(sample.hidden, np.uint16))
-        record = {"index": sample.index, "source": sample.source, "prompt_tokens": sample.prompt_tokens,
-                  "tokens": len(sample.tokens), "key": sample.key}
+        record: dict[str, Any] = {
+            "index": sample.index,
+            "source": sample.source,
+            "prompt_tokens": sample.prompt_tokens,
+            "tokens": len(sample.tokens),
+            "key": sample.key,
+        }
         with (self.folder / SAMPLES).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         last = self._entries[-1] if self._entries else None
@@ -124,9 +131,13 @@ class TokenStore:
             flat = self._slice(HIDDEN, np.uint16, entry.start * width, entry.tokens * width)
             hidden = flat.reshape(entry.tokens, *self.row_shape)
         return Sample(
-            index=entry.index, source=entry.source, prompt_tokens=entry.prompt_tokens, key=entry.key,
+            index=entry.index,
+            source=entry.source,
+            prompt_tokens=entry.prompt_tokens,
+            key=entry.key,
             tokens=self._slice(TOKENS, np.int32, entry.start, entry.tokens),
-            best=self._slice(BEST, np.int32, entry.start, entry.tokens), hidden=hidden,
+            best=self._slice(BEST, np.int32, entry.start, entry.tokens),
+            hidden=hidden,
         )
 
     def read_all(self) -> Iterable[Sample]:
@@ -144,8 +155,11 @@ class TokenStore:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         for key in sorted({*found, *(meta or {})}) if meta is not None else ():
             if found.get(key) != (meta or {}).get(key):
-                raise ConfigError(f"{self.folder} was written with {key}={found.get(key)!r}, not {(meta or {}).get(key)!r}",
-                                  field="data", remedy="name another folder, or the settings it was made with")
+                raise ConfigError(
+                    f"{self.folder} was written with {key}={found.get(key)!r}, not {(meta or {}).get(key)!r}",
+                    field="data",
+                    remedy="name another folder, or the settings it was made with",
+                )
         return found
 
     def _read_index(self) -> list[_Entry]:
@@ -161,12 +175,18 @@ class TokenStore:
         return entries
 
     def _cut(self, rows: int) -> None:
-        sizes = {TOKENS: 4 * rows, BEST: 4 * rows, HIDDEN: 2 * rows * int(np.prod(self.row_shape)) if self.row_shape else 0}
+        sizes = {
+            TOKENS: 4 * rows,
+            BEST: 4 * rows,
+            HIDDEN: 2 * rows * int(np.prod(self.row_shape)) if self.row_shape else 0,
+        }
         for name, size in sizes.items():
             path = self.folder / name
             found = path.stat().st_size if path.exists() else 0
             if found < size:
-                raise ConfigError(f"{path} has {found} bytes, {size} expected", field="data", remedy="delete the folder")
+                raise ConfigError(
+                    f"{path} has {found} bytes, {size} expected", field="data", remedy="delete the folder"
+                )
             if found > size:
                 with path.open("r+b") as file:
                     file.truncate(size)

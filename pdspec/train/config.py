@@ -1,0 +1,52 @@
+"""Settings of a training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pdspec.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. ``tokens`` target-written answer tokens are generated unless they are there already.
+
+    Exactly one of ``passes`` (over the data) and ``minutes`` (of training, generation not counted) is above 0.
+    ``head`` starts from a head that exists; ``data`` names stores made elsewhere (nothing is then generated).
+    """
+
+    model: str = "smollm2-135m"
+    out: Path
+    prompts: tuple[Path, ...] = ()
+    holdout: int = 100  # the last prompts of each file, kept for evaluation
+    tokens: int = 300_000
+    self_share: float = 0.6
+    passes: float = 3.0
+    minutes: float = 0.0
+    ttt: int = 4
+    draft_vocab: int = 4096
+    intermediate: int = 0  # 0: the target's
+    learning_rate: float = 6e-4
+    warmup: float = 0.03  # share of the run
+    batch: int = 8  # samples per step
+    max_length: int = 768  # tokens of a sample
+    seed: int = 0
+    threads: int = 0
+    resume: bool = False
+    head: Path | None = None
+    data: tuple[Path, ...] = ()
+    work: Path | None = None
+    cache_dir: str | None = None
+    keep_hidden: bool = True  # hidden rows are kept beside the tokens; else computed when a sample is used
+    generation_batch: int = 32
+    max_steps: int = 0  # stop (not anneal) after this many steps in all; 0: no limit
+
+    def __post_init__(self) -> None:
+        if (self.passes > 0) == (self.minutes > 0):
+            raise ConfigError("give passes or minutes, not both", field="minutes", remedy="set the other to 0")
+
+    @property
+    def work_folder(self) -> Path:
+        """Where data and state go."""
+        return self.work or self.out / "work"
