@@ -30,7 +30,7 @@ Heads = Annotated[
 Threads = Annotated[int | None, typer.Option(help="CPU threads of a worker; 0: all cores.")]
 Endpoint = Annotated[str, typer.Option(help="The router's host:port.", envvar="PDSPEC_ENDPOINT")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Prompts = Annotated[Path | None, typer.Option(help="JSON lines of prompts (default: the project's own set).")]
+Prompts = Annotated[str | None, typer.Option(help="JSON lines of prompts (default: the project's own set).")]
 Port = Annotated[int | None, typer.Option(help="Of the router; 0: any free one (default: 50051).")]
 Config = Annotated[Path | None, typer.Option(help="YAML or TOML file of cluster settings; flags win.")]
 Sets = Annotated[
