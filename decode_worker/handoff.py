@@ -42,7 +42,7 @@ class Landing:
 
     resources: Resources
     pages: list[int]
-    prompt_len: int
+    rows: int  # of the prompt that will land; 0 where the first token is the whole answer
     drafter: Drafter
     draft_prefill: DraftPrefill
     on_first: Callable[[int, TokenLogprob | None], bool]  # False: the answer ends here, nothing more is needed
@@ -76,8 +76,8 @@ class Landing:
 
     def _expected(self) -> dict[str, int]:
         """Rows per group at Done (the index table of DESIGN 4)."""
-        drafts = self.drafter.rows_at(self.prompt_len) if self.draft_prefill is DraftPrefill.PREFILL else {}
-        return {self.resources.runner.group.name: self.prompt_len, **drafts}
+        drafts = self.drafter.rows_at(self.rows) if self.rows and self.draft_prefill is DraftPrefill.PREFILL else {}
+        return {self.resources.runner.group.name: self.rows, **drafts}
 
     def _check_rows(self, rows: Mapping[str, int]) -> None:
         if dict(rows) != self._expected():
@@ -155,5 +155,5 @@ class Landing:
                 return
             part = rows.captured if rows.captured is not None else rows.final
             due += 0 if part is None else len(part)
-        if due != self.prompt_len:
-            damaged["hidden"] = f"{due} rows of {self.prompt_len}"
+        if due != self.rows:
+            damaged["hidden"] = f"{due} rows of {self.rows}"

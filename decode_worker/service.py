@@ -192,7 +192,7 @@ class _Run:
         landing = Landing(
             resources=resources,
             pages=answer.pages,
-            prompt_len=answer.ctx.prompt_len,
+            rows=answer.ctx.prompt_len if answer.request.sampling.max_tokens > 1 else 0,
             drafter=answer.drafter,
             draft_prefill=mode,
             on_first=self._first,

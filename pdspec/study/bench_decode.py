@@ -27,7 +27,7 @@ from pdspec.telemetry import usable_cores
 from pdspec.types import GenerateRequest, SamplingParams, UserRequest
 
 Progress = Callable[[str], object]
-PREFILL_LENGTHS = (128, 512, 1024, 2048)
+PREFILL_LENGTHS = (128, 512, 1024, 2040)  # 2048 with its answer would be beyond small models' context
 TTFT_TOKENS = 512
 
 
