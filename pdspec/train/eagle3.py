@@ -48,9 +48,9 @@ class StepScores:
     ranked: torch.Tensor | None  # [M, k] draft ids, best first
 
 
-def new_parameters(
+def new_tensors(
     config: Eagle3Config, target: dict[str, torch.Tensor], target_ids: torch.Tensor, num_layers: int, seed: int
-) -> dict[str, torch.nn.Parameter]:
+) -> dict[str, torch.Tensor]:
     """Starting weights under SafeAILab's keys. Features start as the last fused level; norms, attention over features
     and (where it fits) the MLP start as the target's last layer; lm_head as the target's output rows; the rest random.
 
@@ -77,7 +77,7 @@ def new_parameters(
     )
     tensors["norm.weight"] = target["model.norm.weight"].float().clone()
     tensors["midlayer.input_layernorm.weight"] = torch.ones(hidden)
-    return {name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()}
+    return tensors
 
 
 class Eagle3Trainer:

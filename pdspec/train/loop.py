@@ -25,13 +25,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pdspec.errors import ConfigError
-from pdspec.model.loader import load_weights, resolve
+from pdspec.model.loader import ModelFiles, load_weights, resolve
 from pdspec.prompts import load_prompts
 from pdspec.spec.eagle3.checkpoint import Head, load_head, save_head
 from pdspec.spec.eagle3.config import Eagle3Config, TargetIdentity
 from pdspec.train.config import TrainConfig
 from pdspec.train.data import Target, generate, load_target
-from pdspec.train.eagle3 import Eagle3Trainer, TargetParts, new_parameters
+from pdspec.train.eagle3 import Eagle3Trainer, TargetParts, new_tensors
 from pdspec.train.examples import ExampleReader
 from pdspec.train.plan import DataConfig
 from pdspec.train.store import TokenStore
@@ -116,56 +116,53 @@ def _train(
 ) -> tuple[Eagle3Trainer, Progression, TargetIdentity, ExampleReader]:
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     files = resolve(config.model, config.cache_dir)
-    weights = load_weights(files, "float32")
-    identity = TargetIdentity.of(files.config, content_hash=files.content_hash, tokenizer_hash=files.tokenizer_hash)
     for store in stores:
         if store.meta["content_hash"] != files.content_hash:
             raise ConfigError(f"{store.folder} was written by another target", field="data", remedy="generate again")
     folder = config.work_folder
     folder.mkdir(parents=True, exist_ok=True)
-    state = _load_state(folder / STATE) if config.resume else None
-    if state is None and (folder / STATE).exists() and not config.resume:
+    if not config.resume and (folder / STATE).exists():
         raise ConfigError(f"{folder} holds a run", field="out", remedy="resume it, or name another folder")
-    start = load_head(config.head) if config.head else None
-    counts = sum(answer_counts(store.read_all(), files.config.vocab_size) for store in stores)
-    target_ids = (
-        state["target_ids"]
-        if state
-        else start.target_ids
-        if start
-        else draft_vocabulary(np.asarray(counts), config.draft_vocab)
+    state = _load_state(folder / STATE) if config.resume else None
+    counts = np.zeros(files.config.vocab_size, np.int64)
+    for store in stores:
+        counts += answer_counts(store.read_all(), files.config.vocab_size)
+    trainer = _new_trainer(config, files, counts, state)
+    optimiser = torch.optim.AdamW(
+        trainer.parameters.values(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
     )
-    geometry = (
-        start.config
-        if start
-        else Eagle3Config.for_target(files.config, len(target_ids), intermediate_size=config.intermediate)
-    )
-    if start:
-        parameters = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in start.tensors.items()}
-    else:
-        parameters = new_parameters(geometry, weights, target_ids, files.config.num_layers, config.seed)
-    output = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
-    parts = TargetParts(weights["model.embed_tokens.weight"], output[target_ids].clone())
-    trainer = Eagle3Trainer(
-        geometry, parameters, target_ids, parts, min(files.config.max_context, 2 * config.max_length)
-    )
-    del weights, output
-    reader = ExampleReader(
-        stores,
-        config.max_length,
-        coverage(np.asarray(counts), target_ids),
-        None if all(s.has_hidden for s in stores) else _online(config),
-    )
-    optimiser = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     progression = Progression()
     if state is not None:
-        with torch.no_grad():
-            for name, value in parameters.items():
-                value.copy_(state["parameters"][name])
         optimiser.load_state_dict(state["optimiser"])
         progression = Progression(**state["progression"])
+    _forget_after(folder / LOG, progression.step)
+    online = None if all(store.has_hidden for store in stores) else _online(config)
+    reader = ExampleReader(stores, config.max_length, coverage(counts, trainer.target_ids), online)
     run_steps(config, trainer, reader, optimiser, progression, show)
+    identity = TargetIdentity.of(files.config, content_hash=files.content_hash, tokenizer_hash=files.tokenizer_hash)
     return trainer, progression, identity, reader
+
+
+def _new_trainer(
+    config: TrainConfig, files: ModelFiles, counts: np.ndarray, state: dict[str, Any] | None
+) -> Eagle3Trainer:
+    """With the weights of the run that is resumed, of the head to start from, or new ones."""
+    weights = load_weights(files, "float32")
+    start = load_head(config.head) if config.head else None
+    if start is not None:
+        target_ids, geometry = start.target_ids, start.config
+        tensors = start.tensors
+    else:
+        target_ids = draft_vocabulary(counts, config.draft_vocab) if state is None else state["target_ids"]
+        geometry = Eagle3Config.for_target(files.config, len(target_ids), intermediate_size=config.intermediate)
+        tensors = new_tensors(geometry, weights, target_ids, files.config.num_layers, config.seed)
+    if state is not None:
+        tensors = state["parameters"]
+    parameters = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in tensors.items()}
+    output = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+    parts = TargetParts(weights["model.embed_tokens.weight"], output[target_ids].clone())
+    positions = min(files.config.max_context, 2 * config.max_length)
+    return Eagle3Trainer(geometry, parameters, target_ids, parts, positions)
 
 
 def _online(config: TrainConfig) -> Callable[[], Target]:
@@ -236,6 +233,13 @@ def _log(folder: Path, progression: Progression, hits: list[float]) -> None:
     }
     with (folder / LOG).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drops log lines of steps that were lost with the run that made them."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(lines[:step]), encoding="utf-8")
 
 
 def _save_state(path: Path, trainer: Eagle3Trainer, optimiser: torch.optim.Optimizer, progression: Progression) -> None:

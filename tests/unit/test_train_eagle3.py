@@ -15,7 +15,7 @@ from pdspec.model.ops import TorchOps
 from pdspec.spec.eagle3.checkpoint import Head, random_head
 from pdspec.spec.eagle3.config import Eagle3Config
 from pdspec.spec.eagle3.head import Eagle3Head
-from pdspec.train.eagle3 import DECAY, Eagle3Trainer, TargetParts, new_parameters
+from pdspec.train.eagle3 import DECAY, Eagle3Trainer, TargetParts, new_tensors
 from pdspec.train.packing import Example
 
 FILES = resolve("tiny-3")
@@ -142,7 +142,7 @@ def test_prompt_tokens_are_read_but_not_learnt(head: Head) -> None:
 
 def test_new_heads_start_from_the_target() -> None:
     ids = torch.arange(0, 192, 2)
-    parameters = new_parameters(CONFIG, WEIGHTS, ids, FILES.config.num_layers, 0)
-    assert torch.equal(parameters["lm_head.weight"], WEIGHTS["lm_head.weight"][ids])
-    assert torch.equal(parameters["norm.weight"], WEIGHTS["model.norm.weight"])
-    assert {name: tuple(p.shape) for name, p in parameters.items()} == CONFIG.matrix_shapes() | CONFIG.norm_shapes()
+    tensors = new_tensors(CONFIG, WEIGHTS, ids, FILES.config.num_layers, 0)
+    assert torch.equal(tensors["lm_head.weight"], WEIGHTS["lm_head.weight"][ids])
+    assert torch.equal(tensors["norm.weight"], WEIGHTS["model.norm.weight"])
+    assert {name: tuple(p.shape) for name, p in tensors.items()} == CONFIG.matrix_shapes() | CONFIG.norm_shapes()

@@ -62,6 +62,8 @@ def test_a_run_cut_half_way_repeats_the_unbroken_one(tmp_path: Path, store: Toke
     whole = train_eagle3(run_config(tmp_path / "whole", store), show=False)
     train_eagle3(run_config(tmp_path / "cut", store, max_steps=5), show=False)
     assert len(curve(tmp_path / "cut")) == 5
+    with (tmp_path / "cut" / "work" / LOG).open("a") as log:
+        log.write('{"step": 6, "loss": 0.0}\n')  # a step that was lost with the run, after the last save
     resumed = train_eagle3(run_config(tmp_path / "cut", store, resume=True), show=False)
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
     assert len(curve(tmp_path / "whole")) == 12
