@@ -40,6 +40,7 @@ class TrainConfig:
     cache_dir: str | None = None
     keep_hidden: bool = True  # hidden rows are kept beside the tokens; else computed when a sample is used
     generation_batch: int = 32
+    evaluate: int = 24  # answers to prompts never trained on, to measure acceptance on; 0: none
     max_steps: int = 0  # stop (not anneal) after this many steps in all; 0: no limit
 
     def __post_init__(self) -> None:

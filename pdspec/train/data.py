@@ -6,7 +6,7 @@ are row-invariant), so a killed run continues where it stopped; user turns that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -245,8 +245,9 @@ class Generator:
         )
 
 
-def generate(config: DataConfig, target: Target, *, show: bool = True) -> TokenStore:
-    """Writes until the store holds ``config.tokens`` answer tokens (or the plan ends) and returns it."""
+def generate(config: DataConfig, target: Target, *, known: Set[str] = frozenset(), show: bool = True) -> TokenStore:
+    """Writes until the store holds ``config.tokens`` answer tokens (or the plan ends) and returns it. ``known`` are
+    keys of user turns that must not occur, besides those in the store."""
     generator = Generator(config, target)
     store = TokenStore(config.out, generator.meta())
     written = sum(store.answer_tokens().values())
@@ -255,7 +256,7 @@ def generate(config: DataConfig, target: Target, *, show: bool = True) -> TokenS
         task = progress.add_task("writing answers", total=config.tokens, completed=min(written, config.tokens))
         if written >= config.tokens:
             return store
-        for sample in generator.run(store.indices, store.keys):
+        for sample in generator.run(store.indices, store.keys | known):
             store.append(sample)
             written += len(sample.tokens) - sample.prompt_tokens
             progress.update(task, completed=min(written, config.tokens))

@@ -15,15 +15,18 @@ from typing import Any
 import torch
 
 from pdspec.model.loader import load_weights, resolve
-from pdspec.prompts import Prompt
+from pdspec.prompts import Prompt, load_prompts
 from pdspec.spec.eagle3.checkpoint import Head, load_head
-from pdspec.train.data import Target, generate
+from pdspec.train.config import TrainConfig
+from pdspec.train.data import Target, generate, load_target
 from pdspec.train.eagle3 import Eagle3Trainer, StepScores, TargetParts
 from pdspec.train.examples import ExampleReader
 from pdspec.train.plan import DataConfig
 from pdspec.train.store import TokenStore
 
 TOP = 4
+EVALUATION_TOKENS = 160  # of one answer
+EVALUATION_SEED = 1_000_003  # added to the training seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,31 @@ class Acceptance:
     def as_dict(self) -> dict[str, Any]:
         """For JSON and cards."""
         return asdict(self)
+
+
+def held_out_answers(config: TrainConfig, stores: Sequence[TokenStore], *, show: bool = True) -> TokenStore:
+    """Greedy answers to ``config.evaluate`` prompts that were not trained on: the last ones of each prompt file, or
+    without files prompts that the target makes up and that occur in none of ``stores``."""
+    target = load_target(config.model, threads=config.threads, cache_dir=config.cache_dir)
+    held = [prompt for path in config.prompts for prompt in load_prompts(path)[-config.holdout :] if config.holdout]
+    folder, tokens = config.work_folder / "evaluation", config.evaluate * EVALUATION_TOKENS
+    if held:
+        held = [held[n * len(held) // config.evaluate] for n in range(config.evaluate)]
+        store = write_answers(target, held, folder, max_answer=EVALUATION_TOKENS, show=show)
+    else:
+        wanted = DataConfig(
+            out=folder,
+            tokens=tokens // 2,
+            self_share=1.0,
+            temperature=0.0,
+            max_answer=EVALUATION_TOKENS,
+            batch=config.evaluate,
+            seed=config.seed + EVALUATION_SEED,
+            keep_hidden=True,
+        )
+        store = generate(wanted, target, known=set().union(*(one.keys for one in stores)), show=show)
+    target.runner.ops.close()
+    return store
 
 
 def write_answers(

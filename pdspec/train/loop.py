@@ -29,9 +29,11 @@ from pdspec.model.loader import ModelFiles, load_weights, resolve
 from pdspec.prompts import load_prompts
 from pdspec.spec.eagle3.checkpoint import Head, load_head, save_head
 from pdspec.spec.eagle3.config import Eagle3Config, TargetIdentity
+from pdspec.train.card import write_card
 from pdspec.train.config import TrainConfig
 from pdspec.train.data import Target, generate, load_target
 from pdspec.train.eagle3 import Eagle3Trainer, TargetParts, new_tensors
+from pdspec.train.evaluate import evaluate_head, held_out_answers
 from pdspec.train.examples import ExampleReader
 from pdspec.train.plan import DataConfig
 from pdspec.train.store import TokenStore
@@ -54,12 +56,12 @@ class Progression:
 
 
 def train_eagle3(config: TrainConfig, *, show: bool = True) -> Head:
-    """Generates, trains and saves; returns the head as saved (dequantised). Raises ConfigError."""
+    """Generates, trains, saves, evaluates, writes the card; returns the head as saved (dequantised). Its ``card`` holds
+    the figures. Raises ConfigError."""
     stores = make_data(config, show=show)
     trainer, progression, identity, reader = _train(config, stores, show)
-    counts = data_counts(stores)
     card = {
-        "data": counts,
+        "data": data_counts(stores),
         "steps": progression.step,
         "tokens_seen": progression.tokens_seen,
         "ttt_steps": config.ttt,
@@ -71,7 +73,26 @@ def train_eagle3(config: TrainConfig, *, show: bool = True) -> Head:
         "loss_curve": loss_curve(progression.losses),
     }
     save_head(config.out, trainer.head(identity, card), int8=True)
-    return load_head(config.out)
+    found = {}
+    if config.evaluate:
+        answers = held_out_answers(config, stores, show=show)
+        torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+        found["held out"] = evaluate_head(config.out, [answers], model=config.model, cache_dir=config.cache_dir)
+        card["acceptance"] = found["held out"].as_dict()
+        save_head(config.out, trainer.head(identity, card), int8=True)
+    head = load_head(config.out)
+    write_card(config.out, head, model=config.model, evaluations=found, commands=[_command(config)])
+    return head
+
+
+def _command(config: TrainConfig) -> str:
+    length = f"--minutes {config.minutes:g}" if config.minutes else f"--passes {config.passes:g}"
+    files = "".join(f" --prompts {path}" for path in config.prompts)
+    return (
+        f"pdspec train eagle3 --model {config.model} --out {config.out}{files} --tokens {config.tokens} {length} "
+        f"--ttt {config.ttt} --draft-vocab {config.draft_vocab} --learning-rate {config.learning_rate:g} "
+        f"--batch {config.batch} --seed {config.seed}"
+    )
 
 
 def make_data(config: TrainConfig, *, show: bool = True) -> list[TokenStore]:

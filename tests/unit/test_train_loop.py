@@ -50,6 +50,7 @@ def run_config(out: Path, store: TokenStore, **changes: object) -> TrainConfig:
         draft_vocab=160,
         threads=1,
         learning_rate=2e-3,
+        evaluate=0,
     )
     return replace(config, **changes)  # type: ignore[arg-type]
 
@@ -93,6 +94,29 @@ def test_a_memorised_text_is_accepted(tmp_path: Path, store: TokenStore) -> None
     assert found.top1[0] > 0.8 and found.top4[0] >= found.top1[0]
     assert found.chain_length > 1 + 0.8
     assert load_head(tmp_path / "head").target is not None
+
+
+def test_one_call_writes_data_head_and_card(tmp_path: Path) -> None:
+    prompts = tmp_path / "asked.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"say {n}"}) + "\n" for n in range(9)))
+    config = TrainConfig(
+        model=MODEL,
+        out=tmp_path / "head",
+        prompts=(prompts,),
+        holdout=3,
+        tokens=500,
+        self_share=0.0,
+        passes=1,
+        draft_vocab=160,
+        threads=1,
+        evaluate=2,
+    )
+    head = train_eagle3(config, show=False)
+    assert list(head.card["data"]) == ["asked"] and head.card["acceptance"]["samples"] == 2
+    trained = TokenStore(config.work_folder / "data").keys
+    assert trained and not trained & TokenStore(config.work_folder / "evaluation").keys
+    card = (config.out / "README.md").read_text()
+    assert "| among best 4 |" in card and "pdspec train eagle3 --model tiny-5" in card and "| asked |" in card
 
 
 def test_evaluation_answers_are_greedy_and_counted_apart(tmp_path: Path) -> None:
