@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from pdspec.client import RouterClient
 from pdspec.config import RouterConfig, WorkerConfig
 from pdspec.errors import ConfigError
 from pdspec.settings import Settings
@@ -78,6 +79,8 @@ class Stack:
         )
         self._spawn("router", "router", router)
         self.endpoint = self._address("router")
+        with RouterClient(self.endpoint) as client:
+            client.wait_ready(workers=sum(self.counts.values()), timeout_s=self.start_timeout_s)
 
     def _spawn(self, name: str, module: str, config: Settings) -> None:
         path = Path(self._folder.name) / f"{name}.json"

@@ -1,0 +1,150 @@
+"""``pdspec check parity``: every drafter, tree and handoff gives the tokens of plain decoding in one process.
+
+Through real sockets and processes, greedy and sampled. In ``numerics: exact`` token for token; in ``fast`` audited.
+Greedy answers are also audited against ``transformers``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from pdspec.client import RouterClient
+from pdspec.config import DTYPES, WorkerConfig
+from pdspec.engine.local import LocalGenerator
+from pdspec.model.reference import reference_model
+from pdspec.model.tokenizer import load_tokenizer
+from pdspec.study.audit import CAPS, Audit, forced_logits, judge, tolerance, transformers_logits
+from pdspec.study.prompts import study_prompts
+from pdspec.study.stack import Stack
+from pdspec.telemetry import usable_cores
+from pdspec.types import GenerateRequest, SamplingParams, UserRequest
+
+Progress = Callable[[str], object]
+CASES = (("none", ""), ("ngram", "chain(7)"), ("eagle3", "chain(3)"), ("eagle3", "dynamic(4,4,8)"))
+HANDOFFS = ("direct", "relay")
+CONCURRENT = 8
+
+
+def run(
+    *, worker: dict[str, Any], prompts: str | None, num_prompts: int, max_tokens: int, transformers: bool,
+    progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
+    """Both dtypes unless one is given. ``ok``: no mismatch in exact numerics, nothing unaudited anywhere."""
+    dtypes = (worker["dtype"],) if "dtype" in worker else DTYPES[::-1]
+    parts = {}
+    for dtype in dtypes:
+        config = WorkerConfig.from_mapping({**worker, "dtype": dtype})
+        progress(f"{dtype}:")
+        parts[dtype] = _one(config, prompts, num_prompts, max_tokens, transformers, progress)
+    totals = {key: sum(part[key] for part in parts.values()) for key in ("cases", "mismatched", "ties", "unaudited")}
+    return {"ok": all(part["ok"] for part in parts.values()), **totals, "tokens": max_tokens, "dtypes": parts}
+
+
+def requests_for(config: WorkerConfig, prompts: str | None, num_prompts: int, max_tokens: int) -> list[GenerateRequest]:
+    """Each prompt greedy and at temperature 0.8 with top_p 0.95 and a seed of its own."""
+    tokenizer = load_tokenizer(config.model, config.cache_dir or None)
+    found = []
+    for index, prompt in enumerate(study_prompts(prompts, num_prompts)):
+        ids = tuple(tokenizer.apply_chat([{"role": "user", "content": prompt.text}]))
+        greedy = SamplingParams(max_tokens=max_tokens, seed=1000 + index)
+        for params in (greedy, replace(greedy, temperature=0.8, top_p=0.95)):
+            found.append(
+                GenerateRequest(request_id=f"{prompt.id}-{params.temperature}", prompt_ids=ids, sampling=params)
+            )
+    return found
+
+
+def reference(local: LocalGenerator, requests: Sequence[GenerateRequest]) -> list[tuple[int, ...]]:
+    """Plain decoding in this process."""
+    answers: list[list[int]] = [[] for _ in requests]
+    for start in range(0, len(requests), CONCURRENT):
+        part = [replace(request, drafter="none") for request in requests[start : start + CONCURRENT]]
+        for index, chunk in local.generate_batch(part):
+            answers[start + index] += chunk.token_ids
+    return [tuple(answer) for answer in answers]
+
+
+def served(
+    endpoint: str, requests: Sequence[GenerateRequest], *, drafter: str, tree: str, handoff: str,
+    draft_prefill: str = "",
+) -> list[tuple[int, ...]]:  # fmt: skip
+    """The answers of a running deployment, ``CONCURRENT`` at a time."""
+
+    def ask(part: Sequence[GenerateRequest]) -> list[tuple[int, ...]]:
+        with RouterClient(endpoint) as client:
+            return [client.generate(_user(request)).token_ids for request in part]
+
+    def _user(request: GenerateRequest) -> UserRequest:
+        return UserRequest(
+            prompt_ids=request.prompt_ids, sampling=request.sampling, drafter=drafter, tree=tree, handoff=handoff,
+            draft_prefill=draft_prefill,
+        )  # fmt: skip
+
+    lanes = [requests[lane::CONCURRENT] for lane in range(CONCURRENT)]
+    with ThreadPoolExecutor(CONCURRENT) as pool:
+        answers = list(pool.map(ask, lanes))
+    return [answers[index % CONCURRENT][index // CONCURRENT] for index in range(len(requests))]
+
+
+def _one(
+    config: WorkerConfig, prompts: str | None, num_prompts: int, max_tokens: int, transformers: bool, progress: Progress
+) -> dict[str, Any]:  # fmt: skip
+    requests = requests_for(config, prompts, num_prompts, max_tokens)
+    local = LocalGenerator(config)
+    exact = local.resources.fingerprint["numerics"] != "fast"
+    try:
+        expected = reference(local, requests)
+        progress(f"  plain decoding in one process: {sum(map(len, expected))} tokens")
+        tau = tolerance(local.resources, requests[0].prompt_ids, expected[0])
+        found, mismatched, cases = Audit(), 0, 0
+        with Stack(config) as stack:
+            for drafter, tree in CASES:
+                for handoff in HANDOFFS:
+                    answers = served(stack.endpoint, requests, drafter=drafter, tree=tree, handoff=handoff)
+                    different = [i for i, answer in enumerate(answers) if answer != expected[i]]
+                    mismatched, cases = mismatched + len(different), cases + len(answers)
+                    for index in different:
+                        found += _audit(local, requests[index], answers[index], tau)
+                    progress(f"  {drafter} {tree} {handoff}: {len(different)} of {len(answers)} answers differ")
+        mode = "exact" if exact else "fast"
+        result: dict[str, Any] = {"numerics": mode, "tau": tau, "cases": cases, "mismatched": mismatched}
+        if transformers:
+            result["transformers"] = _against_transformers(local, requests, expected, progress)
+            against = result["transformers"]
+            found += Audit(ties=against["ties"], unaudited=against["unaudited"])
+    finally:
+        local.resources.close()
+    ok = found.unaudited == 0 and not (exact and mismatched)
+    return {**result, "ok": ok, "ties": found.ties, "unaudited": found.unaudited}
+
+
+def _audit(local: LocalGenerator, request: GenerateRequest, answer: Sequence[int], tau: float) -> Audit:
+    tokens = [*request.prompt_ids, *answer[:-1]]
+    logits = forced_logits(local.resources, tokens, len(request.prompt_ids) - 1, rows=1)
+    return judge(logits, request, answer, local.resources.end_ids, tau)
+
+
+def _against_transformers(
+    local: LocalGenerator, requests: Sequence[GenerateRequest], answers: Sequence[tuple[int, ...]], progress: Progress
+) -> dict[str, Any]:  # fmt: skip
+    """Our greedy tokens, teacher-forced through transformers."""
+    config, found = local.resources.config, Audit()
+    torch.set_num_threads(config.threads or usable_cores())
+    model = reference_model(local.resources.files, config.dtype)
+    for request, answer in zip(requests, answers, strict=True):
+        if request.sampling.temperature == 0:
+            logits = transformers_logits(model, request.prompt_ids, answer)
+            found += judge(logits, request, answer, local.resources.end_ids, CAPS[config.dtype])
+    torch.set_num_threads(1)
+    progress(f"  against transformers: {found}")
+    return {
+        "positions": found.positions,
+        "ties": found.ties,
+        "unaudited": found.unaudited,
+        "largest_gap": found.largest,
+    }
