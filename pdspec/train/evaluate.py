@@ -7,6 +7,9 @@ token), so *accepted* means what verification means at temperature 0. The head i
 
 from __future__ import annotations
 
+import argparse
+import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -169,3 +172,28 @@ def chain_hits(
         tables[0, rows - first, d] = same[:, 0].long()
         tables[1, rows - first, d] = same.any(1).long()
     return tables[0], tables[1]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``python -m pdspec.train.evaluate --head FOLDER --prompts FILE``: prints one JSON object."""
+    parser = argparse.ArgumentParser(prog="python -m pdspec.train.evaluate", description=main.__doc__)
+    parser.add_argument("--head", type=Path, required=True)
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--last", type=int, default=0, help="only the last prompts of the file")
+    parser.add_argument("--num-prompts", type=int, default=40, help="spread over the file")
+    parser.add_argument("--max-tokens", type=int, default=EVALUATION_TOKENS)
+    chosen = parser.parse_args(arguments)
+    prompts = load_prompts(chosen.prompts)[-chosen.last :]
+    count = min(chosen.num_prompts, len(prompts))
+    spread = [prompts[n * len(prompts) // count] for n in range(count)]
+    with tempfile.TemporaryDirectory() as folder:
+        target = load_target(chosen.model)
+        store = write_answers(target, spread, Path(folder), max_answer=chosen.max_tokens)
+        target.runner.ops.close()
+        found = evaluate_head(chosen.head, [store], model=chosen.model)
+    print(json.dumps(found.as_dict()))
+
+
+if __name__ == "__main__":
+    main()
