@@ -15,6 +15,7 @@ from pdspec.engine.decode import DecodeEngine, DecodeSequence, first_chunk
 from pdspec.engine.local import Kept, new_context
 from pdspec.engine.prefill import PrefillEngine, PrefillSequence, prompt_history
 from pdspec.engine.resources import load
+from pdspec.engine.thread import tell
 from pdspec.errors import PdspecError
 from pdspec.spec.protocol import DraftContext, Drafter
 from pdspec.types import DraftPrefill, GenerateRequest, TokenChunk
@@ -47,7 +48,7 @@ class Answer:
     def grant(self) -> None:
         """See Reserved."""
         self.granted_at = time.perf_counter()
-        self.loop.call_soon_threadsafe(self._granted)
+        tell(self.loop, self._granted)
 
     def _granted(self) -> None:
         if not self.room.done():
@@ -55,7 +56,7 @@ class Answer:
 
     def deliver(self, result: TokenChunk | BaseException) -> None:
         """Hand a result to the stream's coroutine, from any thread."""
-        self.loop.call_soon_threadsafe(self.queue.put_nowait, result)
+        tell(self.loop, self.queue.put_nowait, result)
 
 
 class DecodeHost:

@@ -22,7 +22,7 @@ from pdspec.engine.local import check, new_context
 from pdspec.engine.prefill import PrefillEngine, PrefillSequence
 from pdspec.engine.resources import check_fingerprint, load
 from pdspec.engine.serving import RunningWorker, StatusService, describe
-from pdspec.engine.thread import EngineThread
+from pdspec.engine.thread import EngineThread, tell
 from pdspec.spec.protocol import Candidates
 from pdspec.spec.protocol import HiddenRows as TargetRows
 from pdspec.transfer.frames import Begin, DraftStart, First, HiddenRows, Pages
@@ -53,7 +53,7 @@ class Events:
         self.queue: asyncio.Queue[tuple[str, tuple[Any, ...]]] = asyncio.Queue()
 
     def _tell(self, kind: str, *values: Any) -> None:
-        self._loop.call_soon_threadsafe(self.queue.put_nowait, (kind, values))
+        tell(self._loop, self.queue.put_nowait, (kind, values))
 
     def rows(self, group: str, layer: int, start: int, stop: int) -> None:
         """See PrefillEvents."""

@@ -21,6 +21,15 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+def tell(loop: asyncio.AbstractEventLoop, function: Callable[..., Any], *values: Any) -> None:
+    """Run ``function`` on an event loop, from the engine thread. A loop that has closed has nobody who listens."""
+    try:
+        loop.call_soon_threadsafe(function, *values)
+    except RuntimeError:
+        if not loop.is_closed():
+            raise
+
+
 class Host(Protocol):
     """What runs on an engine thread."""
 
@@ -45,11 +54,13 @@ class EngineThread:
         self._make = make
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.failure: BaseException | None = None
+        self.host: Any = None  # what ``start`` returned; its methods belong on the engine thread
 
     def start(self) -> Host:
         """Make the host and begin; blocks until it stands."""
         self._thread.start()
-        return self._made.result()
+        self.host = self._made.result()
+        return self.host
 
     def alive(self) -> bool:
         """Whether steps are still being made."""

@@ -1,0 +1,94 @@
+"""The master test: plain == paged == disaggregated == speculative, in tokens, proposals and log probabilities."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from tests.parity.roles import request, running
+
+CASES = [
+    ("none", ""),
+    ("ngram", "chain(5)"),
+    ("eagle3", "chain(3)"),
+    ("eagle3", "dynamic(3,3,6)"),
+    ("eagle3", "static(2x2)"),
+]
+SAMPLING = {
+    "greedy": {},
+    "sampled": {"temperature": 0.8, "top_p": 0.95},
+    "penalised": {"temperature": 0.9, "repetition_penalty": 1.2, "frequency_penalty": 0.3, "logprobs": 2},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+def roles(request):
+    with running(dtype=request.param, prefill={"page_size": 8}, decode={"page_size": 16}) as roles:
+        yield roles
+
+
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
+@pytest.mark.parametrize(("drafter", "tree"), CASES)
+@pytest.mark.parametrize("sampling", SAMPLING)
+def test_every_path_gives_plain_decodings_tokens_and_the_local_drafters_proposals(roles, sampling, drafter, tree, mode):
+    asked = request(drafter, tree, sampling=SAMPLING[sampling], draft_prefill=mode)
+    plain = roles.ask_local(dataclasses.replace(asked, drafter="none", tree=""))
+    local = roles.ask_local(asked)
+    (handed,) = roles.ask(asked)
+    assert handed.tokens == local.tokens == plain.tokens
+    assert handed.logprobs == local.logprobs == plain.logprobs
+    assert handed.traces == local.traces and len(handed.traces) == handed.stats.verifications
+    n, layers, row = len(asked.prompt_ids), 4, roles.local.resources.runner.group.row_bytes
+    assert handed.stats.kv_bytes == n * layers * row
+    assert (handed.stats.draft_kv_bytes > 0) == (drafter == "eagle3" and mode == "prefill")
+    assert (handed.stats.hidden_bytes > 0) == (drafter == "eagle3" and mode == "decode")
+
+
+def test_a_decode_worker_alone_gives_the_same(roles):
+    for drafter, tree in CASES:
+        asked = request(drafter, tree, seed=8)
+        (alone,) = roles.ask(asked, route=dataclasses.replace(roles.route(), prefill=()))
+        local = roles.ask_local(asked)
+        assert (alone.tokens, alone.traces) == (local.tokens, local.traces)
+        assert alone.stats.kv_bytes == 0
+
+
+def test_eight_at_once_are_as_one_at_a_time(roles):
+    many = []
+    for i in range(8):
+        sampling = {"temperature": 0.7 * (i % 2), "max_tokens": 20 + 3 * i}
+        many.append(request(*CASES[i % len(CASES)], n=20 + 9 * i, seed=i, sampling=sampling))
+    for asked, answer in zip(many, roles.ask(*many), strict=True):
+        local = roles.ask_local(asked)
+        assert (answer.tokens, answer.traces) == (local.tokens, local.traces)
+
+
+@pytest.mark.parametrize("chunk", [5, 64])
+def test_chunks_of_any_size_give_the_same(chunk):
+    with running(prefill={"chunk": chunk}, dtype="float32") as roles:
+        for mode in ("prefill", "decode"):
+            asked = request("eagle3", "dynamic(3,3,6)", n=50, draft_prefill=mode)
+            local = roles.ask_local(asked)
+            (answer,) = roles.ask(asked)
+            assert (answer.tokens, answer.traces) == (local.tokens, local.traces)
+
+
+def test_a_replayed_answer_goes_on_with_the_same_tokens(roles):
+    asked = request("eagle3", sampling={"temperature": 0.8, "repetition_penalty": 1.3})
+    (whole,) = roles.ask(asked)
+    sent = 13
+    rest = dataclasses.replace(
+        asked, prompt_ids=(*asked.prompt_ids, *whole.tokens[:sent]), replayed=sent,
+        sampling=dataclasses.replace(asked.sampling, max_tokens=asked.sampling.max_tokens - sent),
+    )  # fmt: skip
+    (tail,) = roles.ask(rest)
+    assert tail.tokens == whole.tokens[sent:]
+
+
+def test_first_token_that_ends_the_answer_moves_no_kv_and_runs_no_drafter(roles):
+    (answer,) = roles.ask(request("eagle3", sampling={"max_tokens": 1}))
+    assert len(answer.tokens) == 1 and answer.stats.kv_bytes == 0 and answer.stats.verifications == 0
+    first = roles.ask_local(request("eagle3")).tokens[0]
+    (ended,) = roles.ask(request("eagle3", sampling={"stop_ids": (first,)}))
+    assert ended.tokens == [first] and ended.stats.draft_kv_bytes == 0
