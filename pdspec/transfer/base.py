@@ -56,7 +56,8 @@ class CreditWindow:
         while self._failure is None and self.in_flight and self.in_flight + count > self.size:
             self._room.clear()
             try:
-                await asyncio.wait_for(self._room.wait(), self._stall_timeout_s)
+                async with asyncio.timeout(self._stall_timeout_s):  # wait_for of Python 3.11 may lose a cancel
+                    await self._room.wait()
             except TimeoutError:
                 message = f"no credit for {self._stall_timeout_s} s with {self.in_flight} bytes under way"
                 raise PeerLost(message, field="stall_timeout_s") from None

@@ -79,7 +79,8 @@ class PrefillStream:
     async def _write(self, frame: Frame) -> None:
         async with self._write_lock:
             try:
-                await asyncio.wait_for(self._context.write(frame.to_bytes()), self._stall_timeout_s)
+                async with asyncio.timeout(self._stall_timeout_s):  # wait_for of Python 3.11 may lose a cancel
+                    await self._context.write(frame.to_bytes())
             except TimeoutError:
                 message = f"the decode worker took nothing for {self._stall_timeout_s} s"
                 raise PeerLost(message, field="stall_timeout_s") from None
@@ -123,7 +124,8 @@ def prefill_handler(
 
 async def _read_open(context: grpc.aio.ServicerContext, timeout_s: float) -> Open:
     try:
-        data = await asyncio.wait_for(context.read(), timeout_s)
+        async with asyncio.timeout(timeout_s):
+            data = await context.read()
     except TimeoutError:
         raise PeerLost(f"no Open for {timeout_s} s", field="open") from None
     if data is grpc.aio.EOF:

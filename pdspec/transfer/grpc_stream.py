@@ -141,7 +141,8 @@ class PrefillCall:
 
     async def _read(self, timeout_s: float) -> Frame:
         try:
-            data = await asyncio.wait_for(self._call.read(), max(0.0, timeout_s))
+            async with asyncio.timeout(max(0.0, timeout_s)):  # wait_for of Python 3.11 may lose a cancel
+                data = await self._call.read()
         except TimeoutError:
             message = f"{self._peer} made no progress for {self._stall_timeout_s} s"
             raise PeerLost(message, field="stall_timeout_s") from None
