@@ -12,7 +12,7 @@ import decode_worker.service
 import prefill_worker.service
 from pdspec.config import WorkerConfig
 from pdspec.wire.channels import make_channel
-from tests.parity.roles import TINY, Roles, request, running, wait_until
+from tests.parity.roles import TINY, Roles, request, run_client, running, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def ask_and_leave(roles: Roles, asked, after: float | int) -> None:
                 await asyncio.wait_for(Roles.one(channel, asked, roles.route()), after)
         await channel.close()
 
-    asyncio.run(main())
+    run_client(main())
 
 
 def test_a_client_that_leaves_while_decoding_frees_every_page_within_a_second(roles):
@@ -111,7 +111,7 @@ def test_a_prefill_worker_that_dies_in_mid_stream_never_yields_a_cut_answer():
             assert answer.stats.prefill_retries == 1
             return answer.tokens
 
-        assert asyncio.run(main()) == roles.ask_local(asked).tokens
+        assert run_client(main()) == roles.ask_local(asked).tokens
 
 
 def test_by_policy_the_decode_worker_prefills_when_nobody_else_can():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import decode_worker.service
 import prefill_worker.service
@@ -19,9 +20,21 @@ from pdspec.wire import pdspec_pb2_grpc as rpc
 from pdspec.wire.channels import make_channel
 from pdspec.wire.codec import chunk_from_pb, decode_request_to_pb
 
+T = TypeVar("T")
 TINY: dict[str, Any] = {
     "model": "tiny", "heads": {"eagle3": "random:0"}, "cache_tokens": 8192, "threads": 1, "chunk": 16, "poison": True,
 }  # fmt: skip
+
+
+# One event loop for every client of a test run: gRPC's poller is shared by all loops of a process, and one that was
+# closed with calls still ending holds up the others.
+_LOOP = asyncio.new_event_loop()
+threading.Thread(target=_LOOP.run_forever, name="test-clients", daemon=True).start()
+
+
+def run_client(work: Coroutine[Any, Any, T]) -> T:
+    """Run a client's coroutine to its end."""
+    return asyncio.run_coroutine_threadsafe(work, _LOOP).result()
 
 
 @dataclass
@@ -57,7 +70,7 @@ class Roles:
 
     def ask(self, *requests: GenerateRequest, route: Route | None = None) -> list[Answer]:
         """All at once, through the decode worker."""
-        return asyncio.run(self._ask(requests, route or self.route()))
+        return run_client(self._ask(requests, route or self.route()))
 
     async def _ask(self, requests, route) -> list[Answer]:
         channel = make_channel(self.decode.address)
