@@ -115,12 +115,12 @@ class Landing:
         """The inverse of the prefill worker's frame: captured layers [rows, C, H], then the final state [rows, H]."""
         hidden, layers = self.resources.files.config.hidden_size, len(self.drafter.capture)
         width = frame.count * hidden
-        values = np.frombuffer(frame.payload, np.float32)
-        if frame.dtype != "float32" or len(values) != width * (layers + self.drafter.want_final):
+        size = memoryview(frame.payload).nbytes
+        if frame.dtype != "float32" or size != 4 * width * (layers + self.drafter.want_final):
             raise TransferDamaged(
-                f"{len(values)} hidden values of {frame.dtype} for {frame.count} rows", field="hidden.payload"
+                f"{size} bytes of {frame.dtype} for {frame.count} hidden rows", field="hidden.payload"
             )
-        tensor = torch.from_numpy(values.copy())
+        tensor = torch.from_numpy(np.frombuffer(frame.payload, np.float32).copy())
         captured = tensor[: width * layers].view(frame.count, layers, hidden) if layers else None
         final = tensor[width * layers :].view(frame.count, hidden) if self.drafter.want_final else None
         return TargetRows(start=frame.start, captured=captured, final=final)

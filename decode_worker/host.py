@@ -16,7 +16,7 @@ from pdspec.engine.local import Kept, new_context
 from pdspec.engine.prefill import PrefillEngine, PrefillSequence, prompt_history
 from pdspec.engine.resources import load
 from pdspec.engine.thread import tell
-from pdspec.errors import PdspecError
+from pdspec.errors import PdspecError, TransferDamaged
 from pdspec.spec.protocol import DraftContext, Drafter
 from pdspec.types import DraftPrefill, GenerateRequest, TokenChunk
 
@@ -98,10 +98,11 @@ class DecodeHost:
             answer.deliver(result)
         return True
 
-    def join(self, answer: Answer, handed: Handed) -> None:
-        """The handoff is complete and checked: decode from the next step on."""
+    def join(self, answer: Answer, handed: Handed) -> str:
+        """The handoff is complete and checked: decode from the next step on. Where its drafter cannot go on from what
+        came, nothing is joined and the reason returned; otherwise it is empty."""
         if answer not in self.scheduler.granted:
-            return  # released meanwhile
+            return ""  # released meanwhile
         ctx, drafter = answer.ctx, answer.drafter
         ctx.token_ids.append(handed.token_id)
         candidates, rows = handed.candidates, handed.rows
@@ -109,8 +110,13 @@ class DecodeHost:
             for hidden in handed.hidden:
                 drafter.prefill(ctx, hidden)
             candidates, rows = drafter.start(ctx)
-        drafter.resume(ctx, candidates, rows)
+        try:
+            drafter.resume(ctx, candidates, rows)
+        except TransferDamaged as error:
+            ctx.token_ids.pop()
+            return str(error)
         self._run(answer)
+        return ""
 
     def prefill_here(self, answer: Answer) -> None:
         """Compute the prompt on this worker (colocated, by policy, or to rebuild draft state)."""
@@ -148,11 +154,11 @@ class DecodeHost:
         self.prompts.pop(0)
         kept = prompt.events
         assert isinstance(kept, Kept)
-        answer.drafter.resume(answer.ctx, *kept.begun)
         self._run(answer)
         if self.send_first(answer, answer.ctx.token_ids[-1], kept):
-            return
-        self.scheduler.release(answer)
+            answer.drafter.resume(answer.ctx, *kept.begun)
+        else:
+            self.scheduler.release(answer)
 
     def send_first(self, answer: Answer, token_id: int, kept: Kept) -> bool:
         """Deliver t_n unless the client has it. False when it ends the answer."""

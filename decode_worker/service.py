@@ -147,14 +147,11 @@ class _Run:
             if handed is None:
                 return
             self.handed = handed
-            if handed.draft_damage:
-                log.warning(
-                    "draft state is rebuilt: %s", handed.draft_damage, extra={"request_id": answer.request.request_id}
-                )
+            damage = handed.draft_damage or await engine.call(lambda: host.join(answer, handed))
+            if damage:
+                log.warning("draft state is rebuilt: %s", damage, extra={"request_id": answer.request.request_id})
                 self.rebuilds += 1
                 await engine.call(lambda: host.prefill_here(answer))
-            else:
-                await engine.call(lambda: host.join(answer, handed))
         except Exception as error:  # noqa: BLE001  whatever it is, the stream must end with it
             self.answer.queue.put_nowait(error)
 
@@ -183,7 +180,7 @@ class _Run:
         mode = DraftPrefill(answer.request.draft_prefill or config.draft_prefill)
         opening = Open(
             epoch=service.next_epoch(),
-            request=answer.request,
+            request=dataclasses.replace(answer.request, tree=answer.ctx.tree),  # this worker's default, not the peer's
             drafter=answer.drafter.name,
             draft_prefill=mode.value,
             fingerprint=resources.fingerprint,

@@ -119,8 +119,8 @@ class PrefillService:
         )
         events = Events(asyncio.get_running_loop())
         prompt = self._prompt(stream, events)
-        await self.engine.call(lambda: self.host.scheduler.add(prompt))
         try:
+            await self.engine.call(lambda: self.host.scheduler.add(prompt))
             await stream.send(
                 Begin(
                     epoch=opening.epoch,

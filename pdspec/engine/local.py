@@ -132,8 +132,9 @@ class LocalGenerator:
         sequence = DecodeSequence(
             request=request, ctx=ctx, drafter=drafter, history=prompt_history(request).extended(ctx.token_ids[-1:])
         )
-        drafter.resume(ctx, *events.begun)
         chunk = first_chunk(sequence, events.logprob, self.resources.end_ids)
+        if sequence.finish is None:
+            drafter.resume(ctx, *events.begun)
         if chunk.stats:
             chunk = dataclasses.replace(
                 chunk, stats=dataclasses.replace(chunk.stats, prefill_ms=1e3 * (time.perf_counter() - began))

@@ -17,6 +17,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
+from pdspec.errors import PeerLost
+
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -70,7 +72,7 @@ class EngineThread:
         """Run ``command`` between two steps."""
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
         if not self.alive():
-            future.set_exception(RuntimeError("the engine thread has ended"))
+            future.set_exception(_ended())
             return future
         self._commands.put((future, command))
         return future
@@ -124,7 +126,11 @@ class EngineThread:
             except queue.Empty:
                 return
             if item is not None:
-                item[0].set_exception(RuntimeError("the engine thread has ended"))
+                item[0].set_exception(_ended())
+
+
+def _ended() -> PeerLost:
+    return PeerLost("the engine of this worker has ended", remedy="try again: another worker, or this one restarted")
 
 
 def _execute(future: concurrent.futures.Future, command: Callable[[], Any]) -> None:
