@@ -1,9 +1,9 @@
 """Prompt files: JSON Lines in three public forms, told apart by their keys. Standard library only.
 
-    {"id": ..., "category": ..., "prompt": ...}            this project's examples
-    {"question_id": ..., "category": ..., "turns": [...]}  MT-bench (only the first turn is used)
-    {"question": ..., "answer": ...}                       GSM8K (the answer is not read)
-    {"task_id": ..., "prompt": ...}                        HumanEval
+{"id": ..., "category": ..., "prompt": ...}            this project's examples
+{"question_id": ..., "category": ..., "turns": [...]}  MT-bench (only the first turn is used)
+{"question": ..., "answer": ...}                       GSM8K (the answer is not read)
+{"task_id": ..., "prompt": ...}                        HumanEval
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def _prompt(record: Any, default_id: str, where: str) -> Prompt:
     text: Any = None
     if isinstance(record, Mapping):
         turns = record.get("turns")
-        text = record.get("prompt") or record.get("question") or (turns[0] if isinstance(turns, list) and turns else None)
+        text = (
+            record.get("prompt") or record.get("question") or (turns[0] if isinstance(turns, list) and turns else None)
+        )
     if not isinstance(text, str) or not text.strip():
         raise ConfigError(f"{where}: no prompt", field="prompts", remedy=REMEDY)
     one = next((record[key] for key in ("id", "question_id", "task_id") if record.get(key) is not None), default_id)
