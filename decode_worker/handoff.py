@@ -61,7 +61,7 @@ class Landing:
                     self._land(frame)
                 case First():
                     first_at = time.perf_counter()
-                    handed.token_id, handed.logprob = frame.token_id, frame.logprob
+                    handed.token_id, handed.logprob = self._known(frame.token_id), frame.logprob
                     if not self.on_first(frame.token_id, frame.logprob):
                         return None
                 case DraftStart():
@@ -106,8 +106,15 @@ class Landing:
         except (ValueError, IndexError, KeyError) as error:
             raise TransferDamaged(str(error), field=f"pages.{frame.group}") from error
 
+    def _known(self, token_id: int) -> int:
+        size = self.resources.files.config.vocab_size
+        if token_id >= size:
+            raise TransferDamaged(f"token id {token_id} of a vocabulary of {size}", field="first.token_id")
+        return token_id
+
     def _start(self, frame: DraftStart) -> None:
-        if len(frame.token_ids):
+        ids = frame.token_ids
+        if len(ids) and ids.min() >= 0 and ids.max() < self.resources.files.config.vocab_size:
             self.handed.candidates = Candidates(token_ids=frame.token_ids, log_q=frame.log_q, score=frame.score)
         self.handed.rows = {name: torch.from_numpy(np.array(row, np.float32)) for name, row in frame.rows.items()}
 
