@@ -56,6 +56,7 @@ class EngineThread:
         self._make = make
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.failure: BaseException | None = None
+        self._over = False  # no command runs any more
         self.host: Any = None  # what ``start`` returned; its methods belong on the engine thread
 
     def start(self) -> Host:
@@ -66,7 +67,7 @@ class EngineThread:
 
     def alive(self) -> bool:
         """Whether steps are still being made."""
-        return self._thread.is_alive() and self.failure is None
+        return self._thread.is_alive() and not self._over and self.failure is None
 
     def post(self, command: Callable[[], T]) -> concurrent.futures.Future[T]:
         """Run ``command`` between two steps."""
@@ -75,6 +76,8 @@ class EngineThread:
             future.set_exception(_ended())
             return future
         self._commands.put((future, command))
+        if self._over:  # it ended meanwhile, perhaps after telling those who waited
+            self._fail_pending()
         return future
 
     async def call(self, command: Callable[[], T]) -> T:
@@ -101,6 +104,7 @@ class EngineThread:
             self.failure = error
             log.critical("the engine thread ends", exc_info=error)
         finally:
+            self._over = True
             self._fail_pending()
             host.close()
 
@@ -125,7 +129,7 @@ class EngineThread:
                 item = self._commands.get_nowait()
             except queue.Empty:
                 return
-            if item is not None:
+            if item is not None and item[0].set_running_or_notify_cancel():
                 item[0].set_exception(_ended())
 
 
