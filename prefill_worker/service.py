@@ -27,7 +27,7 @@ from pdspec.spec.protocol import Candidates
 from pdspec.spec.protocol import HiddenRows as TargetRows
 from pdspec.transfer.frames import Begin, DraftStart, First, HiddenRows, Pages
 from pdspec.transfer.grpc_serve import PrefillStream, prefill_handler
-from pdspec.types import DraftPrefill, TokenLogprob, WorkerInfo
+from pdspec.types import DraftPrefill, GenerateRequest, TokenLogprob, WorkerInfo
 from pdspec.wire import pdspec_pb2_grpc as rpc
 from prefill_worker.scheduler import PrefillScheduler
 
@@ -110,15 +110,18 @@ class PrefillService:
     async def serve(self, stream: PrefillStream) -> None:
         """One Prefill call. Raises typed errors, which the handler sends as ErrorFrame and status."""
         opening, resources = stream.open, self.host.resources
-        check(resources, opening.request)
+        request = dataclasses.replace(
+            opening.request, drafter=opening.drafter, draft_prefill=opening.draft_prefill or DraftPrefill.PREFILL.value
+        )
         check_fingerprint(
             resources.fingerprint,
             dict(opening.fingerprint),
             drafter=opening.drafter,
             peer=opening.worker_id or "the decode worker",
         )
+        check(resources, request)
         events = Events(asyncio.get_running_loop())
-        prompt = self._prompt(stream, events)
+        prompt = self._prompt(request, events)
         try:
             await self.engine.call(lambda: self.host.scheduler.add(prompt))
             await stream.send(
@@ -133,8 +136,7 @@ class PrefillService:
         finally:
             self.engine.post(lambda: self.host.scheduler.release(prompt))
 
-    def _prompt(self, stream: PrefillStream, events: Events) -> QueuedPrompt:
-        request = dataclasses.replace(stream.open.request, drafter=stream.open.drafter)
+    def _prompt(self, request: GenerateRequest, events: Events) -> QueuedPrompt:
         ctx = new_context(self.host.resources, request, [])
         drafter = self.host.resources.drafter(request.drafter)
         rows = len(request.prompt_ids) + 1 + drafter.max_nodes
@@ -142,7 +144,7 @@ class PrefillService:
             request=request,
             ctx=ctx,
             drafter=drafter,
-            draft_prefill=DraftPrefill(stream.open.draft_prefill),
+            draft_prefill=DraftPrefill(request.draft_prefill),
             events=events,
             ship_rows=request.sampling.max_tokens > 1,
             queued_at=time.perf_counter(),

@@ -54,9 +54,10 @@ def trailing_metadata(error: PdspecError) -> tuple[tuple[str, str | bytes], ...]
 
 
 def error_to_dict(error: PdspecError) -> dict[str, str | int]:
-    """A flat map with the error's class name and texts; texts are cut to what a header holds."""
+    """A flat map with the error's class name (of ``pdspec.errors``: the nearest, for a class from elsewhere) and texts;
+    texts are cut to what a header holds."""
     values: dict[str, str | int] = {
-        "class": type(error).__name__,
+        "class": next(kind.__name__ for kind in type(error).__mro__ if kind.__name__ in _CLASSES),
         "message": error.message[:_MAX_TEXT],
         "field": error.field[:200],
         "remedy": error.remedy[:_MAX_TEXT // 2],
