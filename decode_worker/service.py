@@ -123,6 +123,8 @@ class _Run:
     def leave(self) -> None:
         """The stream has ended; pages are free once nothing lands any more."""
         self._left = True
+        if self.answer.prompt is not None:
+            self.answer.prompt.abandoned = True
         self._release()
 
     def end(self) -> None:

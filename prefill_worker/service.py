@@ -134,6 +134,7 @@ class PrefillService:
             )
             await self._send(stream, prompt, events)
         finally:
+            prompt.abandoned = True
             self.engine.post(lambda: self.host.scheduler.release(prompt))
 
     def _prompt(self, request: GenerateRequest, events: Events) -> QueuedPrompt:

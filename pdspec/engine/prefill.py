@@ -54,6 +54,7 @@ class PrefillSequence:
     ship_rows: bool = True  # whether anyone wants the KV rows
     num_computed: int = 0
     draft_rows: dict[str, int] = field(default_factory=dict)  # rows told per draft group
+    abandoned: bool = False  # nobody waits for it any more; may be set from any thread
     finished: bool = False  # the first token ends the answer, or the prefill is complete
     started_at: float = 0.0
     seconds: float = 0.0
@@ -75,6 +76,10 @@ def prompt_history(request: GenerateRequest) -> History:
     return History.of(request.prompt_ids[:split], request.prompt_ids[split:])
 
 
+class _Abandoned(Exception):
+    """Every prompt of the step was abandoned."""
+
+
 class PrefillEngine:
     """Stateless but for the resources; sequences are the caller's."""
 
@@ -83,11 +88,15 @@ class PrefillEngine:
         self.steps = 0  # grows with every layer: busy and stuck differ
 
     def step(self, work: Sequence[tuple[PrefillSequence, int]]) -> None:
-        """Compute the next ``count`` tokens of each prompt. Events tell what became final."""
+        """Compute the next ``count`` tokens of each prompt. Events tell what became final. A step whose prompts are
+        all abandoned ends after the layer at hand: a chunk may take seconds, their pages are wanted sooner."""
         began = time.perf_counter()
-        output = self.resources.runner.forward(
-            self._pack(work), self.resources.cache, lambda layer: self._layer(work, layer)
-        )
+        try:
+            output = self.resources.runner.forward(
+                self._pack(work), self.resources.cache, lambda layer: self._layer(work, layer)
+            )
+        except _Abandoned:
+            return
         row = logit = 0
         for sequence, count in work:
             sequence.started_at = sequence.started_at or began
@@ -124,6 +133,8 @@ class PrefillEngine:
 
     def _layer(self, work: Sequence[tuple[PrefillSequence, int]], layer: int) -> None:
         self.steps += 1
+        if all(sequence.abandoned for sequence, _ in work):
+            raise _Abandoned
         group = self.resources.runner.group.name
         for sequence, count in work:
             if sequence.ship_rows:

@@ -3,6 +3,7 @@ and greedy answers are those of transformers."""
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +18,8 @@ from pdspec.model.reference import reference_model
 from pdspec.model.tokenizer import load_tokenizer
 from pdspec.study.audit import forced_logits, judge, transformers_logits
 from pdspec.types import GenerateRequest, SamplingParams
-from tests.parity.roles import Answer, Roles, running
+from tests.contract.around import channel_to
+from tests.parity.roles import Answer, Roles, run_client, running, wait_until
 
 pytestmark = pytest.mark.model
 MODEL: dict[str, Any] = {"model": "smollm2-135m", "heads": {}, "cache_tokens": 16384, "threads": 2, "chunk": 32}
@@ -85,6 +87,28 @@ def test_the_shipped_head_proposes_behind_the_handoff_what_it_proposes_here_and_
         assert answer.traces == roles.ask_local(one).traces
         accepted, verifications = accepted + answer.stats.accepted_tokens, verifications + answer.stats.verifications
     assert 1 + accepted / verifications > 1.3
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["handoff", "alone"])
+def test_a_client_that_leaves_amid_a_chunk_of_seconds_frees_its_pages_within_one(roles, monkeypatch, alone):
+    prompt = tuple((7 * i * i + i) % 40000 for i in range(3000))
+    one = GenerateRequest(request_id="left", prompt_ids=prompt, sampling=SamplingParams(max_tokens=20, seed=1))
+    route = dataclasses.replace(roles.route(), prefill=()) if alone else roles.route()
+    worker = roles.decode if alone else roles.prefill
+
+    async def leave() -> None:
+        async with channel_to(roles.decode.address) as channel:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.4):
+                    await Roles.one(channel, one, route)
+
+    for role in (roles.prefill, roles.decode):
+        resources = role.engine.host.resources
+        monkeypatch.setattr(resources, "config", resources.config.replace(chunk=1024))
+    monkeypatch.setattr(roles.prefill.engine.host.scheduler, "chunk", 1024)
+    before = worker.engine.host.resources.pool.free
+    run_client(leave())
+    assert wait_until(lambda: roles.held() == 0) and worker.engine.host.resources.pool.free == before
 
 
 @pytest.fixture(scope="module")

@@ -110,6 +110,25 @@ def test_a_first_token_that_ends_the_answer_starts_no_drafter(resources, samplin
     assert ("rows" in told.names()) == (sampling["max_tokens"] > 1)
 
 
+def test_a_step_of_abandoned_prompts_ends_after_the_layer_at_hand(resources):
+    """A long chunk must not keep the pages of a client that has left; a prompt beside it is still served."""
+    pages, told = resources.pool.allocate(16), [Told(), Told()]
+    sequences = [
+        PrefillSequence(
+            request=ask(), ctx=new_context(resources, ask(), pages[8 * i : 8 * i + 8]), events=told[i],
+            drafter=resources.drafter("eagle3"), draft_prefill=DraftPrefill.PREFILL,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    engine = PrefillEngine(resources)
+    sequences[0].abandoned = True
+    engine.step([(sequences[0], 8)])
+    assert engine.steps == 1 and sequences[0].num_computed == 0 and not told[0].events
+    engine.step([(sequences[0], 8), (sequences[1], 8)])
+    assert engine.steps == 5 and sequences[1].num_computed == 8
+    resources.pool.release(pages)
+
+
 # --- drafts and statistics -------------------------------------------------------------------------------------------
 
 
