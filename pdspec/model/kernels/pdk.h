@@ -57,23 +57,64 @@ INLINE void load_block(const void *w, size_t i, vf out[NV], const int bf16) {
     } else out[0] = load_bf16((const uint16_t *)w + i);
 }
 INLINE vf splat(float x) { return x - (vf){0}; }
+/* Halves onto halves: the same order at every call. */
 INLINE float hsum(vf v) {
-    float s = 0;
-    for (int i = 0; i < LANES; i++) s += v[i];
-    return s;
+#if LANES == 16
+    v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+#elif LANES == 8
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+#else
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1);
+#endif
+    return v[0] + v[1];
 }
-/* Round to nearest even, as torch does. NaN stays NaN. */
-INLINE uint16_t to_bf16(float x) {
-    uint32_t u;
-    memcpy(&u, &x, 4);
-    if ((u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((u >> 16) | 0x40);
-    return (uint16_t)((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
+/* The value, loaded once: without this GCC reads an operand that is used three times three times from memory, or
+ * keeps so many at hand that accumulators are spilled. */
+INLINE vf in_register(vf v) {
+#if defined(__x86_64__) && (VB == 16 || (VB == 32 && defined(__AVX__)) || (VB == 64 && defined(__AVX512F__)))
+    __asm__("" : "+x"(v));
+#endif
+    return v;
+}
+/* The sums of four vectors, each in one fixed order. */
+#if LANES == 16
+#define EVENS(a, b) __builtin_shufflevector(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30)
+#define ODDS(a, b) __builtin_shufflevector(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31)
+#elif LANES == 8
+#define EVENS(a, b) __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14)
+#define ODDS(a, b) __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15)
+#else
+#define EVENS(a, b) __builtin_shufflevector(a, b, 0, 2, 4, 6)
+#define ODDS(a, b) __builtin_shufflevector(a, b, 1, 3, 5, 7)
+#endif
+typedef float v4 __attribute__((vector_size(16), aligned(4), may_alias));
+INLINE v4 quarter(vf v, const int q) {
+    v4 out;
+    memcpy(&out, (const char *)&v + 16 * q, 16);
+    return out;
+}
+INLINE v4 hsum4(const vf a[4]) {
+    vf low = EVENS(a[0], a[1]) + ODDS(a[0], a[1]), high = EVENS(a[2], a[3]) + ODDS(a[2], a[3]);
+    vf quads = EVENS(low, high) + ODDS(low, high); /* in each quarter of 128 bits: a part of each sum */
+    v4 sums = quarter(quads, 0);
+    for (int q = 1; q < LANES / 4; q++) sums += quarter(quads, q);
+    return sums;
+}
+/* To bf16, round to nearest even as torch does. NaN stays NaN. */
+INLINE vh narrow(vf x) {
+    vu u = (vu)x, nan = (vu)((u & 0x7fffffffu) > 0x7f800000u);
+    vu rounded = (u + 0x7fffu + ((u >> 16) & 1)) >> 16;
+    return __builtin_convertvector((rounded & ~nan) | (((u >> 16) | 0x40) & nan), vh);
 }
 
 typedef struct Pool Pool;
 typedef void (*task_fn)(void *arg, int chunk, int chunks);
 void pd_parallel(Pool *pool, task_fn fn, void *arg, int chunks);
 int pd_threads(const Pool *pool);
+char *pd_scratch(Pool *pool, size_t bytes); /* the pool's own memory, valid until the next call; NULL without memory */
 
 /* exp for x <= 88; Cephes polynomial, relative error about 1e-7; exactly 0 below -87. */
 INLINE vf vexp(vf x) {

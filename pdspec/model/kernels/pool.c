@@ -24,6 +24,8 @@ struct Pool {
     task_fn fn;
     void *arg;
     pthread_t *ids;
+    char *scratch;
+    size_t scratch_bytes;
 };
 
 static inline void relax(void) {
@@ -86,6 +88,16 @@ Pool *pd_pool_create(int threads) {
 
 int pd_threads(const Pool *p) { return p->threads; }
 
+char *pd_scratch(Pool *p, size_t bytes) {
+    if (bytes > p->scratch_bytes) {
+        free(p->scratch);
+        p->scratch_bytes = bytes + bytes / 2;
+        p->scratch = aligned_alloc(64, (p->scratch_bytes + 63) / 64 * 64);
+        if (!p->scratch) p->scratch_bytes = 0;
+    }
+    return p->scratch;
+}
+
 static void wake(Pool *p) {
     atomic_fetch_add(&p->wake, 1);
     if (atomic_load(&p->sleepers) > 0)
@@ -116,5 +128,6 @@ void pd_pool_destroy(Pool *p) {
     wake(p);
     for (int i = 1; i < p->threads; i++) pthread_join(p->ids[i], NULL);
     free(p->ids);
+    free(p->scratch);
     free(p);
 }

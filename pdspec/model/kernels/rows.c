@@ -65,7 +65,7 @@ INLINE void rotate(float *x, const float *cos, const float *sin, int D) {
 
 static void store(const Cache *c, char *to, const float *from) {
     int n = c->heads * c->dim;
-    if (c->bf16) for (int i = 0; i < n; i++) ((uint16_t *)to)[i] = to_bf16(from[i]);
+    if (c->bf16) for (int i = 0; i < n; i += LANES) *(vh *)((uint16_t *)to + i) = narrow(load_f32(from + i));
     else memcpy(to, from, (size_t)n * 4);
 }
 
