@@ -32,6 +32,9 @@ def eagle3(
     seed: Annotated[int, typer.Option()] = 0,
     threads: Threads = None,
     head: Annotated[Path | None, typer.Option(help="Start from this head instead of a new one.")] = None,
+    recount: Annotated[
+        bool, typer.Option("--recount", help="With --head: choose its draft vocabulary anew, from --data.")
+    ] = False,
     data: Annotated[list[Path] | None, typer.Option(help="Token stores made before; may be repeated.")] = None,
     work: Annotated[Path | None, typer.Option(help="Data, state and log (default: OUT/work).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in WORK was cut.")] = False,
@@ -47,7 +50,8 @@ def eagle3(
             model=model or default_model(), out=out, prompts=tuple(prompts or ()), holdout=holdout, tokens=tokens,
             self_share=self_share, passes=0.0 if minutes > 0 else 3.0 if passes is None else passes, minutes=minutes,
             ttt=ttt, draft_vocab=draft_vocab, learning_rate=learning_rate, batch=batch, max_length=max_length,
-            seed=seed, threads=threads or 0, head=head, data=tuple(data or ()), work=work, resume=resume,
+            seed=seed, threads=threads or 0, head=head, recount=recount, data=tuple(data or ()), work=work,
+            resume=resume,
         )  # fmt: skip
         trained = train_eagle3(config)
     if json:

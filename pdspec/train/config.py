@@ -26,6 +26,7 @@ class TrainConfig:
     minutes: float = 0.0
     ttt: int = 4
     draft_vocab: int = 4096
+    recount: bool = False  # with ``head``: choose its draft vocabulary anew, by ``draft_vocab`` and the data
     intermediate: int = 0  # 0: the target's
     learning_rate: float = 6e-4
     warmup: float = 0.03  # share of the run

@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from pdspec.train.evaluate import evaluate_head, held_out_answers
 from pdspec.train.examples import ExampleReader
 from pdspec.train.plan import DataConfig
 from pdspec.train.store import TokenStore
-from pdspec.train.vocab import answer_counts, coverage, draft_vocabulary
+from pdspec.train.vocab import answer_counts, coverage, draft_vocabulary, move_rows
 
 __all__ = ["TrainConfig", "data_counts", "make_data", "train_eagle3"]
 STATE, LOG = "state.pt", "log.jsonl"
@@ -169,8 +169,14 @@ def _new_trainer(
 ) -> Eagle3Trainer:
     """With the weights of the run that is resumed, of the head to start from, or new ones."""
     weights = load_weights(files, "float32")
+    output = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
     start = load_head(config.head) if config.head else None
-    if start is not None:
+    if start is not None and config.recount:
+        target_ids = draft_vocabulary(counts, config.draft_vocab) if state is None else state["target_ids"]
+        geometry = replace(start.config, draft_vocab_size=len(target_ids))
+        rows = move_rows(start.tensors["lm_head.weight"], start.target_ids, target_ids, output)
+        tensors = {**start.tensors, "lm_head.weight": rows}
+    elif start is not None:
         target_ids, geometry = start.target_ids, start.config
         tensors = start.tensors
     else:
@@ -180,7 +186,6 @@ def _new_trainer(
     if state is not None:
         tensors = state["parameters"]
     parameters = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in tensors.items()}
-    output = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
     parts = TargetParts(weights["model.embed_tokens.weight"], output[target_ids].clone())
     positions = min(files.config.max_context, 2 * config.max_length)
     return Eagle3Trainer(geometry, parameters, target_ids, parts, positions)

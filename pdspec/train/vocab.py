@@ -29,3 +29,15 @@ def draft_vocabulary(counts: np.ndarray, size: int) -> torch.Tensor:
 def coverage(counts: np.ndarray, target_ids: torch.Tensor) -> float:
     """Share of the counted tokens that the draft vocabulary holds; 0 of nothing."""
     return float(counts[target_ids.numpy()].sum() / max(1, counts.sum()))
+
+
+def move_rows(rows: torch.Tensor, ids: torch.Tensor, new_ids: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """Output rows of another draft vocabulary, [len(new_ids), H] float32: ids that were in ``ids`` keep their row of
+    ``rows``; a new one starts as the target's row in ``output`` [V, H], moved as the kept ones were on average."""
+    learned = rows.float() - output[ids].float()
+    moved = output[new_ids].float() + learned.mean(0)
+    place = torch.full((len(output),), -1, dtype=torch.int64)
+    place[ids] = torch.arange(len(ids))
+    kept = place[new_ids] >= 0
+    moved[kept] = rows[place[new_ids[kept]]].float()
+    return moved

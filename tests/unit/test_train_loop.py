@@ -75,6 +75,16 @@ def test_a_run_cut_half_way_repeats_the_unbroken_one(tmp_path: Path, store: Toke
         train_eagle3(run_config(tmp_path / "cut", store), show=False)
 
 
+def test_a_recounted_vocabulary_keeps_the_rows_that_were_learnt(tmp_path: Path, store: TokenStore) -> None:
+    first = train_eagle3(run_config(tmp_path / "first", store, max_steps=1, draft_vocab=40), show=False)
+    changes = {"head": tmp_path / "first", "recount": True, "draft_vocab": 60, "max_steps": 1, "learning_rate": 1e-9}
+    again = train_eagle3(run_config(tmp_path / "again", store, **changes), show=False)
+    assert len(again.target_ids) == 60 and set(first.target_ids.tolist()) < set(again.target_ids.tolist())
+    place = {token: row for row, token in enumerate(again.target_ids.tolist())}
+    kept = again.tensors["lm_head.weight"][[place[token] for token in first.target_ids.tolist()]]
+    torch.testing.assert_close(kept, first.tensors["lm_head.weight"], atol=1e-3, rtol=0)
+
+
 def test_hidden_rows_computed_on_the_way_give_the_same_start(tmp_path: Path, store: TokenStore) -> None:
     """Stored rows are rounded to bf16, so the curves agree to that and no further."""
     train_eagle3(run_config(tmp_path / "kept", store, max_steps=2), show=False)
