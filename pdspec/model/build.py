@@ -19,7 +19,7 @@ from pdspec.errors import ConfigError
 from pdspec.model.store import cache_root
 
 SOURCES = Path(__file__).parent / "kernels"
-FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-pthread")
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-ffp-contract=off", "-shared", "-fPIC", "-pthread")
 
 
 class NoCompiler(ConfigError):

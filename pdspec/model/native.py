@@ -199,6 +199,7 @@ class NativeOps:
             x.stride(0),
             _ptr(weight.data_ptr()),
             _ptr(out.data_ptr()),
+            x.shape[1],
             x.shape[0],
             x.shape[1],
             _f32(eps),

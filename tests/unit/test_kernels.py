@@ -125,6 +125,47 @@ def test_a_tree_path_has_the_bits_of_the_same_chain(ops):
         assert torch.equal(ops.attend(q, pick(chain, [row]), layer), ops.attend(q, pick(tree, [row]), layer))
 
 
+def random_rows(rng: np.random.Generator) -> list[tuple[int, int, list[int]]]:
+    """(sequence, prefix, ancestors) of rows as chunks, decode rows and trees bring them."""
+    rows = []
+    for sequence in range(rng.integers(1, 5)):
+        prefix = int(rng.integers(1, 90))
+        for index in range(rng.integers(1, 12)):
+            path = [] if rng.random() < 0.3 else list(range(prefix, prefix + int(rng.integers(1, 5))))
+            rows.append((sequence, prefix + (index if rng.random() < 0.2 else 0), path))
+    return rows
+
+
+def as_batch(rows: list[tuple[int, int, list[int]]]) -> ForwardBatch:
+    ancestors = np.full((len(rows), 4), -1, np.int32)
+    for row, (_, _, path) in enumerate(rows):
+        ancestors[row, : len(path)] = path
+    zeros = np.zeros(len(rows), np.int32)
+    return ForwardBatch(
+        token_ids=zeros,
+        positions=zeros,
+        slots=zeros,
+        sequence=np.array([row[0] for row in rows], np.int32),
+        prefix_len=np.array([row[1] for row in rows], np.int32),
+        ancestors=ancestors,
+        page_table=np.arange(40, dtype=np.int32).reshape(5, 8),
+        logit_rows=zeros[:0],
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [16, 64, 80])
+@pytest.mark.parametrize("group", [1, 2, 3, 7])
+def test_every_tiling_gives_a_row_the_bits_it_has_alone(ops, dtype, dim, group):
+    rng, layer = np.random.default_rng(dim + group), torch.randn(40, 16, 2, 2, dim).to(dtype)
+    for _ in range(12):
+        rows = random_rows(rng)
+        q = torch.randn(len(rows), 2 * group, dim)
+        whole = ops.attend(q, as_batch(rows), layer)
+        for index, row in enumerate(rows):
+            assert torch.equal(ops.attend(q[index : index + 1], as_batch([row]), layer)[0], whole[index])
+
+
 def test_unpackable_weights_are_refused(ops):
     from pdspec.errors import ConfigError
 

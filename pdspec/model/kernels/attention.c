@@ -56,7 +56,7 @@ INLINE void score_block(SCORE_ARGS, const int queries, const int vecs, const int
             for (int g = 0; g < queries; g++) qs[g] = in_register(load_f32(q + g * D + i * LANES));
             for (int k = 0; k < 4; k++) {
                 vf part = load_kv(key[k], i * LANES, bf16);
-                for (int g = 0; g < queries; g++) acc[g][k] += qs[g] * part;
+                for (int g = 0; g < queries; g++) acc[g][k] = fma_add(qs[g], part, acc[g][k]);
             }
         }
         for (int g = 0; g < queries; g++) {
@@ -116,7 +116,7 @@ INLINE void mix_block(MIX_ARGS, const int queries, const int vecs, const int bf1
         for (int i = 0; i < vecs; i++) value[i] = load_kv(at[j] + offset, i * LANES, bf16);
         for (int g = 0; g < queries; g++) {
             vf weight = in_register(splat(s[(size_t)g * capacity + j]));
-            for (int i = 0; i < vecs; i++) acc[g][i] += weight * value[i];
+            for (int i = 0; i < vecs; i++) acc[g][i] = fma_add(weight, value[i], acc[g][i]);
         }
     }
     for (int g = 0; g < queries; g++)

@@ -19,19 +19,25 @@ void pd_pack(const void *weight, int N, int K, int bf16, void *out) {
             }
 }
 
-INLINE void tile(const Linear *t, int r0, int b0, const int rows, const int blocks, const int bf16) {
+/* ``ahead``: the blocks to bring into the cache meanwhile, one per block of this tile, or NULL. */
+INLINE void tile(const Linear *t, int r0, int b0, const char *ahead, const int rows, const int blocks, const int bf16) {
     vf acc[6][2 * NV];
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < blocks * NV; v++) acc[r][v] = splat(0);
     const float *x[6];
     for (int r = 0; r < rows; r++) x[r] = t->x + (size_t)(r0 + r) * t->ldx;
     const size_t block = (size_t)t->K * 16, base = (size_t)b0 * block;
-    for (int k = 0; k < t->K; k++) {
-        vf w[2 * NV];
-        for (int b = 0; b < blocks; b++) load_block(t->w, base + b * block + (size_t)k * 16, w + b * NV, bf16);
-        for (int r = 0; r < rows; r++) {
-            vf xs = splat(x[r][k]);
-            for (int v = 0; v < blocks * NV; v++) acc[r][v] += xs * w[v];
+    const int line = bf16 ? 2 : 1; /* k steps per 64 bytes of a block */
+    for (int k0 = 0; k0 < t->K; k0 += line) { /* K is a multiple of 16 */
+        if (ahead)
+            for (int b = 0; b < blocks; b++) __builtin_prefetch(ahead + b * block * (bf16 ? 2 : 4) + (size_t)k0 / line * 64, 0, 2);
+        for (int k = k0; k < k0 + line; k++) {
+            vf w[2 * NV];
+            for (int b = 0; b < blocks; b++) load_block(t->w, base + b * block + (size_t)k * 16, w + b * NV, bf16);
+            for (int r = 0; r < rows; r++) {
+                vf xs = splat(x[r][k]);
+                for (int v = 0; v < blocks * NV; v++) acc[r][v] = fma_add(xs, w[v], acc[r][v]);
+            }
         }
     }
     for (int r = 0; r < rows; r++) {
@@ -47,10 +53,13 @@ INLINE void tile(const Linear *t, int r0, int b0, const int rows, const int bloc
     }
 }
 
-#define CASE(rows, blocks) case rows: tile(t, r, b, rows, blocks, bf16); break
+#define CASE(rows, blocks) case rows: tile(t, r, b, ahead, rows, blocks, bf16); break
 INLINE void column(const Linear *t, int r0, int r1, int b, const int wide, const int bf16) {
     int tiles = (r1 - r0 + 5) / 6; /* even tiles: 8 rows are 4 + 4, not 6 + 2 */
+    /* The first tile waits for the weights; a last one that finds them in the cache fetches the next block's. */
+    const size_t next = (size_t)(b + (wide ? 2 : 1)) * t->K * 16 * (bf16 ? 2 : 4);
     for (int i = 0, r = r0; i < tiles; i++) {
+        const char *ahead = i > 0 && i == tiles - 1 ? (const char *)t->w + next : NULL;
         int rows = (r1 - r + tiles - i - 1) / (tiles - i);
         if (wide) switch (rows) { CASE(1, 2); CASE(2, 2); CASE(3, 2); CASE(4, 2); CASE(5, 2); CASE(6, 2); }
         else switch (rows) { CASE(1, 1); CASE(2, 1); CASE(3, 1); CASE(4, 1); CASE(5, 1); CASE(6, 1); }

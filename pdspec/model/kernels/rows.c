@@ -3,11 +3,11 @@
 #include "layout.h"
 #include <math.h>
 
-typedef struct { const float *x, *w; float *y; int R, H, ldx; float eps; } Norm;
+typedef struct { const float *x, *w; float *y; int R, H, ldx, ldy; float eps; } Norm;
 
 INLINE void norm_row(const float *x, const float *w, float *y, int H, float eps) {
     vf s = splat(0);
-    for (int i = 0; i < H; i += LANES) { vf v = load_f32(x + i); s += v * v; }
+    for (int i = 0; i < H; i += LANES) { vf v = load_f32(x + i); s = fma_add(v, v, s); }
     vf scale = splat(1.0f / sqrtf(hsum(s) / (float)H + eps));
     for (int i = 0; i < H; i += LANES) *(vf *)(y + i) = load_f32(x + i) * scale * load_f32(w + i);
 }
@@ -15,7 +15,7 @@ INLINE void norm_row(const float *x, const float *w, float *y, int H, float eps)
 static void norm_run(void *arg, int chunk, int chunks) {
     const Norm *t = arg;
     for (int r = t->R * chunk / chunks; r < t->R * (chunk + 1) / chunks; r++)
-        norm_row(t->x + (size_t)r * t->ldx, t->w, t->y + (size_t)r * t->H, t->H, t->eps);
+        norm_row(t->x + (size_t)r * t->ldx, t->w, t->y + (size_t)r * t->ldy, t->H, t->eps);
 }
 
 /* Few rows cost less than waking a thread. */
@@ -23,9 +23,9 @@ static void maybe_parallel(Pool *pool, task_fn fn, void *arg, long work) {
     pd_parallel(pool, fn, arg, work < 16384 ? 1 : 4 * pd_threads(pool));
 }
 
-/* H is a multiple of 16 (checked in Python). ldx: stride between rows of x. */
-void pd_rms_norm(Pool *pool, const float *x, int ldx, const float *w, float *y, int R, int H, float eps) {
-    Norm t = {x, w, y, R, H, ldx, eps};
+/* H is a multiple of 16 (checked in Python). ldx, ldy: strides between rows. */
+void pd_rms_norm(Pool *pool, const float *x, int ldx, const float *w, float *y, int ldy, int R, int H, float eps) {
+    Norm t = {x, w, y, R, H, ldx, ldy, eps};
     maybe_parallel(pool, norm_run, &t, (long)R * H);
 }
 

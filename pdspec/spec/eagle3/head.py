@@ -18,9 +18,11 @@ import torch
 
 from pdspec.cache.paged import DTYPES, PagedCache
 from pdspec.model.batch import ForwardBatch
+from pdspec.model.native import NativeOps
 from pdspec.model.ops import Ops, make_rope
 from pdspec.spec.eagle3.checkpoint import Head
 from pdspec.spec.eagle3.config import GROUP
+from pdspec.spec.eagle3.native import NativeLayer
 
 _ROW_FIELDS = ("token_ids", "positions", "sequence", "slots", "prefix_len", "ancestors")
 
@@ -54,6 +56,13 @@ class Eagle3Head:
         self._lm_head = pack("lm_head")
         self._input_norm, self._hidden_norm = norm("midlayer.input_layernorm"), norm("midlayer.hidden_norm")
         self._post_norm, self._norm = norm("midlayer.post_attention_layernorm"), norm("norm")
+        self._native = self._native_layer(ops) if isinstance(ops, NativeOps) else None
+
+    def _native_layer(self, ops: NativeOps) -> NativeLayer:
+        weights = {"embedding": self.embedding, "qkv": self._qkv, "o": self._o, "gate_up": self._gate_up,
+                   "down": self._down}
+        norms = {"input_norm": self._input_norm, "hidden_norm": self._hidden_norm, "post_norm": self._post_norm}
+        return NativeLayer(ops, self.config, self._rope, self._pages, weights, norms)
 
     def fuse(self, captured: torch.Tensor) -> torch.Tensor:
         """Target features [R, H] of captured hidden states [R, C, H] float32."""
@@ -64,6 +73,8 @@ class Eagle3Head:
         ``outputs``: a row's KV needs its input alone, so rows that only fill the cache skip attention and MLP."""
         if batch.num_rows and int(batch.positions.max()) >= self.max_positions:
             raise ValueError(f"draft position {int(batch.positions.max())} of {self.max_positions}")
+        if self._native is not None:
+            return self._native(batch, features, outputs)
         ops, eps = self.ops, self.config.rms_norm_eps
         embedded = ops.rms_norm(ops.embed(self.embedding, batch.token_ids), self._input_norm, eps)
         x = torch.cat((embedded, ops.rms_norm(features, self._hidden_norm, eps)), 1)
