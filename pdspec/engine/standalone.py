@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from pdspec.config import WorkerConfig
 from pdspec.errors import PdspecError
-from pdspec.hosting import Running
+from pdspec.hosting import Running, settle
 from pdspec.telemetry import setup_logging
 
 POLL_S = 0.5
@@ -27,6 +27,7 @@ def run_worker(role: str, launch: Callable[[WorkerConfig], Running]) -> None:
     except PdspecError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    settle()
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())

@@ -68,7 +68,10 @@ class Bench:
 
     def run(self, setting: Setting) -> dict[str, Any]:
         """All prompts once: decode tokens per second, output tokens per verification, answers."""
-        answers = [self.ask(setting, ids, self.max_tokens) for ids in self.prompts]
+        return self.summary([self.ask(setting, ids, self.max_tokens) for ids in self.prompts])
+
+    def summary(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """Rates over some answers."""
         tokens = sum(len(answer.token_ids) - 1 for answer in answers)
         seconds = sum(answer.total_ms - answer.ttft_ms for answer in answers) / 1e3
         verifications = sum(answer.stats.verifications for answer in answers)
@@ -114,13 +117,29 @@ def _interleaved(
     measured: dict[Setting, list[dict[str, Any]]] = defaultdict(list)
     peer_rates: list[float] = []
     for index in range(runs):
+        answers: dict[Setting, list[Answer]] = defaultdict(list)
+        times: list[float] = []
+        for number, ids in enumerate(bench.prompts):
+            turn = (index + number) % len(settings)  # nobody is always the first
+            for setting in (*settings[turn:], *settings[:turn]):
+                answers[setting].append(bench.ask(setting, ids, bench.max_tokens))
+            if peer is not None:
+                times.append(peer.generate(ids, bench.max_tokens)[1])
         for setting in settings:
-            measured[setting].append(bench.run(setting))
+            measured[setting].append(bench.summary(answers[setting]))
         if peer is not None:
-            times = [peer.generate(ids, bench.max_tokens)[1] for ids in bench.prompts]
             peer_rates.append(len(times) / sum(times))
         progress(f"run {index + 1} of {runs}")
     return measured, peer_rates
+
+
+def _paired(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Median of the ratios of runs that were measured in turns."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def _rates(rows: Sequence[dict[str, Any]]) -> list[float]:
+    return [row["tokens_per_second"] for row in rows]
 
 
 def _median(rows: Sequence[dict[str, Any]], key: str) -> float:
@@ -134,17 +153,16 @@ def _summary(
     nodes: int,
 ) -> dict[str, Any]:
     plain = next((s for s in measured if s.drafter == "none"), None)
-    base = _median(measured[plain], "tokens_per_second") if plain else None
     table = {}
     for name, setting in best.items():
         rows = measured[setting]
         rate = _median(rows, "tokens_per_second")
         table[name] = {
-            "tree": setting.tree, "tokens_per_second": rate, "runs": [row["tokens_per_second"] for row in rows],
+            "tree": setting.tree, "tokens_per_second": rate, "runs": _rates(rows),
             "acceptance_length": rows[0]["acceptance_length"],
             "ms_per_verification": _median(rows, "ms_per_verification"),
             "best_acceptance_length": max(r["acceptance_length"] for s, r in tried.items() if s.drafter == name),
-            "speedup_over_none": rate / base if base else None,
+            "speedup_over_none": _paired(_rates(rows), _rates(measured[plain])) if plain else None,
             "repeated_8gram_share": repeated_share(rows[0]["answers"]),
         }  # fmt: skip
     same = len({tuple(map(tuple, rows[0]["answers"])) for rows in measured.values()}) == 1
@@ -178,9 +196,9 @@ def _against(
     peer_rates: Sequence[float], runs: int, progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     plain = next(s for s in measured if s.drafter == "none")
-    ours, theirs = _median(measured[plain], "tokens_per_second"), statistics.median(peer_rates)
     return {
-        "ratio": ours / theirs, "transformers_tokens_per_second": theirs, "transformers_runs": list(peer_rates),
+        "ratio": _paired(_rates(measured[plain]), peer_rates),
+        "transformers_tokens_per_second": statistics.median(peer_rates), "transformers_runs": list(peer_rates),
         "prefill": _prefill(bench, peer, runs, progress), "ttft": _ttft(bench, config, runs, progress),
     }  # fmt: skip
 
