@@ -15,7 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgpack
 import numpy as np
+import xxhash
 
 from pdspec.errors import InvalidRequest, PdspecError, TransferDamaged
 from pdspec.transfer.schema import Frame, array_bytes, array_from
@@ -108,31 +110,38 @@ class Pages(Frame, kind="pages"):
 
 @dataclass(frozen=True, kw_only=True)
 class First(Frame, kind="first"):
-    """t_n, sampled on P; goes to the client at once."""
+    """t_n, sampled on P; goes to the client at once, before Done can vouch for it, and so carries its own ``check``:
+    an xxh3 of the rest, 63 bits, 0 in a frame that is not on the wire."""
 
     epoch: int
     token_id: int
     logprob: TokenLogprob | None = None
+    check: int = 0
 
     def pack(self) -> tuple[dict, bytes]:
         """``logprob`` travels as [value, [[id, value], ...]]."""
         entry = None
         if self.logprob:
             entry = [float(self.logprob.logprob), [[int(token), float(score)] for token, score in self.logprob.top]]
-        return {**self.header("logprob"), "logprob": entry}, b""
+        header = self.header("logprob", "check") | {"logprob": entry}
+        return {**header, "check": _digest(header)}, b""
 
     @classmethod
     def unpack(cls, header: dict, payload: memoryview) -> First:
-        """Raises TransferDamaged for another shape of ``logprob``."""
-        entry = header.pop("logprob", None)
-        if entry is None:
-            return cls(**header)
+        """Raises TransferDamaged for another shape of ``logprob`` or a wrong ``check``."""
+        check, entry = header.pop("check", 0), header.get("logprob")
+        logprob = None
         match entry:
+            case None:
+                pass
             case [float(value), [*pairs]] if all(_is_pair(pair) for pair in pairs):
                 top = tuple((token, score) for token, score in pairs)
                 logprob = TokenLogprob(token_id=header["token_id"], logprob=value, top=top)
-                return cls(**header, logprob=logprob)
-        raise TransferDamaged("not [value, [[id, value], ...]]", field="first.logprob")
+            case _:
+                raise TransferDamaged("not [value, [[id, value], ...]]", field="first.logprob")
+        if check != _digest({"kind": cls.kind, "logprob": None, **header}):
+            raise TransferDamaged("the frame is not what was sent", field="first.check")
+        return cls(**{**header, "logprob": logprob})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -225,6 +234,11 @@ def parse_frame(data: bytes | memoryview) -> Frame:
     """The typed frame. Payloads are views into ``data``. Raises TransferDamaged, whatever ``data`` is."""
     header, payload = decode_frame(data)
     return Frame.parse(header, payload)
+
+
+def _digest(header: dict) -> int:
+    """63 bits over a header, whatever the order of its keys."""
+    return xxhash.xxh3_64_intdigest(msgpack.packb(sorted(header.items()))) >> 1
 
 
 def _is_pair(pair: object) -> bool:

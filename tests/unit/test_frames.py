@@ -119,6 +119,17 @@ def test_broken_frames_are_damage_or_still_typed(frame: Frame, data: st.DataObje
     assert isinstance(parsed, Frame) and parsed.kind in Frame.kinds
 
 
+def test_another_first_token_than_was_sent_is_damage() -> None:
+    sent = frames.First(epoch=3, token_id=9)
+    header, payload = sent.pack()
+    for change in ({"token_id": 8}, {"epoch": 4}, {"check": header["check"] ^ 1}, {"logprob": [-0.5, []]}):
+        with pytest.raises(TransferDamaged, match="check"):
+            parse_frame(encode_frame({**header, **change}, payload))
+    del header["check"]
+    with pytest.raises(TransferDamaged, match="check"):
+        parse_frame(encode_frame(header, payload))
+
+
 @pytest.mark.parametrize(
     ("header", "field"),
     [
