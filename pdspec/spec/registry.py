@@ -108,7 +108,7 @@ def make_drafter(
 
     target = TargetIdentity.of(model_config, content_hash=content_hash, tokenizer_hash=tokenizer_hash)
     where = find_head(name, heads, target)
-    head = _open_head(where, model_config, target)
+    head = open_head(where, model_config, target)
     matches = check_target(head, target, where, strict=strict)
     if max(head.config.fused_layers) >= model_config.num_layers:
         raise CheckpointError(
@@ -139,7 +139,8 @@ def find_head(name: str, heads: Mapping[str, str], target: TargetIdentity) -> st
     return min(fitting)[1]
 
 
-def _open_head(where: str, model_config: ModelConfig, target: TargetIdentity) -> Head:
+def open_head(where: str, model_config: ModelConfig, target: TargetIdentity) -> Head:
+    """The head that ``find_head`` named. Raises CheckpointError for a damaged one."""
     from pdspec.spec.eagle3.checkpoint import load_head, random_head
 
     if seed := _RANDOM.fullmatch(where):

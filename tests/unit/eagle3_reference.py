@@ -1,5 +1,5 @@
-"""EAGLE-3 written from the papers (2503.01840, 2406.16858): dense, float64, no cache, no batching. And a world of
-random heads, tokens and hidden states in which the drafter is compared with it."""
+"""A world of random heads, tokens and hidden states in which the drafter is compared with the EAGLE-3 of the papers
+(``pdspec.study.eagle3_reference``), and EAGLE-2's tree written from its own."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from pdspec.spec.eagle3.config import Eagle3Config
 from pdspec.spec.eagle3.drafter import Eagle3Drafter
 from pdspec.spec.eagle3.head import Eagle3Head
 from pdspec.spec.protocol import Draft, DraftContext, HiddenRows, Verdict
+from pdspec.study.eagle3_reference import PaperHead
 from pdspec.types import SamplingParams
 
 TARGET = ModelConfig(
@@ -29,58 +30,6 @@ TARGET = ModelConfig(
 CONFIG = Eagle3Config.for_target(TARGET, 60)
 HEAD = random_head(CONFIG, 1)
 EMBEDDING = torch.randn(TARGET.vocab_size, TARGET.hidden_size, generator=torch.Generator().manual_seed(2))
-
-
-class PaperHead:
-    """The head over a whole token sequence at once."""
-
-    def __init__(self, head: Head, embedding: torch.Tensor) -> None:
-        self.w = {name: tensor.double() for name, tensor in head.tensors.items()}
-        self.c, self.embedding, self.target_ids = head.config, embedding.double(), head.target_ids
-
-    def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return x / (x.square().mean(-1, keepdim=True) + self.c.rms_norm_eps).sqrt() * self.w[f"{name}.weight"]
-
-    def rotate(self, x: torch.Tensor) -> torch.Tensor:
-        """x [R, heads, D] at positions 0..R-1: pairs (i, i + D/2) turned by position * theta^(-2i/D)."""
-        half = self.c.head_dim // 2
-        frequency = self.c.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
-        turn = torch.polar(torch.ones(len(x), half, dtype=torch.float64), torch.arange(len(x))[:, None] * frequency)
-        turned = torch.complex(x[..., :half], x[..., half:]) * turn[:, None]
-        return torch.cat((turned.real, turned.imag), -1)
-
-    def layer(self, next_tokens: list[int], features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows i = 0.. read features[i] and next_tokens[i] = t_{i+1}: (KV rows [R, 2, kv heads, D], outputs [R, H])."""
-        c, rows = self.c, len(next_tokens)
-        embedded = self.norm(self.embedding[next_tokens], "midlayer.input_layernorm")
-        x = torch.cat((embedded, self.norm(features, "midlayer.hidden_norm")), -1)
-        project = {n: x @ self.w[f"midlayer.self_attn.{n}_proj.weight"].T for n in "qkv"}
-        q, k, v = (project[n].view(rows, -1, c.head_dim) for n in "qkv")
-        q, k = self.rotate(q), self.rotate(k)
-        group = c.num_heads // c.num_kv_heads
-        scores = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(group, 1)) / c.head_dim**0.5
-        scores = scores.masked_fill(torch.ones(rows, rows).triu(1).bool(), -torch.inf)
-        mixed = torch.einsum("hij,jhd->ihd", scores.softmax(-1), v.repeat_interleave(group, 1)).flatten(1)
-        hidden = features + mixed @ self.w["midlayer.self_attn.o_proj.weight"].T
-        y = self.norm(hidden, "midlayer.post_attention_layernorm")
-        gate, up = (y @ self.w[f"midlayer.mlp.{n}_proj.weight"].T for n in ("gate", "up"))
-        outputs = hidden + (torch.nn.functional.silu(gate) * up) @ self.w["midlayer.mlp.down_proj.weight"].T
-        return torch.stack((k, v), 1), outputs
-
-    def committed(self, tokens: list[int], captured: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """KV rows and outputs of the n rows before the root tokens[n]; captured [n, 3, H]."""
-        features = captured.double().flatten(1) @ self.w["fc.weight"].T
-        return self.layer(tokens[1:], features)
-
-    def log_q(self, tokens: list[int], captured: torch.Tensor, path: tuple[int, ...]) -> torch.Tensor:
-        """Logits [draft vocabulary] for the token after the root and then ``path``."""
-        features = captured.double().flatten(1) @ self.w["fc.weight"].T
-        following = tokens[1:]
-        _, outputs = self.layer(following, features)
-        for token in path:
-            features, following = torch.cat((features, outputs[-1:])), [*following, token]
-            _, outputs = self.layer(following, features)
-        return self.norm(outputs[-1], "norm") @ self.w["lm_head.weight"].T
 
 
 def eagle2_tree(

@@ -1,0 +1,174 @@
+"""The decode worker's draft state against the paper: after the handoff and after each verification its draft KV and the
+logits of its next draft token equal a recompute from the committed tokens alone.
+
+The recompute shares no code with what it checks: target features come from transformers, the head is the dense float64
+one of ``eagle3_reference``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from pdspec.config import WorkerConfig
+from pdspec.engine.decode import DecodeSequence
+from pdspec.engine.serving import RunningWorker
+from pdspec.model.loader import load_weights, resolve
+from pdspec.model.reference import reference_model
+from pdspec.spec.eagle3.config import GROUP, TargetIdentity
+from pdspec.spec.registry import find_head, open_head
+from pdspec.study.eagle3_reference import PaperHead
+from pdspec.study.pair import Pair
+from pdspec.telemetry import usable_cores
+from pdspec.types import GenerateRequest
+
+Progress = Callable[[str], object]
+DRAFTER = "eagle3"
+TREES = ("chain(4)", "dynamic(4,4,8)")
+MODES = ("prefill", "decode")
+VERIFICATIONS = 20
+DEEPEST = 4  # of TREES
+BAR = 1e-4
+PAGES = {"prefill": {"chunk": 24, "page_size": 4}, "decode": {"page_size": 16}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """What a sequence had before one step: committed tokens, root last; its draft KV rows as bytes; the logits
+    [draft vocabulary] of its next draft token; its best first draft tokens (target ids), where they are known."""
+
+    tokens: tuple[int, ...]
+    kv: bytes
+    logits: torch.Tensor
+    first_ids: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Largest absolute differences; ``first`` of the scores of the first draft tokens chosen from those of the best."""
+
+    kv: float
+    logits: float
+    first: float
+
+    @property
+    def largest(self) -> float:
+        """Of all three; NaN counts as infinite."""
+        values = (self.kv, self.logits, self.first)
+        return max(value if value == value else float("inf") for value in values)
+
+
+class Reference:
+    """Target and head by other code. ``config`` names model and head. Raises what ``find_head`` raises."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        files = resolve(config.model, config.cache_dir or None)
+        identity = TargetIdentity.of(files.config, content_hash=files.content_hash, tokenizer_hash=files.tokenizer_hash)
+        head = open_head(find_head(DRAFTER, config.heads, identity), files.config, identity)
+        self._fused = head.config.fused_layers
+        self._paper = PaperHead(head, load_weights(files, "float32")["model.embed_tokens.weight"])
+        self._target = reference_model(files, "float32")
+
+    @torch.inference_mode()
+    def compare(self, snapshot: Snapshot) -> Difference:
+        """Draft row i reads the features of h_i and t_{i+1}, for all i below the root. Raises ValueError for another
+        number of rows."""
+        tokens = list(snapshot.tokens)
+        states = self._target(torch.tensor([tokens[:-1]]), output_hidden_states=True).hidden_states
+        captured = torch.stack([states[layer][0] for layer in self._fused], 1)
+        wanted, _ = self._paper.committed(tokens, captured)
+        got = torch.frombuffer(bytearray(snapshot.kv), dtype=torch.float32)
+        if got.numel() != wanted.numel():
+            raise ValueError(f"{got.numel()} numbers of draft KV, {wanted.numel()} are due after {len(tokens)} tokens")
+        logits = self._paper.log_q(tokens, captured, ())
+        first = 0.0
+        if snapshot.first_ids is not None:
+            best = logits.topk(len(snapshot.first_ids)).values
+            where = {token: index for index, token in enumerate(self._paper.target_ids.tolist())}
+            chosen = logits[[where[token] for token in snapshot.first_ids]]
+            first = float((chosen - best).abs().max())
+        return Difference(
+            kv=float((got.view(wanted.shape).double() - wanted).abs().max()),
+            logits=float((snapshot.logits.double() - logits).abs().max()), first=first,
+        )  # fmt: skip
+
+
+@contextmanager
+def watching(worker: RunningWorker, limit: int) -> Iterator[dict[str, list[Snapshot]]]:
+    """Snapshots by request id, taken on a decode worker's engine thread before each of a sequence's first ``limit``
+    steps, for as long as the block."""
+    host, found = worker.engine.host, dict[str, list[Snapshot]]()
+    real = host.decode.step
+
+    def step(sequences: Sequence[DecodeSequence]) -> Any:
+        for sequence in sequences:
+            taken = found.setdefault(sequence.ctx.request_id, [])
+            if len(taken) < limit:
+                taken.append(_take(host.resources.cache, sequence))
+        return real(sequences)
+
+    worker.engine.post(lambda: setattr(host.decode, "step", step)).result()
+    try:
+        yield found
+    finally:
+        worker.engine.post(lambda: delattr(host.decode, "step")).result()
+
+
+def _take(cache: Any, sequence: DecodeSequence) -> Snapshot:
+    ctx, drafter = sequence.ctx, sequence.drafter
+    candidates, feature = ctx.state.candidates, ctx.state.feature
+    with torch.inference_mode():
+        logits = drafter.model.logits(feature)[0].clone()  # type: ignore[attr-defined]
+    return Snapshot(
+        tokens=tuple(ctx.token_ids), kv=bytes(cache.read_rows(GROUP, 0, list(ctx.pages), 0, ctx.root_position)),
+        logits=logits, first_ids=None if candidates is None else tuple(candidates.token_ids.tolist()),
+    )  # fmt: skip
+
+
+def draft_state(config: WorkerConfig, requests: Sequence[GenerateRequest], progress: Progress) -> dict[str, Any]:
+    """The part of the report: greedy ``requests``, each with every tree and draft prefill on either side, in float32.
+    ``ok`` when every state is within ``BAR``, and enough of them were seen with something accepted between."""
+    asked = [
+        replace(
+            request, request_id=f"{request.request_id} {mode} {tree}", drafter=DRAFTER, tree=tree, draft_prefill=mode,
+            trace=True, sampling=replace(
+                request.sampling, temperature=0.0, ignore_eos=True, max_tokens=(VERIFICATIONS + 1) * (DEEPEST + 1) + 2
+            ),
+        )
+        for request in requests for mode in MODES for tree in TREES
+    ]  # fmt: skip
+    with Pair(
+        config.replace(dtype="float32"), prefill_changes=PAGES["prefill"], decode_changes=PAGES["decode"]
+    ) as pair:
+        with watching(pair.decode, VERIFICATIONS + 1) as found:
+            pair.ask(asked)
+    torch.set_num_threads(config.threads or usable_cores())
+    reference, result = Reference(config), []
+    for request in asked:
+        result += [reference.compare(snapshot) for snapshot in found[request.request_id]]
+        progress(f"  {request.request_id}: {max(one.largest for one in result):.2e} at most so far")
+    torch.set_num_threads(1)
+    return verdict(result, found, len(asked))
+
+
+def verdict(differences: Sequence[Difference], found: dict[str, list[Snapshot]], requests: int) -> dict[str, Any]:
+    """The part's report over all states of ``requests`` answers."""
+    short = [name for name, states in found.items() if len(states) <= VERIFICATIONS]
+    # two tokens and more from one state to the next: something was accepted
+    accepted = sum(
+        max(0, len(b.tokens) - len(a.tokens) - 1)
+        for states in found.values() for a, b in pairwise(states)
+    )  # fmt: skip
+    largest = max((one.largest for one in differences), default=float("inf"))
+    return {
+        "ok": largest <= BAR and not short and len(found) == requests and accepted > 0, "largest_difference": largest,
+        "largest_kv": max((one.kv for one in differences), default=None),
+        "largest_logits": max((one.logits for one in differences), default=None),
+        "states": len(differences), "answers": len(found), "verifications_each": VERIFICATIONS,
+        "accepted_between": accepted, "too_few_verifications": short,
+    }  # fmt: skip
