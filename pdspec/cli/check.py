@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pdspec.cli.options import Dtype, Heads, Json, Model, Numerics, Prompts, worker_flags
+from pdspec.cli.options import Dtype, Heads, Json, Model, Numerics, Prompts, Threads, worker_flags
 from pdspec.cli.output import notes, only_json, print_json
 
 
@@ -41,15 +41,25 @@ def handoff(
     prompts: Prompts = None,
     num_prompts: Annotated[int, typer.Option(help="Prompts taken from the file.")] = 20,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 128,
+    parts: Annotated[
+        str, typer.Option(help="Some of proposals,draft_state,controls,acceptance (default: all, or those of --dtype).")
+    ] = "",
+    acceptance_tokens: Annotated[
+        int, typer.Option(min=1, help="Least output tokens of the part acceptance; prompts are asked again until then.")
+    ] = 20_000,
+    threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Proposals and accepted counts through the handoff against one process, in every path and setting."""
+    """Drafts behind the handoff against one process; draft state against the paper; broken handoffs must be seen."""
     with only_json(json):
         from pdspec.study import handoff_check as study
 
         result = study.run(
-            worker=_given(model=model, dtype=dtype, numerics=numerics, heads=head),
-            prompts=prompts, num_prompts=num_prompts, max_tokens=max_tokens, progress=notes().print,
+            worker=_given(model=model, dtype=dtype, numerics=numerics, heads=head, threads=threads),
+            asked=study.Asked(
+                prompts=prompts, num_prompts=num_prompts, max_tokens=max_tokens, tokens=acceptance_tokens
+            ),
+            parts=[part.strip() for part in parts.split(",") if part.strip()], progress=notes().print,
         )  # fmt: skip
     _finish(result, json)
 

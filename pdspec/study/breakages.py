@@ -1,0 +1,158 @@
+"""Ways in which a handoff's draft state can be wrong, each put onto a running prefill worker from outside.
+
+What is broken is the real path: the worker's own drafter, model or page cache stands behind a wrapper, the frames are
+whole and their checksums right, and nothing downstream can tell. The decode worker is left as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from pdspec.engine.resources import Resources
+from pdspec.model.batch import ForwardBatch
+from pdspec.spec.protocol import Candidates, DraftContext, HiddenRows
+from pdspec.study.pair import Pair
+
+DRAFTER = "eagle3"
+
+
+class _Behind:
+    """Everything as the real one has it, but for what a subclass says."""
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+class TokenShift(_Behind):
+    """Draft row i reads t_{i+1+by}; at the ends, where there is none, the nearest that there is."""
+
+    def __init__(self, real: Any, by: int) -> None:
+        super().__init__(real)
+        self._by = by
+
+    def prefill(self, ctx: DraftContext, hidden: HiddenRows) -> None:
+        """As the real one, of other tokens."""
+        wrong = replace(ctx, token_ids=[ctx.token_ids[i] for i in _shifted(len(ctx.token_ids), self._by)])
+        self._real.prefill(wrong, hidden)
+        ctx.state = wrong.state
+
+
+class HiddenShift(_Behind):
+    """Draft row i reads h_{i+by}; at the ends, where there is none, the nearest that there is. Prompts must come in
+    one chunk."""
+
+    def __init__(self, real: Any, by: int) -> None:
+        super().__init__(real)
+        self._by = by
+
+    def prefill(self, ctx: DraftContext, hidden: HiddenRows) -> None:
+        """As the real one, of other hidden states."""
+        if hidden.start or hidden.captured is None or len(hidden.captured) != ctx.prompt_len:
+            raise ValueError("hidden rows can be shifted within one chunk only")
+        self._real.prefill(ctx, replace(hidden, captured=hidden.captured[_shifted(len(hidden.captured), self._by)]))
+
+
+class PositionShift(_Behind):
+    """A head whose row i stands at RoPE position i+by (0 where that is negative)."""
+
+    def __init__(self, real: Any, by: int) -> None:
+        super().__init__(real)
+        self._by = by
+
+    def forward(self, batch: ForwardBatch, features: torch.Tensor, outputs: np.ndarray) -> torch.Tensor:
+        """As the real one, elsewhere."""
+        positions = np.maximum(batch.positions + np.int32(self._by), 0)
+        output: torch.Tensor = self._real.forward(replace(batch, positions=positions), features, outputs)
+        return output
+
+
+class WrongLayers(_Behind):
+    """A drafter that reads the layers beside those it was trained on: outputs for inputs, where there are such."""
+
+    def __init__(self, real: Any, num_layers: int) -> None:
+        super().__init__(real)
+        by = 1 if max(real.capture) + 1 < num_layers else -1
+        self.capture = tuple(layer + by for layer in real.capture)
+
+
+class OtherStart(_Behind):
+    """A drafter whose ``start`` is the one of the request before (the first gets its own)."""
+
+    def __init__(self, real: Any) -> None:
+        super().__init__(real)
+        self._before: tuple[Candidates | None, dict[str, torch.Tensor]] | None = None
+
+    def start(self, ctx: DraftContext) -> tuple[Candidates | None, dict[str, torch.Tensor]]:
+        """Another request's first tokens and feature."""
+        own = self._real.start(ctx)
+        before, self._before = self._before, own
+        return before or own
+
+
+class EmptyDraftRows(_Behind):
+    """A page cache that reads zeros wherever draft KV is asked for."""
+
+    def read_rows(self, group: str, layer: int, pages: Sequence[int], start: int, stop: int, *heads: Any) -> bytes:
+        """As many bytes as there should be."""
+        data: bytes = self._real.read_rows(group, layer, pages, start, stop, *heads)
+        return bytes(len(data)) if group.startswith("draft/") else data
+
+
+def _shifted(count: int, by: int) -> list[int]:
+    return [min(max(i + by, 0), count - 1) for i in range(count)]
+
+
+def _drafter(wrap: Callable[[Any], Any], resources: Resources) -> Callable[[], None]:
+    real = resources.drafters[DRAFTER]
+    resources.drafters[DRAFTER] = wrap(real)
+    return partial(resources.drafters.__setitem__, DRAFTER, real)
+
+
+def _layers(resources: Resources) -> Callable[[], None]:
+    return _drafter(lambda real: WrongLayers(real, resources.files.config.num_layers), resources)
+
+
+def _attribute(owner: Callable[[Resources], Any], name: str, wrap: Callable[[Any], Any], resources: Resources) -> Any:
+    thing = owner(resources)
+    real = getattr(thing, name)
+    setattr(thing, name, wrap(real))
+    return partial(setattr, thing, name, real)
+
+
+def _positions(by: int) -> Callable[[Resources], Any]:
+    return partial(_attribute, lambda r: r.drafters[DRAFTER], "model", lambda real: PositionShift(real, by))
+
+
+# name → how it is put onto a worker's resources; what that returns takes it off again
+BREAKAGES: dict[str, Callable[[Resources], Callable[[], None]]] = {
+    "token shift +1": partial(_drafter, lambda real: TokenShift(real, 1)),
+    "token shift -1": partial(_drafter, lambda real: TokenShift(real, -1)),
+    "hidden shift +1": partial(_drafter, lambda real: HiddenShift(real, 1)),
+    "hidden shift -1": partial(_drafter, lambda real: HiddenShift(real, -1)),
+    "position +1": _positions(1),
+    "position -1": _positions(-1),
+    "wrong fused layer": _layers,
+    "empty draft KV": partial(_attribute, lambda r: r, "cache", EmptyDraftRows),
+    "another request's DraftStart": partial(_drafter, OtherStart),
+}
+
+
+@contextmanager
+def broken(pair: Pair, name: str) -> Iterator[None]:
+    """The prefill worker of ``pair`` with one breakage of ``BREAKAGES``, for as long as the block."""
+    resources = pair.prefill.engine.host.resources
+    undo = pair.on_engine(pair.prefill, lambda: BREAKAGES[name](resources))
+    try:
+        yield
+    finally:
+        pair.on_engine(pair.prefill, undo)
