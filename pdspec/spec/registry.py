@@ -41,7 +41,11 @@ class Description:
     trees: tuple[str, ...]  # kinds of ``tree``
     default_tree: str
     source: str
+    default_tree_gpu: str = ""  # where it is another one
 
+
+# A row more costs a CPU real compute from the third row on; a GPU takes eight for the price of one.
+_EAGLE3_TREE, _EAGLE3_TREE_GPU = "chain(2)", "dynamic(4,4,8)"
 
 _DESCRIPTIONS = (
     Description(name="none", summary="plain decoding", needs="", ships="", trees=(), default_tree="", source=""),
@@ -53,7 +57,7 @@ _DESCRIPTIONS = (
         name="eagle3", summary="one decoder layer over three fused levels of the target, with a draft vocabulary",
         needs="a head trained for the target (shipped for smollm2-135m; else heads.eagle3: FOLDER or random:SEED)",
         ships="draft KV of the prompt, first draft tokens with log q, one hidden row",
-        trees=("chain", "static", "dynamic"), default_tree="dynamic(4,4,8)",
+        trees=("chain", "static", "dynamic"), default_tree=_EAGLE3_TREE, default_tree_gpu=_EAGLE3_TREE_GPU,
         source="Li et al. 2025, EAGLE-3, arXiv 2503.01840; trees: EAGLE-2, arXiv 2406.16858",
     ),
 )
@@ -88,7 +92,7 @@ def make_drafter(
 ) -> Drafter:
     """The drafter ``name`` for this target. ``embedding`` is the target's, packed by ``ops``; ``heads`` maps drafter to
     folder (or ``random:SEED``), without an entry the shipped head serves; ``tree`` is what eagle3 drafts for requests
-    that name none.
+    that name none (empty: what suits the device).
 
     Raises UnknownName, Incompatible (a head of another geometry or tokenizer; of other content when ``strict``),
     CheckpointError (a damaged head) or ConfigError (no head for this target).
@@ -118,6 +122,7 @@ def make_drafter(
     model = Eagle3Head(
         head, ops=ops, embedding=embedding, cache=cache, dtype=dtype, max_positions=model_config.max_context
     )
+    tree = tree or (_EAGLE3_TREE if ops.device.type == "cpu" else _EAGLE3_TREE_GPU)
     return Eagle3Drafter(head, model, cache, dtype=dtype, tree=tree, target_matches=matches)
 
 

@@ -65,13 +65,13 @@ class Eagle3Drafter:
     want_final = False
 
     def __init__(
-        self, head: Head, model: Eagle3Head, cache: PagedCache, *, dtype: str, tree: str = "", max_nodes: int = 64,
-        target_matches: bool = True,
+        self, head: Head, model: Eagle3Head, cache: PagedCache, *, dtype: str, tree: str = "chain(2)",
+        max_nodes: int = 64, target_matches: bool = True,
     ) -> None:
         self.model, self.max_nodes, self.target_matches = model, max_nodes, target_matches
         self.groups: tuple[CacheGroup, ...] = (cache.layout(GROUP),)
         self.capture = head.config.fused_layers
-        self.default_tree = tree or "dynamic(4,4,8)"
+        self.default_tree = tree
         self._page_size = cache.page_size
         self._target_ids = head.target_ids
         self._ids = head.target_ids.numpy()
