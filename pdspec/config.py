@@ -30,7 +30,7 @@ class WorkerConfig(Settings):
         choices=NUMERICS,
     )  # fmt: skip
     drafter: str = option("eagle3", "drafter of requests that name none")
-    drafters: tuple[str, ...] = option(("none", "ngram", "eagle3"), "drafters to hold ready")
+    drafters: tuple[str, ...] = option(("none", "ngram", "suffix", "eagle3"), "drafters to hold ready")
     heads: dict[str, str] = option({}, "draft head folders by drafter name; others use the shipped head")
     tree: str = option("", "draft tree of requests that name none, e.g. chain(4) or dynamic(4,4,8)")
     draft_prefill: str = option("prefill", "who runs the drafter over the prompt", choices=ROLES)

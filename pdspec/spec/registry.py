@@ -54,6 +54,11 @@ _DESCRIPTIONS = (
         ships="", trees=("chain",), default_tree="chain(7)", source="Saxena 2023, Prompt Lookup Decoding",
     ),
     Description(
+        name="suffix", summary="what followed these tokens in this request and in earlier answers, by frequency",
+        needs="", ships="", trees=("chain", "dynamic"), default_tree="dynamic(8,4,8)",
+        source="Oliaro et al. 2024, SuffixDecoding, arXiv 2411.04975",
+    ),
+    Description(
         name="eagle3", summary="one decoder layer over three fused levels of the target, with a draft vocabulary",
         needs="a head trained for the target (shipped for smollm2-135m; else heads.eagle3: FOLDER or random:SEED)",
         ships="draft KV of the prompt, first draft tokens with log q, one hidden row",
@@ -106,6 +111,10 @@ def make_drafter(
         from pdspec.spec.ngram import NgramDrafter
 
         return NgramDrafter()
+    if name == "suffix":
+        from pdspec.spec.suffix.drafter import SuffixDrafter
+
+        return SuffixDrafter()
     from pdspec.spec.eagle3.checkpoint import check_target
     from pdspec.spec.eagle3.drafter import Eagle3Drafter
     from pdspec.spec.eagle3.head import Eagle3Head

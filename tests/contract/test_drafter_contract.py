@@ -183,7 +183,7 @@ def test_the_described_default_tree_is_the_one_that_is_drafted(name):
 
 
 def test_an_unknown_drafter_is_refused_by_name():
-    with pytest.raises(UnknownName, match="medusa.*none, ngram, eagle3"):
+    with pytest.raises(UnknownName, match="medusa.*none, ngram, suffix, eagle3"):
         make("medusa", PagedCache((), 1, 16))
     with pytest.raises(UnknownName, match="medusa"):
         draft_groups(["none", "medusa"], heads={}, dtype="float32", **IDENTITY)

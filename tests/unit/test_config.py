@@ -42,7 +42,7 @@ def test_toml(tmp_path):
         ({"poison": "perhaps"}, "poison", "type bool"),
         ({"model": 3}, "model", "type str"),
         ({"drafter": "eagle"}, "drafter", "did you mean 'eagle3'?"),
-        ({"heads": {"medusa": "x"}}, "heads", "known: none, ngram, eagle3"),
+        ({"heads": {"medusa": "x"}}, "heads", "known: none, ngram, suffix, eagle3"),
         ({"device": "tpu"}, "device", "cuda:N"),
         ({"stall_timeout_s": float("nan")}, "stall_timeout_s", "at least"),
     ],
