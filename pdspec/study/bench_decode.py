@@ -2,6 +2,9 @@
 
 Everything that is compared is measured in turns within one run, prompt by prompt, so that a drifting machine hits all
 alike; medians over the runs count. Each drafter is first tried at every setting within the node budget.
+
+``suffix`` drafts from earlier answers, and here every answer is asked for many times: its row shows what repeated
+requests gain. ``first_time`` in it is the first setting tried, when suffix had answered none of these prompts.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from pdspec.types import GenerateRequest, SamplingParams, UserRequest
 Progress = Callable[[str], object]
 PREFILL_LENGTHS = (128, 512, 1024, 2040)  # 2048 with its answer would be beyond small models' context
 TTFT_TOKENS = 512
+REMEMBERING = ("suffix",)  # drafters that an answer given before helps
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ def settings_of(drafter: str, nodes: int) -> list[Setting]:
         return [Setting("none")]
     if drafter == "ngram":
         return chains
+    if drafter == "suffix":
+        return [Setting(drafter, f"dynamic({depth},4,{nodes})") for depth in sorted({min(8, nodes), nodes})] + chains
     dynamic = [Setting(drafter, f"dynamic({depth},{k},{nodes})") for depth, k in ((2, 4), (3, 4), (4, 4)) if k <= nodes]
     return [*chains, *dynamic]
 
@@ -165,6 +171,10 @@ def _summary(
             "speedup_over_none": _paired(_rates(rows), _rates(measured[plain])) if plain else None,
             "repeated_8gram_share": repeated_share(rows[0]["answers"]),
         }  # fmt: skip
+        if name in REMEMBERING:
+            first = next(s for s in tried if s.drafter == name)
+            kept = ("tokens_per_second", "acceptance_length")
+            table[name]["first_time"] = {"tree": first.tree} | {key: tried[first][key] for key in kept}
     same = len({tuple(map(tuple, rows[0]["answers"])) for rows in measured.values()}) == 1
     settings = {str(s): {k: v for k, v in r.items() if k != "answers"} for s, r in tried.items()}
     return {"nodes": nodes, "drafters": table, "settings_tried": settings, "same_tokens": same}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pdspec.spec.tree import parse_tree
-from pdspec.study.bench_decode import settings_of
+from pdspec.study.bench_decode import Setting, _summary, settings_of
 from pdspec.study.repetition import repeated_share
 
 
@@ -17,8 +17,22 @@ def test_repeated_share_counts_tokens_inside_ngrams_seen_before_in_the_same_answ
 
 
 def test_every_setting_that_is_tried_stays_within_the_node_budget():
-    for name in ("none", "ngram", "eagle3"):
+    for name in ("none", "ngram", "suffix", "eagle3"):
         for budget in (2, 5, 8):
             settings = settings_of(name, budget)
             assert settings and len(set(settings)) == len(settings)
             assert all(parse_tree(s.tree).max_nodes <= budget for s in settings if s.tree)
+
+
+def test_suffix_also_reports_its_first_try_since_it_remembers_the_answers():
+    def outcome(rate, length):
+        return {"tokens_per_second": rate, "acceptance_length": length, "ms_per_verification": 1.0, "answers": [(1, 2)]}
+
+    plain, cold, warm = Setting("none"), Setting("suffix", "dynamic(8,4,8)"), Setting("suffix", "chain(8)")
+    tried = {plain: outcome(10.0, 1.0), cold: outcome(15.0, 1.5), warm: outcome(70.0, 8.0)}
+    measured = {plain: [tried[plain]], warm: [outcome(80.0, 8.5)]}
+    table = _summary(tried, {"none": plain, "suffix": warm}, measured, 8)["drafters"]
+    assert "first_time" not in table["none"] and table["suffix"]["speedup_over_none"] == 8.0
+    assert table["suffix"]["first_time"] == {
+        "tree": "dynamic(8,4,8)", "tokens_per_second": 15.0, "acceptance_length": 1.5,
+    }  # fmt: skip
