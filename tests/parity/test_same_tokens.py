@@ -11,6 +11,7 @@ from tests.parity.roles import request, running
 CASES = [
     ("none", ""),
     ("ngram", "chain(5)"),
+    ("suffix", "dynamic(5,3,6)"),
     ("eagle3", "chain(3)"),
     ("eagle3", "dynamic(3,3,6)"),
     ("eagle3", "static(2x2)"),

@@ -155,7 +155,7 @@ def test_a_draft_is_cut_to_the_depth_that_the_answer_can_use(depth, ids, parents
     assert len(cut.log_q) == len(cut.survival) == len(ids)
 
 
-@pytest.mark.parametrize("drafter", ["none", "ngram", "eagle3"])
+@pytest.mark.parametrize("drafter", ["none", "ngram", "suffix", "eagle3"])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 20])
 def test_statistics_add_up_and_an_answer_ends_at_its_last_token(resources, drafter, tokens):
     chunks = list(LocalGenerator(resources=resources).generate(ask(drafter, max_tokens=tokens)))
@@ -176,7 +176,7 @@ def test_statistics_add_up_and_an_answer_ends_at_its_last_token(resources, draft
 def test_a_stop_id_inside_an_accepted_path_ends_the_answer_there(resources):
     whole = [t for c in LocalGenerator(resources=resources).generate(ask("none")) for t in c.token_ids]
     stop = whole[9]
-    for drafter in ("none", "ngram", "eagle3"):
+    for drafter in ("none", "ngram", "suffix", "eagle3"):
         chunks = list(LocalGenerator(resources=resources).generate(ask(drafter, stop_ids=(stop,))))
         assert [t for c in chunks for t in c.token_ids] == whole[: whole.index(stop) + 1]
         assert chunks[-1].finish_reason is FinishReason.STOP and chunks[-1].stop_match == str(stop)
