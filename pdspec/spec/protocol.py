@@ -107,7 +107,8 @@ class HiddenRows:
 
 
 class Drafter(Protocol):
-    """One draft family with its weights. Stateless between calls but for its KV pages and ``ctx.state``.
+    """One draft family with its weights. Stateless between calls but for its KV pages, ``ctx.state``, and what
+    it may keep of earlier answers under a bound of its own (suffix).
 
     ``groups`` are its cache groups (none for model-free drafters); ``capture``/``want_final`` say which target
     hidden states ``observe`` and ``prefill`` need. ``rows_at(n)`` is the number of draft KV rows that are final

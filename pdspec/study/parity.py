@@ -25,7 +25,10 @@ from pdspec.telemetry import usable_cores
 from pdspec.types import GenerateRequest, SamplingParams, UserRequest
 
 Progress = Callable[[str], object]
-CASES = (("none", ""), ("ngram", "chain(7)"), ("eagle3", "chain(3)"), ("eagle3", "dynamic(4,4,8)"))
+CASES = (
+    ("none", ""), ("ngram", "chain(7)"), ("suffix", "dynamic(8,4,8)"), ("eagle3", "chain(3)"),
+    ("eagle3", "dynamic(4,4,8)"),
+)  # fmt: skip
 HANDOFFS = ("direct", "relay")
 CONCURRENT = 8
 

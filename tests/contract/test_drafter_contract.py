@@ -136,7 +136,7 @@ def test_drafts_are_trees_within_budget_through_a_whole_answer(name, temperature
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_sequence_s_state_is_in_its_context_and_pages_alone(name):
-    """Two drafters that take turns over the same pages draft what one would, and neither keeps anything."""
+    """Two drafters that take turns over the same pages draft what one would: no request is its own earlier answer."""
     one, cache = make(name)
     other, _ = make(name, cache)
     single, _ = make(name)

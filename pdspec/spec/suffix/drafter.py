@@ -9,7 +9,13 @@ A node's share of the places is the product of count(child) / count(parent) down
 ``alpha`` nodes per matched token are drafted: the longer the match, the further it is trusted.
 
 A request's output enters the shared tree as it is observed (its last verification never is), and is left out when that
-request itself searches there. So proposals depend on what the worker served before; the tokens put out do not.
+request itself searches there. So proposals depend on what the worker served before; the tokens put out do not. Their
+pace does: whoever may ask can tell from it what others were answered. Leave the family out of ``drafters`` where
+requests must learn nothing of one another.
+
+Frequencies are no chances: over 200 GSM8K solutions written down by people (SmolLM2's tokens, at most 8 nodes) survival
+sums to 4.5 times what is accepted at alpha 2. Tokens put out per verification there: 1.61, 1.73 and 1.81 at alpha 1, 2
+and 4 with 2.5, 4.5 and 6.3 nodes; ngram chain(7): 1.56 with 5.2.
 """
 
 from __future__ import annotations
