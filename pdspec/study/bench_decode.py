@@ -55,8 +55,8 @@ def settings_of(drafter: str, nodes: int) -> list[Setting]:
         return chains
     if drafter == "suffix":
         return [Setting(drafter, f"dynamic({depth},4,{nodes})") for depth in sorted({min(8, nodes), nodes})] + chains
-    dynamic = [Setting(drafter, f"dynamic({depth},{k},{nodes})") for depth, k in ((2, 4), (3, 4), (4, 4)) if k <= nodes]
-    return [*chains, *dynamic]
+    shapes = ((2, 3, min(5, nodes)), (3, 4, nodes), (4, 4, nodes))
+    return [*chains[:3], *(Setting(drafter, f"dynamic({depth},{k},{n})") for depth, k, n in shapes if k <= n)]
 
 
 class Bench:
