@@ -53,13 +53,16 @@ INLINE void tile(const Linear *t, int r0, int b0, const char *ahead, const int r
     }
 }
 
+#define EARLY 4096 /* bytes */
 #define CASE(rows, blocks) case rows: tile(t, r, b, ahead, rows, blocks, bf16); break
 INLINE void column(const Linear *t, int r0, int r1, int b, const int wide, const int bf16) {
     int tiles = (r1 - r0 + 5) / 6; /* even tiles: 8 rows are 4 + 4, not 6 + 2 */
-    /* The first tile waits for the weights; a last one that finds them in the cache fetches the next block's. */
+    /* The first tile waits for the weights and asks for them early; a last one that finds them in the cache fetches
+     * the next block's. */
     const size_t next = (size_t)(b + (wide ? 2 : 1)) * t->K * 16 * (bf16 ? 2 : 4);
     for (int i = 0, r = r0; i < tiles; i++) {
-        const char *ahead = i > 0 && i == tiles - 1 ? (const char *)t->w + next : NULL;
+        const char *own = (const char *)t->w + (size_t)b * t->K * 16 * (bf16 ? 2 : 4);
+        const char *ahead = i == 0 ? own + EARLY : i == tiles - 1 ? (const char *)t->w + next : NULL;
         int rows = (r1 - r + tiles - i - 1) / (tiles - i);
         if (wide) switch (rows) { CASE(1, 2); CASE(2, 2); CASE(3, 2); CASE(4, 2); CASE(5, 2); CASE(6, 2); }
         else switch (rows) { CASE(1, 1); CASE(2, 1); CASE(3, 1); CASE(4, 1); CASE(5, 1); CASE(6, 1); }
@@ -73,7 +76,7 @@ INLINE void span(const Linear *t, int chunk, int chunks, const int bf16) {
     int from = (int)((long)blocks * chunk / chunks), to = (int)((long)blocks * (chunk + 1) / chunks);
     for (int r0 = 0; r0 < t->R; r0 += ROW_TILE) {
         int r1 = r0 + ROW_TILE < t->R ? r0 + ROW_TILE : t->R, b = from;
-        if (t->R <= 3 || NV == 1)
+        if (t->R <= 2 || NV == 1) /* three rows of two blocks would not fit the registers */
             for (; b + 2 <= to; b += 2) column(t, r0, r1, b, 1, bf16);
         for (; b < to; b++) column(t, r0, r1, b, 0, bf16);
     }
