@@ -1,8 +1,8 @@
 """The decode worker's draft state against the paper: after the handoff and after each verification its draft KV and the
 logits of its next draft token equal a recompute from the committed tokens alone.
 
-The recompute shares no code with what it checks: target features come from transformers, the head is the dense float64
-one of ``eagle3_reference``.
+The recompute shares no code with what it checks: target features come from transformers, the head is the dense one of
+``eagle3_reference``, both in float64.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Reference:
         head = open_head(find_head(DRAFTER, config.heads, identity), files.config, identity)
         self._fused = head.config.fused_layers
         self._paper = PaperHead(head, load_weights(files, "float32")["model.embed_tokens.weight"])
-        self._target = reference_model(files, "float32")
+        self._target = reference_model(files, "float32").double()
 
     @torch.inference_mode()
     def compare(self, snapshot: Snapshot) -> Difference:

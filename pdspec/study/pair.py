@@ -30,7 +30,7 @@ from pdspec.wire.status import from_rpc_error
 
 T = TypeVar("T")
 CONCURRENT = 8
-_TIMEOUT_S = 120.0
+_TIMEOUT_S = 900.0  # of one answer: prompts of others stand before it
 
 
 @dataclass(frozen=True, kw_only=True)
