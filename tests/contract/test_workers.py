@@ -82,8 +82,12 @@ def test_a_prompt_cancelled_on_its_way_into_the_prefill_queue_is_forgotten(roles
         run_client(scenario())
         assert wait_until(lambda: held_by(roles.decode) == 0)
     scheduler = roles.prefill.engine.host.scheduler
-    idle = roles.prefill.engine.post(lambda: not (scheduler.waiting or scheduler.running or scheduler.held))
-    assert idle.result(10)
+
+    def idle() -> bool:  # asked on the engine's thread, behind whatever it had queued
+        asked = roles.prefill.engine.post(lambda: not (scheduler.waiting or scheduler.running or scheduler.held))
+        return asked.result(10)
+
+    assert wait_until(idle)
 
 
 def test_a_reservation_cancelled_in_the_queue_lets_the_next_one_in():
