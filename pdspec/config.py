@@ -32,6 +32,7 @@ class WorkerConfig(Settings):
     drafter: str = option("eagle3", "drafter of requests that name none")
     drafters: tuple[str, ...] = option(("none", "ngram", "suffix", "eagle3"), "drafters to hold ready")
     heads: dict[str, str] = option({}, "draft head folders by drafter name; others use the shipped head")
+    options: dict[str, str] = option({}, "options of draft families by FAMILY:OPTION; see pdspec drafters")
     tree: str = option("", "draft tree of requests that name none, e.g. chain(4) or dynamic(4,4,8)")
     draft_prefill: str = option("prefill", "who runs the drafter over the prompt", choices=ROLES)
     host: str = option("127.0.0.1", "address to listen on and to be reached at")

@@ -14,7 +14,7 @@ and audits, so that given the logits the token is a function of (params, history
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -118,7 +118,7 @@ def choose(
     """The target's token for absolute ``position``, given its logits [V]. Raises PdspecError where they are NaN,
     InvalidRequest where every id is excluded."""
     allowed = support(logits, params, history, end_ids=end_ids)
-    return pick(allowed, params, seed=seed, sample=sample, position=position)
+    return pick(allowed, params, lambda ids: gumbel(seed, sample, position, ids))
 
 
 def support(logits: torch.Tensor, params: SamplingParams, history: History, *, end_ids: Sequence[int]) -> Support:
@@ -138,18 +138,20 @@ def support(logits: torch.Tensor, params: SamplingParams, history: History, *, e
     return Support(token_ids=kept, scores=scaled if kept is None else scaled[kept])
 
 
-def pick(support: Support, params: SamplingParams, *, seed: int, sample: int, position: int) -> int:
-    """``argmax(log p + g[position])`` in float32, ties to the lowest id."""
+Noise = Callable[[Ids], Floats]  # g of one position at target ids
+
+
+def pick(support: Support, params: SamplingParams, noise: Noise) -> int:
+    """``argmax(log p + g)`` in float32, ties to the lowest id."""
     scores = support.scores
     if params.temperature == 0.0:
         return support.token(int(scores.argmax()))
     if support.token_ids is None:
-        ids = _contenders(scores, seed, sample, position)
+        ids = _contenders(scores, noise)
         scores = scores if len(ids) == len(scores) else scores[ids]
     else:
         ids = support.token_ids
-    noise = gumbel(seed, sample, position, ids)
-    return int(ids[(scores + noise).argmax()])
+    return int(ids[(scores + noise(ids)).argmax()])
 
 
 def token_logprob(support: Support, token_id: int, top: int) -> TokenLogprob:
@@ -171,21 +173,19 @@ def draft_scores(
     logits: torch.Tensor, temperature: float, noise: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A drafter's ``(log_q, log_q + g)`` from logits (or log q) ``[..., draft vocabulary]`` and the noise at its target
-    ids. q gets temperature only; at temperature 0 it is q at temperature 1, and g = 0 (``noise`` may be None)."""
+    ids (None: g = 0). q gets temperature only; at temperature 0 it is q at temperature 1, and g = 0."""
     if temperature == 0.0:
         log_q = torch.log_softmax(logits, dim=-1)
         return log_q, log_q
-    if noise is None:
-        raise ValueError("draft_scores needs noise at a temperature above 0")
     log_q = torch.log_softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
-    return log_q, log_q + noise
+    return log_q, log_q if noise is None else log_q + noise
 
 
-def _contenders(scores: Floats, seed: int, sample: int, position: int) -> Ids:
+def _contenders(scores: Floats, noise: Noise) -> Ids:
     """The ids, ascending, that can still win: the best id's score with its own noise is what they must reach with the
     largest noise there is. Saves most of the noise on peaked distributions, and changes no choice."""
     best = np.array([scores.argmax()])
-    reached = scores[best] + gumbel(seed, sample, position, best)
+    reached = scores[best] + noise(best)
     return np.flatnonzero(scores >= reached - np.float32(LARGEST + 1e-3))
 
 

@@ -34,6 +34,16 @@ class DraftPrefill(StrEnum):
     DECODE = "decode"
 
 
+class Verify(StrEnum):
+    """How drafts are judged. All but GREEDY give plain decoding's distribution at any temperature; COUPLED its very
+    tokens. At temperature 0 they are one and the same."""
+
+    COUPLED = "coupled"  # the target's token by the noise of its position; whoever foresaw it is accepted
+    REJECTION = "rejection"  # accept with min(1, p / q), else draw from what is left (Leviathan et al. 2023)
+    BLOCK = "block"  # rejection, a chain judged as a whole (Sun et al. 2024); other trees node by node
+    GREEDY = "greedy"  # the best token, refused at a temperature above 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How the target's next token is chosen (validated by ``validation.check_request``).
@@ -59,6 +69,7 @@ class SamplingParams:
     stop_strings: tuple[str, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; 0: the chosen token's; n: and the n best
+    verify: str = Verify.COUPLED.value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +189,7 @@ class TokenChunk:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheGroup:
-    """One kind of KV rows: ``target``, ``draft/0``, ... Row layout ``[k|v][head][dim]``."""
+    """One kind of KV rows: ``target``, ``draft/eagle3``, ... Row layout ``[k|v][head][dim]``."""
 
     name: str
     num_layers: int

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 
 from pdspec.errors import InvalidRequest, UnknownName
-from pdspec.types import DraftPrefill, GenerateRequest, Handoff, SamplingParams, UserRequest
+from pdspec.types import DraftPrefill, GenerateRequest, Handoff, SamplingParams, UserRequest, Verify
 
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 256
 MAX_STOP_IDS, MAX_BIASES, MAX_LOGPROBS = 256, 4096, 20
@@ -100,6 +100,10 @@ def _check_sampling(params: SamplingParams, vocab_size: int) -> None:
         raise _outside("seed", params.seed, "an unsigned 64-bit number")
     if params.logprobs is not None and not 0 <= params.logprobs <= MAX_LOGPROBS:
         raise _outside("logprobs", params.logprobs, f"between 0 and {MAX_LOGPROBS}")
+    _check_choice("sampling.verify", params.verify, [mode.value for mode in Verify])
+    if params.verify == Verify.GREEDY and params.temperature > 0:
+        raise InvalidRequest(f"greedy at temperature {params.temperature}", field="sampling.verify",
+                             remedy="use temperature 0, or coupled, rejection or block")
     _check_id_lists(params, vocab_size)
     _check_stop_strings(params.stop_strings)
 

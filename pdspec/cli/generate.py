@@ -39,6 +39,7 @@ def generate(
     top_k: Annotated[int, typer.Option(help="0: off.")] = 0,
     min_p: Annotated[float, typer.Option(help="0: off.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Default: drawn, and returned.")] = None,
+    verify: Annotated[str, typer.Option(help="coupled, rejection, block or greedy.")] = "coupled",
     stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end token.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
@@ -63,7 +64,7 @@ def generate(
         chat=None if raw else (*turns, ("user", text)),
         sampling=SamplingParams(
             temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, max_tokens=max_tokens,
-            stop_strings=tuple(stop or ()), ignore_eos=ignore_eos,
+            stop_strings=tuple(stop or ()), ignore_eos=ignore_eos, verify=verify,
         ),
         model="" if local else model or "",
         drafter=drafter or "",

@@ -21,6 +21,7 @@ from pdspec.engine.resources import Resources, tree_spec
 from pdspec.errors import PdspecError
 from pdspec.model.batch import ForwardBatch, ForwardOutput
 from pdspec.sampling import History, stopping_ids
+from pdspec.spec.chooser import Seeded
 from pdspec.spec.protocol import Draft, DraftContext, Drafter, HiddenRows, empty_draft
 from pdspec.spec.tree import depths, tree_rows
 from pdspec.spec.verify import VerdictResult, verify
@@ -156,14 +157,12 @@ class DecodeEngine:
 
     def _verify(self, sequence: DecodeSequence, draft: Draft, logits: torch.Tensor) -> VerdictResult:
         params = sequence.request.sampling
-        seed, sample = sequence.ctx.noise_key
         return verify(
             draft,
             logits,
             params,
             sequence.history,
-            seed=seed,
-            sample=sample,
+            Seeded(*sequence.ctx.noise_key),
             root_position=sequence.ctx.root_position,
             end_ids=self.resources.end_ids,
             max_new=sequence.remaining,
@@ -236,16 +235,7 @@ def _shallow(draft: Draft, depth: int) -> Draft:
     if draft.num_nodes == 0 or draft.num_nodes <= depth:
         return draft
     keep = depths(draft.parents) <= depth
-    if keep.all():
-        return draft
-    renumbered = np.cumsum(keep) - 1
-    parents = draft.parents[keep]
-    return Draft(
-        token_ids=draft.token_ids[keep],
-        log_q=draft.log_q[keep],
-        survival=draft.survival[keep],
-        parents=np.where(parents < 0, -1, renumbered[parents]).astype(np.int32),
-    )
+    return draft if keep.all() else draft.part(np.flatnonzero(keep))
 
 
 def _tally(sequence: DecodeSequence, draft: Draft, accepted: int) -> None:

@@ -18,6 +18,7 @@ from pdspec.model.fingerprint import content_fingerprint
 from pdspec.model.loader import load_weights
 from pdspec.model.ops import Ops, make_ops
 from pdspec.model.runner import Runner
+from pdspec.spec.family import Parts, Setting
 from pdspec.spec.protocol import Drafter
 from pdspec.spec.registry import draft_groups, make_drafter
 from pdspec.spec.tree import TreeSpec, parse_tree
@@ -81,22 +82,14 @@ def load(config: WorkerConfig) -> Resources:
     files = resolve(config.model, config.cache_dir or None)
     ops = make_ops(config.device, config.threads)
     runner = Runner(files.config, load_weights(files, config.dtype), ops=ops, dtype=config.dtype)
-    identity = {"tokenizer_hash": files.tokenizer_hash, "content_hash": files.content_hash, "dtype": config.dtype}
-    drafts = draft_groups(config.drafters, heads=config.heads, model_config=files.config, **identity)
+    setting = Setting(
+        target=files, dtype=config.dtype, heads=config.heads, strict=config.strict_target, cache_dir=config.cache_dir,
+        options=config.options,
+    )
+    drafts = draft_groups(config.drafters, setting)
     cache = PagedCache((runner.group, *drafts), config.pages(), config.page_size, ops.device)
-    drafters = {
-        name: make_drafter(
-            name,
-            ops=ops,
-            cache=cache,
-            model_config=files.config,
-            embedding=runner.embedding,
-            heads=config.heads,
-            strict=config.strict_target,
-            **identity,
-        )
-        for name in config.drafters
-    }
+    parts = Parts(ops=ops, cache=cache, runner=runner)
+    drafters = {name: make_drafter(name, setting, parts) for name in config.drafters}
     resources = Resources(
         config=config,
         files=files,

@@ -18,7 +18,7 @@ import torch
 
 from pdspec.errors import PdspecError
 from pdspec.sampling import draft_scores
-from pdspec.spec.protocol import Draft
+from pdspec.spec.protocol import Candidates, Draft, Law
 from pdspec.spec.tree import DynamicTree, StaticTree, TreeSpec, select_nodes
 
 Floats = npt.NDArray[np.float32]
@@ -32,25 +32,47 @@ class Ranked:
     token_ids: Ints
     log_q: Floats
     score: Floats
+    laws: tuple[Law, ...] = ()  # [K] where the children were drawn
 
 
 def rank_children(
-    logits: torch.Tensor, temperature: float, noise: torch.Tensor | None, target_ids: npt.NDArray[np.int64], width: int
+    logits: torch.Tensor, temperature: float, noise: torch.Tensor | None, target_ids: npt.NDArray[np.int64], width: int,
+    *, drawn: bool = False,
 ) -> Ranked:
     """Ranks by log q + g, ties to the lowest draft id. ``logits`` [K, draft vocabulary] are of nodes whose children
-    stand at one absolute position, ``noise`` [draft vocabulary] is that position's. Each row's bits are its own.
+    stand at one absolute position, ``noise`` [draft vocabulary] is that position's (None: 0). Each row's bits are its
+    own. ``drawn``: keep each row's law.
 
     Raises PdspecError for scores that are NaN.
     """
     log_q, coupled = draft_scores(logits.float().cpu(), temperature, noise)
-    score = (coupled if temperature == 0.0 else torch.log_softmax(coupled, dim=-1)).numpy()
+    score = (coupled if temperature == 0.0 or noise is None else torch.log_softmax(coupled, dim=-1)).numpy()
     if np.isnan(score[:, 0]).any():  # one NaN makes the whole row NaN
         raise PdspecError("draft scores are not numbers", remedy="report it; draft KV or the head is damaged")
     best = np.stack([_best(row, width) for row in score]) if len(score) else np.empty((0, width), np.int64)
     return Ranked(
         token_ids=target_ids[best].astype(np.int32), log_q=np.take_along_axis(log_q.numpy(), best, 1),
         score=np.take_along_axis(score, best, 1),
+        laws=tuple(Law(token_ids=target_ids, log_q=row) for row in log_q.numpy()) if drawn else (),
     )
+
+
+def first_children(
+    candidates: Candidates, noise: Floats | None = None, law: Law | None = None
+) -> Ranked:
+    """First draft tokens as one row, in their order; drawn anew from ``law``, which has their ids, where it is given
+    with the ``noise`` to draw by."""
+    if law is None or noise is None:
+        return Ranked(token_ids=candidates.token_ids[None], log_q=candidates.log_q[None], score=candidates.score[None])
+    order = _best(law.log_q + noise, len(noise))
+    return Ranked(
+        token_ids=candidates.token_ids[order][None], log_q=law.log_q[order][None], score=law.log_q[order][None],
+        laws=(law,),
+    )
+
+
+NO_CHILDREN = Ranked(token_ids=np.empty((1, 0), np.int32), log_q=np.empty((1, 0), np.float32),
+                     score=np.empty((1, 0), np.float32))
 
 
 def width(spec: TreeSpec) -> int:
@@ -68,7 +90,8 @@ def expansions(spec: TreeSpec) -> int:
 
 
 class Growth:
-    """One tree under construction. Node indices here are in order of creation: by level, then parent, then rank."""
+    """One tree under construction. Node indices here are in order of creation: by level, then parent, then rank. Of a
+    tree whose children are drawn the first ``budget`` nodes stay: what they are may not decide over that."""
 
     def __init__(self, spec: TreeSpec, budget: int, first: Ranked, max_depth: int) -> None:
         """``first`` is one row: the best first tokens. No node is deeper than ``max_depth``."""
@@ -82,6 +105,8 @@ class Growth:
         self._shape: list[int] = []  # static trees: which node of the shape each node is
         self._level = 0
         self._newest = range(0)
+        self._laws: dict[int, Law] = {}
+        self._drawn = bool(first.laws)
         if self._depth > 0:
             self.add([-1], first)
 
@@ -89,7 +114,7 @@ class Growth:
         """The nodes to expand next, numbered as expanded in this order; empty when the tree is complete."""
         if self._level >= self._depth:
             return []
-        alive = set(select_nodes(self._parents, self._scores, self.budget - 1).kept.tolist())
+        alive = set(self._chosen(self.budget - 1).tolist())
         level = [node for node in self._newest if node in alive]
         if self._static is not None:
             level = [node for node in level if self._shape[node] in self._static.parents]
@@ -102,6 +127,7 @@ class Growth:
     def add(self, nodes: Sequence[int], children: Ranked) -> None:
         """Hangs children below ``nodes`` (row k of ``children`` below nodes[k]; -1 is the root)."""
         start = len(self._tokens)
+        self._laws.update(zip(nodes, children.laws, strict=False))
         rows, ranks = [], []
         for row, node in enumerate(nodes):
             for rank, place in self._places(node, children.score.shape[1]):
@@ -136,11 +162,17 @@ class Growth:
 
     def draft(self) -> Draft:
         """The best ``budget`` nodes of all that were made."""
-        chosen = select_nodes(self._parents, self._scores, self.budget)
-        return Draft(
-            token_ids=self._tokens[chosen.kept], parents=chosen.parents, log_q=self._log_q[chosen.kept],
-            survival=np.exp(self._scores[chosen.kept]),
+        whole = Draft(
+            token_ids=self._tokens, parents=self._parents, log_q=self._log_q, survival=np.exp(self._scores),
+            laws=self._laws,
         )
+        return whole.part(self._chosen(self.budget))
+
+    def _chosen(self, count: int) -> Ints:
+        """Indices of the ``count`` nodes that stay."""
+        if self._drawn:
+            return np.arange(min(count, len(self._tokens)), dtype=np.int32)
+        return select_nodes(self._parents, self._scores, count).kept
 
     def _places(self, node: int, available: int) -> list[tuple[int, int]]:
         """(rank, node of the static shape or -1) of each child that ``node`` gets."""

@@ -10,7 +10,7 @@ Coupling (DESIGN 5): position t of a request has fixed Gumbel noise g[t, v]; a d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,24 +20,45 @@ import torch
 from pdspec.types import CacheGroup, SamplingParams
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Law:
+    """q at one node: what its children were drawn from without replacement, in the order of their indices."""
+
+    token_ids: np.ndarray  # [D] int64, distinct target ids
+    log_q: np.ndarray  # [D] float32, normalised
+
+
 @dataclass(frozen=True, kw_only=True)
 class Draft:
     """A tree of N nodes below the root, parents before children.
 
     ``parents[i]`` is the index of node i's parent, -1 for the root. Children of one parent are distinct.
     ``log_q[i]`` is the drafter's log probability of the node given its parent (temperature applied, no noise),
-    NaN where the drafter has none. ``survival[i]`` estimates that the whole path down to i is accepted.
+    NaN where the drafter has none. ``survival[i]`` estimates that the whole path down to i is accepted. ``laws`` has
+    the law of every inner node (-1: the root) of a draft that was drawn, and nothing for one that was chosen.
     """
 
     token_ids: np.ndarray  # [N] int32
     parents: np.ndarray  # [N] int32
     log_q: np.ndarray  # [N] float32
     survival: np.ndarray  # [N] float32, never above the parent's
+    laws: Mapping[int, Law] = field(default_factory=dict)
 
     @property
     def num_nodes(self) -> int:
         """N."""
         return len(self.token_ids)
+
+    def part(self, kept: np.ndarray) -> Draft:
+        """The draft of the nodes ``kept`` [M] (ascending, closed under parents)."""
+        renumbered = np.full(self.num_nodes + 1, -1, np.int32)  # the last entry is the root's: index -1
+        renumbered[kept] = np.arange(len(kept), dtype=np.int32)
+        parents = renumbered[self.parents[kept]]
+        inner = {-1, *kept.tolist()} if self.laws else set()
+        return Draft(
+            token_ids=self.token_ids[kept], parents=parents, log_q=self.log_q[kept], survival=self.survival[kept],
+            laws={int(renumbered[node]): law for node, law in self.laws.items() if node in inner},
+        )
 
 
 def empty_draft() -> Draft:
@@ -104,6 +125,22 @@ class HiddenRows:
     start: int
     captured: torch.Tensor | None  # [rows, C, H] float32
     final: torch.Tensor | None  # [rows, H] float32
+
+    @property
+    def num_rows(self) -> int:
+        """0 where nothing was asked for."""
+        part = self.captured if self.captured is not None else self.final
+        return 0 if part is None else len(part)
+
+    @classmethod
+    def joined(cls, parts: Sequence[HiddenRows]) -> HiddenRows:
+        """The rows of several sequences, one after the other, to be worked on together."""
+        captured = [part.captured for part in parts if part.captured is not None]
+        final = [part.final for part in parts if part.final is not None]
+        return cls(
+            start=parts[0].start, captured=torch.cat(captured) if captured else None,
+            final=torch.cat(final) if final else None,
+        )
 
 
 class Drafter(Protocol):

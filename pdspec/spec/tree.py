@@ -176,11 +176,7 @@ def prune(draft: Draft, count: int) -> Draft:
     """The ``count`` nodes of a draft that are most likely to be accepted, as a draft."""
     if count >= draft.num_nodes:
         return draft
-    chosen = select_nodes(draft.parents, draft.survival, count)
-    return Draft(
-        token_ids=draft.token_ids[chosen.kept], parents=chosen.parents,
-        log_q=draft.log_q[chosen.kept], survival=draft.survival[chosen.kept],
-    )
+    return draft.part(select_nodes(draft.parents, draft.survival, count).kept)
 
 
 def _numbers(text: str, arguments: Sequence[str], names: Sequence[str], limits: Sequence[int]) -> list[int]:

@@ -20,8 +20,10 @@ from pdspec.engine.decode import DecodeSequence
 from pdspec.engine.serving import RunningWorker
 from pdspec.model.loader import load_weights, resolve
 from pdspec.model.reference import reference_model
-from pdspec.spec.eagle3.config import GROUP, TargetIdentity
-from pdspec.spec.registry import find_head, open_head
+from pdspec.spec.eagle3.config import GROUP
+from pdspec.spec.eagle3.family import open_head
+from pdspec.spec.family import Setting
+from pdspec.spec.heads import find_head
 from pdspec.study.eagle3_reference import PaperHead
 from pdspec.study.pair import Pair
 from pdspec.telemetry import usable_cores
@@ -68,8 +70,8 @@ class Reference:
 
     def __init__(self, config: WorkerConfig) -> None:
         files = resolve(config.model, config.cache_dir or None)
-        identity = TargetIdentity.of(files.config, content_hash=files.content_hash, tokenizer_hash=files.tokenizer_hash)
-        head = open_head(find_head(DRAFTER, config.heads, identity), files.config, identity)
+        setting = Setting(target=files, dtype=config.dtype, heads=config.heads)
+        head = open_head(find_head(DRAFTER, config.heads, setting.identity), setting)
         self._fused = head.config.fused_layers
         self._paper = PaperHead(head, load_weights(files, "float32")["model.embed_tokens.weight"])
         self._target = reference_model(files, "float32").double()

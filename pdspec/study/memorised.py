@@ -25,7 +25,8 @@ from pdspec.config import WorkerConfig
 from pdspec.engine.local import LocalGenerator
 from pdspec.model.loader import load_weights, resolve
 from pdspec.spec.eagle3.checkpoint import random_head, save_head
-from pdspec.spec.eagle3.config import Eagle3Config, TargetIdentity
+from pdspec.spec.eagle3.config import Eagle3Config
+from pdspec.spec.heads import TargetIdentity
 from pdspec.telemetry import usable_cores
 from pdspec.train.data import load_target
 from pdspec.train.eagle3 import Eagle3Trainer, TargetParts

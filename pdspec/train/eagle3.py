@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from pdspec.model.ops import Rope, make_rope
 from pdspec.spec.eagle3.checkpoint import Head
-from pdspec.spec.eagle3.config import Eagle3Config, TargetIdentity
+from pdspec.spec.eagle3.config import Eagle3Config
+from pdspec.spec.heads import TargetIdentity
 from pdspec.train.packing import Example, Keys, Packed, alive_in
 
 DECAY = 0.8

@@ -28,7 +28,8 @@ from pdspec.errors import ConfigError
 from pdspec.model.loader import ModelFiles, load_weights, resolve
 from pdspec.prompts import load_prompts
 from pdspec.spec.eagle3.checkpoint import Head, load_head, save_head
-from pdspec.spec.eagle3.config import Eagle3Config, TargetIdentity
+from pdspec.spec.eagle3.config import Eagle3Config
+from pdspec.spec.heads import TargetIdentity
 from pdspec.train.card import write_card
 from pdspec.train.config import TrainConfig
 from pdspec.train.data import Target, generate, load_target

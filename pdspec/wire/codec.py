@@ -30,7 +30,7 @@ from pdspec.wire.ids import bytes_to_ids, ids_to_bytes
 
 _SCALARS = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
-    "max_tokens", "min_tokens", "logprobs",
+    "max_tokens", "min_tokens", "logprobs", "verify",
 )  # fmt: skip
 _STATS = tuple(field.name for field in pb.Stats.DESCRIPTOR.fields)
 _POSITIONS = ("accepted_per_position", "reached_per_position")

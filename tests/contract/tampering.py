@@ -102,7 +102,7 @@ def is_group(group: str) -> Callable[[Frame], bool]:
     return lambda frame: isinstance(frame, Pages) and frame.group == group
 
 
-TARGET, DRAFT = is_group("target"), is_group("draft/0")
+TARGET, DRAFT = is_group("target"), is_group("draft/eagle3")
 
 
 def is_kind(kind: type[Frame]) -> Callable[[Frame], bool]:

@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -14,19 +15,23 @@ import torch
 
 from pdspec.cache.paged import PagedCache
 from pdspec.errors import ConfigError, Incompatible, UnknownName
+from pdspec.model.files import ModelFiles
+from pdspec.model.loader import load_weights
 from pdspec.model.ops import TorchOps
+from pdspec.model.runner import Runner
 from pdspec.model.tiny import tiny_config
-from pdspec.spec import registry
+from pdspec.spec import heads
 from pdspec.spec.eagle3.checkpoint import random_head, save_head
-from pdspec.spec.eagle3.config import Eagle3Config, TargetIdentity
+from pdspec.spec.eagle3.config import Eagle3Config
+from pdspec.spec.family import Parts, Setting
+from pdspec.spec.heads import TargetIdentity
 from pdspec.spec.protocol import DraftContext, HiddenRows, Verdict
 from pdspec.spec.registry import NAMES, describe, draft_groups, make_drafter
 from pdspec.types import SamplingParams
 
 TARGET = tiny_config("tiny")
-IDENTITY = {"model_config": TARGET, "tokenizer_hash": "t0", "content_hash": "c0"}
+FILES = ModelFiles(name="tiny-0", path=None, config=TARGET, content_hash="c0", tokenizer_hash="t0")
 OPS = TorchOps(torch.device("cpu"))
-EMBEDDING = torch.randn(TARGET.vocab_size, TARGET.hidden_size, generator=torch.Generator().manual_seed(0))
 RANDOM = {"eagle3": "random:3"}
 ALPHABET = 6  # so that n-grams repeat
 
@@ -36,15 +41,20 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-def make(name, cache=None, *, dtype="float32", heads=RANDOM, **changes):
-    values = {**IDENTITY, **changes}
-    strict = values.pop("strict", False)
-    if cache is None:
-        groups = draft_groups(NAMES, heads=heads, dtype=dtype, **values)
-        cache = PagedCache((TARGET.target_group(dtype), *groups), 200, 16)
-    embedding = OPS.pack(EMBEDDING if dtype == "float32" else EMBEDDING.bfloat16())
-    values |= {"embedding": embedding, "heads": heads, "dtype": dtype, "strict": strict}
-    return make_drafter(name, ops=OPS, cache=cache, **values), cache
+@cache
+def target(dtype):
+    return Runner(TARGET, load_weights(FILES, dtype), ops=OPS, dtype=dtype)
+
+
+def setting(*, dtype="float32", heads=RANDOM, strict=False, **changes):
+    return Setting(target=replace(FILES, **changes), dtype=dtype, heads=heads, strict=strict)
+
+
+def make(name, pages=None, **changes):
+    asked = setting(**changes)
+    if pages is None:
+        pages = PagedCache((TARGET.target_group(asked.dtype), *draft_groups(NAMES, asked)), 200, 16)
+    return make_drafter(name, asked, Parts(ops=OPS, cache=pages, runner=target(asked.dtype))), pages
 
 
 @dataclass(kw_only=True)
@@ -163,7 +173,7 @@ def test_empty_batches_are_fine(name):
 def test_groups_rows_and_fingerprint(name):
     drafter, cache = make(name)
     assert drafter.name == name
-    assert drafter.groups == draft_groups([name], heads=RANDOM, dtype="float32", **IDENTITY)
+    assert drafter.groups == draft_groups([name], setting())
     assert all(cache.layout(group.name) == group for group in drafter.groups)
     for count in (1, 17):
         assert drafter.rows_at(count).keys() == {group.name for group in drafter.groups}
@@ -183,10 +193,10 @@ def test_the_described_default_tree_is_the_one_that_is_drafted(name):
 
 
 def test_an_unknown_drafter_is_refused_by_name():
-    with pytest.raises(UnknownName, match="medusa.*none, ngram, suffix, eagle3"):
-        make("medusa", PagedCache((), 1, 16))
-    with pytest.raises(UnknownName, match="medusa"):
-        draft_groups(["none", "medusa"], heads={}, dtype="float32", **IDENTITY)
+    with pytest.raises(UnknownName, match="hydra.*none, ngram, suffix, eagle3"):
+        make("hydra", PagedCache((), 1, 16))
+    with pytest.raises(UnknownName, match="hydra"):
+        draft_groups(["none", "hydra"], setting(heads={}))
 
 
 def test_a_head_from_a_folder_is_held_to_its_target(tmp_path, caplog):
@@ -202,11 +212,11 @@ def test_a_head_from_a_folder_is_held_to_its_target(tmp_path, caplog):
     with pytest.raises(Incompatible, match="tokenizer_hash"):
         make("eagle3", heads=heads, tokenizer_hash="t1")
     with pytest.raises(Incompatible, match=r"geometry\.rope_theta = 10000\.0.* 5000\.0"):
-        make("eagle3", heads=heads, model_config=replace(TARGET, rope_theta=5000.0))
+        make("eagle3", heads=heads, config=replace(TARGET, rope_theta=5000.0))
 
 
 def test_the_shipped_head_is_found_by_geometry_and_content(tmp_path, monkeypatch):
-    monkeypatch.setattr(registry, "SHIPPED_HEADS", tmp_path)
+    monkeypatch.setattr(heads, "SHIPPED_HEADS", tmp_path)
     with pytest.raises(ConfigError, match=r"heads\.eagle3.*pdspec train eagle3"):
         make("eagle3", heads={})
     config = Eagle3Config.for_target(TARGET, 40)

@@ -202,7 +202,7 @@ def silent(after: str) -> Callable[[grpc.aio.ServicerContext], object]:
         opening = parse_frame(await context.read())
         assert isinstance(opening, frames.Open)
         if after != "nothing":
-            rows = {"target": 45, "draft/0": 45}
+            rows = {"target": 45, "draft/eagle3": 45}
             await context.write(Begin(epoch=opening.epoch, rows=rows, worker_id="silent").to_bytes())
         while True:
             await asyncio.sleep(0.1)
@@ -236,7 +236,7 @@ def test_a_busy_peer_is_not_cut(roles, expected):
 
     async def handle(context: grpc.aio.ServicerContext) -> None:
         opening = parse_frame(await context.read())
-        rows = {"target": 45, "draft/0": 45}
+        rows = {"target": 45, "draft/eagle3": 45}
         await context.write(Begin(epoch=opening.epoch, rows=rows).to_bytes())  # type: ignore[attr-defined]
         for steps in range(12):
             await asyncio.sleep(0.1)

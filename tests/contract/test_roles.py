@@ -151,7 +151,7 @@ def test_damaged_target_kv_is_never_used(roles, monkeypatch):
 
 
 def test_damaged_draft_state_alone_is_rebuilt_and_counted(roles, monkeypatch):
-    damage(monkeypatch, "draft/0")
+    damage(monkeypatch, "draft/eagle3")
     local = roles.ask_local(request())
     (answer,) = roles.ask(request())
     assert (answer.tokens, answer.traces) == (local.tokens, local.traces)

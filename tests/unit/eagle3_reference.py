@@ -135,14 +135,14 @@ class Story:
         hidden, start = self.hidden(len(outputs)), self.ctx.root_position
         self.captured = torch.cat((self.captured, hidden))
         self.ctx.token_ids += outputs
-        self.world.cache.poison("draft/0", self.ctx.pages, start, len(self.ctx.pages) * self.world.cache.page_size)
+        self.world.cache.poison("draft/eagle3", self.ctx.pages, start, len(self.ctx.pages) * self.world.cache.page_size)
         verdict = Verdict(path=tuple(path), output_ids=tuple(outputs))
         return self.ctx, verdict, HiddenRows(start=start, captured=hidden, final=None)
 
     def kv_rows(self) -> torch.Tensor:
         """The committed draft rows [n, 2, kv heads, D]."""
-        count = self.world.drafter.rows_at(self.ctx.root_position)["draft/0"]
-        data = self.world.cache.read_rows("draft/0", 0, self.ctx.pages, 0, count)
+        count = self.world.drafter.rows_at(self.ctx.root_position)["draft/eagle3"]
+        data = self.world.cache.read_rows("draft/eagle3", 0, self.ctx.pages, 0, count)
         rows = torch.frombuffer(bytearray(data), dtype=torch.float32)
         return rows.view(count, 2, CONFIG.num_kv_heads, CONFIG.head_dim)
 

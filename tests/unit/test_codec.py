@@ -40,6 +40,7 @@ FULL = SamplingParams(
     stop_strings=("\n\n", "é"),
     ignore_eos=True,
     logprobs=0,
+    verify="rejection",
 )
 
 

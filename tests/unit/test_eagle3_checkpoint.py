@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from pdspec.errors import CheckpointError, ConfigError, Incompatible
 from pdspec.model.tiny import tiny_config
-from pdspec.spec.eagle3.checkpoint import check_target, dequantise, load_head, quantise, random_head, save_head
-from pdspec.spec.eagle3.config import Eagle3Config, TargetIdentity, default_fused_layers
+from pdspec.spec.eagle3.checkpoint import load_head, random_head, save_head
+from pdspec.spec.eagle3.config import Eagle3Config, default_fused_layers
+from pdspec.spec.headfile import check_target, dequantise, quantise
+from pdspec.spec.heads import TargetIdentity
 
 MADE_FOR = TargetIdentity.of(TARGET, content_hash="c0", tokenizer_hash="t0")
 MADE = replace(HEAD, target=MADE_FOR, card={"steps": 12})

@@ -81,7 +81,7 @@ def test_each_row_of_each_layer_is_told_once_in_order_and_done_comes_last(resour
     told = prefill(resources, ask(), DraftPrefill.PREFILL, chunk)
     for layer in range(4):
         assert told.covered("target", layer) == list(range(21))
-    assert told.covered("draft/0", 0) == list(range(21))
+    assert told.covered("draft/eagle3", 0) == list(range(21))
     assert told.names()[-3:] == ["rows", "start", "done"]
     assert [event[0] for event in told.events].count("first") == 1
 
@@ -89,7 +89,7 @@ def test_each_row_of_each_layer_is_told_once_in_order_and_done_comes_last(resour
 def test_the_first_token_is_told_before_any_draft_row_that_reads_it(resources):
     told = prefill(resources, ask(), DraftPrefill.PREFILL)
     first = next(i for i, event in enumerate(told.events) if event[0] == "first")
-    last_row = next(i for i, e in enumerate(told.events) if e[:2] == ("rows", "draft/0") and e[4] == 21)
+    last_row = next(i for i, e in enumerate(told.events) if e[:2] == ("rows", "draft/eagle3") and e[4] == 21)
     assert first < last_row
     layers = [event[2] for event in told.events[:4]]
     assert layers == [0, 1, 2, 3]  # while the chunk is computed, layer by layer
@@ -99,7 +99,7 @@ def test_with_the_draft_prefill_elsewhere_hidden_rows_go_out_instead(resources):
     told = prefill(resources, ask(), DraftPrefill.DECODE)
     hidden = [event[1] for event in told.events if event[0] == "hidden"]
     assert [rows.start for rows in hidden] == [0, 8, 16] and [len(rows.captured) for rows in hidden] == [8, 8, 5]
-    assert not told.covered("draft/0", 0) and "start" not in told.names()
+    assert not told.covered("draft/eagle3", 0) and "start" not in told.names()
     assert "hidden" not in prefill(resources, ask("none"), DraftPrefill.DECODE).names()
 
 

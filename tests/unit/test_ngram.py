@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdspec.errors import InvalidRequest
-from pdspec.spec.ngram import NgramDrafter
-from pdspec.spec.none import NoDrafter
+from pdspec.spec.ngram.drafter import NgramDrafter
+from pdspec.spec.none.drafter import NoDrafter
 from pdspec.spec.protocol import DraftContext, HiddenRows, Verdict
 from pdspec.types import SamplingParams
 

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from pdspec.sampling import History, choose, support, token_logprob
+from pdspec.spec.chooser import Seeded
 from pdspec.spec.protocol import Draft, empty_draft
 from pdspec.spec.verify import verify
 from pdspec.types import SamplingParams
@@ -66,7 +67,7 @@ GREEDY = SamplingParams()
 
 def run(logits, draft, params=GREEDY, *, history=None, seed=0, end_ids=(), max_new=99, logprobs=None):
     return verify(
-        draft, logits, params, history or History.of(PROMPT), seed=seed, sample=0, root_position=len(PROMPT) - 1,
+        draft, logits, params, history or History.of(PROMPT), Seeded(seed, 0), root_position=len(PROMPT) - 1,
         end_ids=end_ids, max_new=max_new, logprobs=logprobs,
     )
 
@@ -91,7 +92,7 @@ def test_any_tree_yields_the_tokens_of_plain_decoding(params):
         while len(tokens) < length:
             draft = random_tree(rng, int(rng.integers(0, 9)))
             result = verify(
-                draft, toy.logits(tokens, draft), params, History.of(PROMPT, tokens), seed=seed, sample=0,
+                draft, toy.logits(tokens, draft), params, History.of(PROMPT, tokens), Seeded(seed, 0),
                 root_position=len(PROMPT) + len(tokens) - 1, end_ids=(), max_new=length - len(tokens),
             ).verdict
             assert len(result.output_ids) == len(result.path) + 1

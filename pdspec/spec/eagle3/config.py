@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pdspec.errors import CheckpointError, ConfigError, Incompatible
+from pdspec.errors import CheckpointError, ConfigError
 from pdspec.model.config import ModelConfig
-from pdspec.model.fingerprint import geometry
+from pdspec.spec.heads import HEAD_REMEDY, TargetIdentity, read_section, section
 from pdspec.types import CacheGroup
 
-GROUP = "draft/0"
-FORMAT = 1
-_REMEDY = "fetch or train the head again"
+GROUP = "draft/eagle3"
 # Variants of the architecture that some public heads set; refused until they are built, never approximated.
 _UNSUPPORTED = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "bias", "attention_bias")
 
@@ -56,7 +53,7 @@ class Eagle3Config:
         if len(set(self.fused_layers)) != len(self.fused_layers) or min(self.fused_layers, default=-1) < 0:
             wrong.append(f"fused_layers={self.fused_layers}")
         if wrong:
-            raise CheckpointError(f"no EAGLE-3 head can have {', '.join(wrong)}", field="heads", remedy=_REMEDY)
+            raise CheckpointError(f"no EAGLE-3 head can have {', '.join(wrong)}", field="heads", remedy=HEAD_REMEDY)
 
     @classmethod
     def for_target(
@@ -100,38 +97,6 @@ class Eagle3Config:
         return {f"{name}.weight": (self.hidden_size,) for name in names}
 
 
-@dataclass(frozen=True, kw_only=True)
-class TargetIdentity:
-    """The target a head was trained on, or is to serve: hashes (hex, see ``model.fingerprint``) and geometry."""
-
-    content_hash: str
-    tokenizer_hash: str
-    geometry: dict[str, Any]
-
-    @classmethod
-    def of(cls, config: ModelConfig, *, content_hash: str, tokenizer_hash: str) -> TargetIdentity:
-        """Of a model in hand."""
-        values = json.loads(json.dumps(geometry(config)))
-        return cls(content_hash=content_hash, tokenizer_hash=tokenizer_hash, geometry=values)
-
-    def is_like(self, other: TargetIdentity) -> bool:
-        """Same geometry and tokenizer, whatever the content."""
-        return (self.geometry, self.tokenizer_hash) == (other.geometry, other.tokenizer_hash)
-
-    def check_serves(self, serving: TargetIdentity, where: str) -> None:
-        """Raises Incompatible naming the first field in which the target that is ``serving`` differs in geometry or
-        tokenizer. Other content of the same geometry is no error."""
-        fields = {**{f"geometry.{k}": v for k, v in self.geometry.items()}, "tokenizer_hash": self.tokenizer_hash}
-        other = {**{f"geometry.{k}": v for k, v in serving.geometry.items()}, "tokenizer_hash": serving.tokenizer_hash}
-        for name in sorted(fields.keys() | other.keys()):
-            if fields.get(name) != other.get(name):
-                raise Incompatible(
-                    f"the head in {where} was made for a target with {name} = {fields.get(name)!r}, this target has"
-                    f" {other.get(name)!r}",
-                    field=name, remedy="choose the head made for this target, or drafter ngram or none",
-                )
-
-
 def head_json(config: Eagle3Config, target: TargetIdentity | None, card: Mapping[str, Any]) -> dict[str, Any]:
     """``config.json``: the keys of SafeAILab's heads, ours under ``pdspec``."""
     values: dict[str, Any] = {
@@ -142,23 +107,7 @@ def head_json(config: Eagle3Config, target: TargetIdentity | None, card: Mapping
         "draft_vocab_size": config.draft_vocab_size, "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling, "tie_word_embeddings": False,
     }
-    ours: dict[str, Any] = {"format": FORMAT, "fused_layers": list(config.fused_layers), "card": dict(card)}
-    if target is not None:
-        ours["target"] = {"content_hash": target.content_hash, "tokenizer_hash": target.tokenizer_hash,
-                          "geometry": target.geometry}
-    return {**values, "pdspec": ours}
-
-
-def read_head_json(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a head folder. Raises CheckpointError naming the file."""
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}", field="heads", remedy=_REMEDY) from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds no JSON object", field="heads", remedy=_REMEDY)
-    return values
+    return {**values, "pdspec": section(target, card, fused_layers=list(config.fused_layers))}
 
 
 def parse_head(
@@ -173,10 +122,10 @@ def parse_head(
     refused = [name for name in _UNSUPPORTED if values.get(name) or (values.get("eagle_config") or {}).get(name)]
     if not ours and (values.get("eagle_config") or values).get("eagle_aux_hidden_state_layer_ids"):
         refused.append("eagle_aux_hidden_state_layer_ids")  # engines disagree: inputs or outputs of these layers
-    if refused or ours.get("format", FORMAT) != FORMAT:
-        what = ", ".join(refused) or f"format {ours['format']!r}"
-        raise ConfigError(f"the head in {where} uses {what}, which pdspec cannot run", field="heads",
+    if refused:
+        raise ConfigError(f"the head in {where} uses {', '.join(refused)}, which pdspec cannot run", field="heads",
                           remedy="choose a head of SafeAILab's EAGLE-3 architecture")
+    target, card = read_section(values, where)
     try:
         heads, hidden = int(values["num_attention_heads"]), int(values["hidden_size"])
         if int(values.get("num_hidden_layers", 1)) != 1 or int(values.get("target_hidden_size") or hidden) != hidden:
@@ -190,9 +139,7 @@ def parse_head(
             rms_norm_eps=float(values["rms_norm_eps"]), rope_theta=float(values.get("rope_theta") or 10000.0),
             rope_scaling=values.get("rope_scaling"),
         )
-        made_for = ours.get("target")
-        target = TargetIdentity(**made_for) if made_for else None
-        return config, target, dict(ours.get("card") or {})
+        return config, target, card
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"config.json of the head in {where} is damaged: {error!r}", field="heads",
-                              remedy=_REMEDY) from error
+                              remedy=HEAD_REMEDY) from error

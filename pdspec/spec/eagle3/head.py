@@ -23,6 +23,7 @@ from pdspec.model.ops import Ops, make_rope
 from pdspec.spec.eagle3.checkpoint import Head
 from pdspec.spec.eagle3.config import GROUP
 from pdspec.spec.eagle3.native import NativeLayer
+from pdspec.spec.protocol import HiddenRows
 
 _ROW_FIELDS = ("token_ids", "positions", "sequence", "slots", "prefix_len", "ancestors")
 
@@ -63,6 +64,12 @@ class Eagle3Head:
                    "down": self._down}
         norms = {"input_norm": self._input_norm, "hidden_norm": self._hidden_norm, "post_norm": self._post_norm}
         return NativeLayer(ops, self.config, self._rope, self._pages, weights, norms)
+
+    def features(self, hidden: HiddenRows) -> torch.Tensor:
+        """The fused features of target rows. Raises ValueError when the layers were not captured."""
+        if hidden.captured is None:
+            raise ValueError("the target's fused layers were not captured")
+        return self.fuse(hidden.captured)
 
     def fuse(self, captured: torch.Tensor) -> torch.Tensor:
         """Target features [R, H] of captured hidden states [R, C, H] float32."""
