@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from pdspec.cli import bench, check, data, demo, down, drafters, generate, models, train, up
+from pdspec.cli import bench, check, data, demo, down, drafters, generate, models, study, train, up
 from pdspec.errors import PdspecError
 
 USER_ERROR = 2
@@ -36,6 +36,7 @@ def build_app() -> typer.Typer:
     proofs = {"parity": check.parity, "handoff": check.handoff}
     app.add_typer(_group("Proofs, run on this machine.", proofs), name="check")
     app.add_typer(_group("Measurements.", {"decode": bench.decode}), name="bench")
+    app.add_typer(_group("Comparisons.", {"acceptance": study.acceptance}), name="study")
     return app
 
 
