@@ -6,6 +6,7 @@ Logs and progress go to stderr; stdout holds the answer, or with ``--json`` exac
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import typer
@@ -41,7 +42,9 @@ def build_app() -> typer.Typer:
 
 
 def main() -> None:
-    """Run the command line. A user's error is one line on stderr and exit status 2, never a traceback."""
+    """Run the command line. A user's error is one line on stderr and exit status 2, never a traceback. A command that
+    is told to end stops what it started."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         build_app()()
     except PdspecError as error:
