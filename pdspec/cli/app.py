@@ -37,7 +37,8 @@ def build_app() -> typer.Typer:
     proofs = {"parity": check.parity, "handoff": check.handoff}
     app.add_typer(_group("Proofs, run on this machine.", proofs), name="check")
     app.add_typer(_group("Measurements.", {"decode": bench.decode}), name="bench")
-    app.add_typer(_group("Comparisons.", {"acceptance": study.acceptance}), name="study")
+    compared = {name: study.comparison(name, *rest) for name, rest in study.COMPARISONS.items()}
+    app.add_typer(_group("Comparisons.", {"acceptance": study.acceptance, **compared}), name="study")
     return app
 
 

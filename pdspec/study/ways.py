@@ -40,7 +40,8 @@ class Way:
     draft_prefill: str = ""
 
     def __str__(self) -> str:
-        return f"{self.drafter} {self.tree} T={self.temperature:g} {self.verify}".replace("  ", " ")
+        parts = (self.drafter, self.tree, f"T={self.temperature:g}", self.verify, self.draft_prefill)
+        return " ".join(part for part in parts if part)
 
     def requests(self, prompts: Sequence[tuple[int, ...]], max_tokens: int) -> list[GenerateRequest]:
         """One for each prompt, each with a seed of its own."""
