@@ -21,7 +21,6 @@ from pdspec.engine.resources import Resources, tree_spec
 from pdspec.errors import PdspecError
 from pdspec.model.batch import ForwardBatch, ForwardOutput
 from pdspec.sampling import History, stopping_ids
-from pdspec.spec.chooser import Seeded
 from pdspec.spec.protocol import Draft, DraftContext, Drafter, HiddenRows, empty_draft
 from pdspec.spec.tree import depths, tree_rows
 from pdspec.spec.verify import VerdictResult, verify
@@ -162,7 +161,7 @@ class DecodeEngine:
             logits,
             params,
             sequence.history,
-            Seeded(*sequence.ctx.noise_key),
+            sequence.ctx.chooser,
             root_position=sequence.ctx.root_position,
             end_ids=self.resources.end_ids,
             max_new=sequence.remaining,

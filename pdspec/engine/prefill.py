@@ -19,7 +19,6 @@ import torch
 from pdspec.engine.resources import Resources
 from pdspec.model.batch import ForwardBatch, ForwardOutput
 from pdspec.sampling import History, pick, stopping_ids, support, token_logprob
-from pdspec.spec.chooser import Seeded
 from pdspec.spec.protocol import Candidates, DraftContext, Drafter, HiddenRows
 from pdspec.types import DraftPrefill, GenerateRequest, TokenLogprob
 
@@ -167,8 +166,7 @@ class PrefillEngine:
     def _first(self, sequence: PrefillSequence, logits: torch.Tensor) -> None:
         request, params, ctx = sequence.request, sequence.request.sampling, sequence.ctx
         allowed = support(logits, params, prompt_history(request), end_ids=self.resources.end_ids)
-        chooser = Seeded(*ctx.noise_key)
-        token = pick(allowed, params, lambda ids: chooser.noise(ctx.prompt_len, ids))
+        token = pick(allowed, params, lambda ids: ctx.chooser.noise(ctx.prompt_len, ids))
         logprob = None if params.logprobs is None else token_logprob(allowed, token, params.logprobs)
         ctx.token_ids.append(token)
         sequence.events.first(token, logprob)

@@ -19,7 +19,7 @@ import torch
 from pdspec.cache.paged import PagedCache
 from pdspec.errors import InvalidRequest, TransferDamaged
 from pdspec.model.batch import ForwardBatch
-from pdspec.spec.draws import candidate_noise, cut_law, draws_from_q, position_noise
+from pdspec.spec.draws import Drawing, candidate_noise, cut_law, draws_from_q, position_noise
 from pdspec.spec.growth import NO_CHILDREN, Growth, Ranked, expansions, first_children, rank_children, width
 from pdspec.spec.protocol import Candidates, Draft, DraftContext, HiddenRows, Verdict
 from pdspec.spec.tree import TreeSpec, parse_tree
@@ -237,12 +237,10 @@ class FeatureDrafter:
             ctx.state.first = self._rank(ctx, row, 1, self._width(ctx.state.spec))
 
     def _shipped(self, ctx: DraftContext, spec: TreeSpec, candidates: Candidates) -> Ranked:
-        if not draws_from_q(ctx, spec):
+        noise = position_noise(ctx, spec, 1, self._target_ids)
+        if not isinstance(noise, Drawing):
             return first_children(candidates)
-        law = cut_law(candidates)
-        noise = position_noise(ctx, spec, 1, torch.from_numpy(law.token_ids))
-        assert noise is not None
-        return first_children(candidates, noise.numpy(), law)
+        return first_children(candidates, noise, cut_law(candidates))
 
     def _rank(self, ctx: DraftContext, logits: torch.Tensor, depth: int, count: int) -> Ranked:
         """The best ``count`` children at ``depth`` of each node, by the noise of their position."""

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from pdspec.spec.chooser import Chooser, Seeded
 from pdspec.types import CacheGroup, SamplingParams
 
 
@@ -100,7 +101,8 @@ class Candidates:
 @dataclass(kw_only=True)
 class DraftContext:
     """What a drafter may know of one running sequence. Owned by the engine; the drafter keeps its own part
-    in ``state`` and nowhere else, so that dropping the context drops everything."""
+    in ``state`` and nowhere else, so that dropping the context drops everything. All randomness of the answer comes
+    from ``chooser``: ``Seeded(*noise_key)``, unless a check puts another in its place."""
 
     request_id: str
     sampling: SamplingParams
@@ -111,6 +113,10 @@ class DraftContext:
     tree: str  # tree specification of this request
     state: Any = None  # the drafter's own per-sequence state
     metrics: dict[str, float] = field(default_factory=dict)
+    chooser: Chooser = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.chooser = Seeded(*self.noise_key)
 
     @property
     def root_position(self) -> int:
