@@ -193,6 +193,7 @@ class DecodeEngine:
             start=base,
             captured=None if output.captured is None else output.captured[hidden_rows],
             final=None if output.final is None else output.final[hidden_rows],
+            count=len(hidden_rows),
         )
 
     def _chunk(self, sequence: DecodeSequence, draft: Draft, found: VerdictResult) -> TokenChunk:

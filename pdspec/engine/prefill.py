@@ -145,6 +145,7 @@ class PrefillEngine:
             start=sequence.num_computed,
             final=None if output.final is None else output.final[rows],
             captured=None if output.captured is None else output.captured[rows],
+            count=rows.stop - rows.start,
         )
 
     def _advance(self, sequence: PrefillSequence, hidden: HiddenRows, logits: torch.Tensor | None) -> None:

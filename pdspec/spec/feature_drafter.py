@@ -9,7 +9,7 @@ target's features (``stable_kv``), over the scratch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,15 +17,14 @@ import numpy as np
 import torch
 
 from pdspec.cache.paged import PagedCache
-from pdspec.errors import InvalidRequest, TransferDamaged
+from pdspec.errors import TransferDamaged
 from pdspec.model.batch import ForwardBatch
-from pdspec.spec.draws import Drawing, candidate_noise, cut_law, draws_from_q, position_noise
-from pdspec.spec.growth import NO_CHILDREN, Growth, Ranked, expansions, first_children, rank_children, width
+from pdspec.spec.draft_rows import DraftRows, pack_rows
+from pdspec.spec.growth import Growth, Ranked
 from pdspec.spec.protocol import Candidates, Draft, DraftContext, HiddenRows, Verdict
-from pdspec.spec.tree import TreeSpec, parse_tree
+from pdspec.spec.tree import TreeSpec
+from pdspec.spec.tree_drafter import TreeDrafter
 from pdspec.types import CacheGroup
-
-FIRST_CHOICES = 16  # first draft tokens kept (and shipped) at least, whatever the tree
 
 
 class FeatureModel(Protocol):
@@ -60,18 +59,7 @@ class FeatureState:
     first: Ranked | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Rows:
-    """Rows of one sequence in a draft forward."""
-
-    ctx: DraftContext
-    token_ids: Sequence[int]
-    positions: Sequence[int]
-    slots: Sequence[int]
-    paths: Sequence[Sequence[int]]  # slots of ancestors and itself; empty: a committed row
-
-
-class FeatureDrafter:
+class FeatureDrafter(TreeDrafter):
     """``model`` over the pages of ``cache``, in cache group ``group``; ``target_ids`` int64 [draft vocabulary] are the
     target ids of its draft ids; ``tree`` is drafted where a request names none. ``capture`` are the target layers
     whose inputs ``model.features`` reads, ``want_final`` says that it reads the final hidden state.
@@ -85,16 +73,12 @@ class FeatureDrafter:
         fingerprint: str, tree: str, capture: tuple[int, ...] = (), want_final: bool = False, max_nodes: int = 64,
         target_matches: bool = True,
     ) -> None:
-        self.name, self.model = name, model
+        super().__init__(name, target_ids=target_ids, tree=tree, max_nodes=max_nodes)
+        self.model, self.target_matches = model, target_matches
         self.capture, self.want_final = capture, want_final
-        self.max_nodes, self.target_matches = max_nodes, target_matches
         self.groups: tuple[CacheGroup, ...] = (cache.layout(group),)
-        self.default_tree = tree
         self._page_size = cache.page_size
-        self._target_ids = target_ids
-        self._ids = target_ids.numpy()
         self._fingerprint = fingerprint
-        self._spec(self.default_tree)
 
     def fingerprint(self) -> str:
         """Hash of weights, geometry, vocabulary map, padding and compute dtype."""
@@ -103,10 +87,6 @@ class FeatureDrafter:
     def rows_at(self, num_tokens: int) -> dict[str, int]:
         """As many rows as tokens before the root."""
         return {self.groups[0].name: num_tokens}
-
-    def depth(self, tree: str) -> int:
-        """Deepest node under a request's tree. Raises UnknownName or InvalidRequest for a tree it cannot draft."""
-        return self._spec(tree).depth
 
     def prefill(self, ctx: DraftContext, hidden: HiddenRows) -> None:
         """Writes the rows whose features and next token are known; the last row waits for t_n. A chunk at 0 begins
@@ -139,10 +119,7 @@ class FeatureDrafter:
         state = self._state(ctx)
         assert state.feature is not None
         with torch.inference_mode():
-            logits, count = self.model.logits(state.feature), self._width(state.spec)
-            noise = candidate_noise(ctx, 1, self._target_ids)
-            best = rank_children(logits, ctx.sampling.temperature, noise, self._ids, count)
-        state.candidates = Candidates(token_ids=best.token_ids[0], log_q=best.log_q[0], score=best.score[0])
+            state.candidates = self._candidates(ctx, state.spec, self.model.logits(state.feature))
         return state.candidates, {"feature": state.feature.float().cpu()}
 
     def resume(self, ctx: DraftContext, candidates: Candidates | None, rows: dict[str, torch.Tensor]) -> None:
@@ -159,29 +136,25 @@ class FeatureDrafter:
         ctx.state = FeatureState(spec=spec, rows=ctx.root_position, feature=feature, candidates=candidates)
 
     def propose(self, batch: Sequence[DraftContext], budgets: Sequence[int]) -> list[Draft]:
-        """One tree each: one forward per level over all sequences, none for what cannot enter a tree any more."""
+        """One tree each; see ``TreeDrafter._grown``."""
         states = [self._state(ctx) for ctx in batch]
         with torch.inference_mode():
             self._find_first([ctx for ctx, budget in zip(batch, budgets, strict=True) if budget > 0])
-            growths = [self._growth(ctx, budget) for ctx, budget in zip(batch, budgets, strict=True)]
+            deepest = [max(1, self.model.max_positions - ctx.root_position + 1) for ctx in batch]
+            growths = [self._growth(*one) for one in zip(batch, budgets, deepest, strict=True)]
             outputs = [{-1: state.feature} for state in states]  # of the nodes expanded last, [1, H]
-            for level in range(1, max((g.budget for g in growths), default=0)):
-                frontiers = [growth.frontier() for growth in growths]
-                active = [i for i, frontier in enumerate(frontiers) if frontier]
-                if not active:
-                    break
-                rows = [self._nodes(batch[i], growths[i], frontiers[i], level) for i in active]
-                parents = [outputs[i][growths[i].parent(node)] for i in active for node in frontiers[i]]
+
+            def expand(level: int, frontiers: Mapping[int, Sequence[int]]) -> torch.Tensor:
+                rows = [self._nodes(batch[i], growths[i], nodes, level) for i, nodes in frontiers.items()]
+                parents = [outputs[i][growths[i].parent(node)] for i, nodes in frontiers.items() for node in nodes]
                 features = torch.cat([feature for feature in parents if feature is not None])
                 output = self._forward(rows, features, np.arange(len(features)))
-                logits, first = self.model.logits(output), 0
-                for i in active:
-                    stop = first + len(frontiers[i])
-                    ranked = self._rank(batch[i], logits[first:stop], level + 1, width(states[i].spec))
-                    growths[i].add(frontiers[i], ranked)
-                    outputs[i] = dict(zip(frontiers[i], output[first:stop].split(1), strict=True))
-                    first = stop
-        return [growth.draft() for growth in growths]
+                each = iter(output.split(1))
+                for i, nodes in frontiers.items():
+                    outputs[i] = {node: next(each) for node in nodes}
+                return self.model.logits(output)
+
+            return self._grown(batch, growths, expand)
 
     def observe(self, batch: Sequence[tuple[DraftContext, Verdict, HiddenRows]]) -> None:
         """Rebuilds the rows of the root and the accepted path in one forward. Raises ValueError when ``hidden`` is not
@@ -202,16 +175,6 @@ class FeatureDrafter:
             for (ctx, _, _), feature in zip(batch, output.split(1), strict=True):
                 state = ctx.state
                 state.rows, state.feature, state.candidates, state.first = ctx.root_position, feature, None, None
-
-    def _spec(self, tree: str) -> TreeSpec:
-        spec = parse_tree(tree or self.default_tree)
-        if max(spec.max_nodes, expansions(spec)) > self.max_nodes:
-            raise InvalidRequest(f"drafter {self.name} cannot draft {tree}: {spec.max_nodes} nodes, {expansions(spec)}"
-                                 " expanded", field="tree", remedy=f"keep both at {self.max_nodes} or below")
-        return spec
-
-    def _width(self, spec: TreeSpec) -> int:
-        return min(max(FIRST_CHOICES, width(spec)), len(self._ids))
 
     def _state(self, ctx: DraftContext) -> FeatureState:
         state = ctx.state
@@ -236,58 +199,16 @@ class FeatureDrafter:
         for ctx, row in zip(missing, logits.split(1), strict=True):
             ctx.state.first = self._rank(ctx, row, 1, self._width(ctx.state.spec))
 
-    def _shipped(self, ctx: DraftContext, spec: TreeSpec, candidates: Candidates) -> Ranked:
-        noise = position_noise(ctx, spec, 1, self._target_ids)
-        if not isinstance(noise, Drawing):
-            return first_children(candidates)
-        return first_children(candidates, noise, cut_law(candidates))
+    def _committed(self, ctx: DraftContext, first: int, count: int) -> DraftRows:
+        return DraftRows.committed(ctx, ctx.token_ids[first + 1 : first + count + 1], first)
 
-    def _rank(self, ctx: DraftContext, logits: torch.Tensor, depth: int, count: int) -> Ranked:
-        """The best ``count`` children at ``depth`` of each node, by the noise of their position."""
-        spec: TreeSpec = ctx.state.spec
-        noise = position_noise(ctx, spec, depth, self._target_ids)
-        return rank_children(logits, ctx.sampling.temperature, noise, self._ids, min(count, len(self._ids)),
-                             drawn=draws_from_q(ctx, spec))
-
-    def _growth(self, ctx: DraftContext, budget: int) -> Growth:
-        first = ctx.state.first if budget > 0 else None
-        deepest = max(1, self.model.max_positions - ctx.root_position + 1)
-        return Growth(ctx.state.spec, budget, NO_CHILDREN if first is None else first, deepest)
-
-    def _committed(self, ctx: DraftContext, first: int, count: int) -> _Rows:
-        rows = range(first, first + count)
-        return _Rows(ctx=ctx, token_ids=ctx.token_ids[first + 1 : first + count + 1], positions=rows, slots=rows,
-                     paths=[()] * count)
-
-    def _nodes(self, ctx: DraftContext, growth: Growth, frontier: Sequence[int], depth: int) -> _Rows:
+    def _nodes(self, ctx: DraftContext, growth: Growth, frontier: Sequence[int], depth: int) -> DraftRows:
         base = ctx.state.rows
         paths = [[base + number for number in growth.path(node)] for node in frontier]
-        return _Rows(ctx=ctx, token_ids=[growth.token(node) for node in frontier],
-                     positions=[ctx.root_position + depth - 1] * len(frontier), slots=[path[-1] for path in paths],
-                     paths=paths)
+        return DraftRows(ctx=ctx, token_ids=[growth.token(node) for node in frontier],
+                         positions=[ctx.root_position + depth - 1] * len(frontier), slots=[path[-1] for path in paths],
+                         prefix=[base] * len(frontier), paths=paths)
 
-    def _forward(self, rows: Sequence[_Rows], features: torch.Tensor, outputs: np.ndarray) -> torch.Tensor:
+    def _forward(self, rows: Sequence[DraftRows], features: torch.Tensor, outputs: np.ndarray) -> torch.Tensor:
         """One forward over the rows of several sequences; see ``Eagle3Head.forward``."""
-        longest = max(len(path) for one in rows for path in one.paths)
-        table = np.full((len(rows), max(len(one.ctx.pages) for one in rows)), -1, np.int32)
-        ancestors = np.full((len(features), longest), -1, np.int32)
-        prefix = np.empty(len(features), np.int32)
-        row = 0
-        for index, one in enumerate(rows):
-            table[index, : len(one.ctx.pages)] = one.ctx.pages
-            if max(one.slots) >= len(one.ctx.pages) * self._page_size:
-                raise ValueError(f"{one.ctx.request_id}: draft row {max(one.slots)} in {len(one.ctx.pages)} pages")
-            for slot, path in zip(one.slots, one.paths, strict=True):
-                ancestors[row, : len(path)] = path
-                prefix[row] = one.ctx.state.rows if path else slot + 1
-                row += 1
-
-        def flat(name: str) -> np.ndarray:
-            return np.array([value for one in rows for value in getattr(one, name)], np.int32)
-
-        batch = ForwardBatch(
-            token_ids=flat("token_ids"), positions=flat("positions"), slots=flat("slots"), prefix_len=prefix,
-            sequence=np.repeat(np.arange(len(rows), dtype=np.int32), [len(one.slots) for one in rows]),
-            ancestors=ancestors, page_table=table, logit_rows=np.empty(0, np.int32),
-        )
-        return self.model.forward(batch, features, outputs)
+        return self.model.forward(pack_rows(rows, self._page_size), features, outputs)

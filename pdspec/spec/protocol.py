@@ -126,17 +126,18 @@ class DraftContext:
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenRows:
-    """Target hidden states of consecutive positions ``start .. start+len-1`` of one sequence."""
+    """Target hidden states of consecutive positions ``start .. start+num_rows-1`` of one sequence."""
 
     start: int
     captured: torch.Tensor | None  # [rows, C, H] float32
     final: torch.Tensor | None  # [rows, H] float32
+    count: int = 0  # of rows, where no hidden state was asked for: a drafter may go by tokens alone
 
     @property
     def num_rows(self) -> int:
-        """0 where nothing was asked for."""
+        """How many positions."""
         part = self.captured if self.captured is not None else self.final
-        return 0 if part is None else len(part)
+        return self.count if part is None else len(part)
 
     @classmethod
     def joined(cls, parts: Sequence[HiddenRows]) -> HiddenRows:
@@ -145,7 +146,7 @@ class HiddenRows:
         final = [part.final for part in parts if part.final is not None]
         return cls(
             start=parts[0].start, captured=torch.cat(captured) if captured else None,
-            final=torch.cat(final) if final else None,
+            final=torch.cat(final) if final else None, count=sum(part.num_rows for part in parts),
         )
 
 

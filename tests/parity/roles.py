@@ -24,6 +24,12 @@ T = TypeVar("T")
 TINY: dict[str, Any] = {
     "model": "tiny", "heads": {"eagle3": "random:0"}, "cache_tokens": 8192, "threads": 1, "chunk": 16, "poison": True,
 }  # fmt: skip
+# Every family that can be made for the tiny model. The draft model is the target itself: much is accepted, and where
+# penalties move the target away from it much is not.
+EVERY: dict[str, Any] = {
+    "drafters": ("none", "ngram", "suffix", "eagle3", "draft_model"),
+    "heads": {"eagle3": "random:0", "draft_model": "tiny"},
+}
 
 
 # One event loop for every client of a test run: gRPC's poller is shared by all loops of a process, and one that was
