@@ -27,6 +27,7 @@ from tests.parity.roles import TINY, Roles, held_by, request, running
 CASES = [
     ("none", ""),
     ("ngram", "chain(4)"),
+    ("medusa", "static(3x2x1)"),
     ("eagle3", "chain(3)"),
     ("eagle3", "dynamic(4,4,8)"),
     ("eagle3", "static(3x2)"),
@@ -86,7 +87,7 @@ def test_both_handoffs_give_plain_decodings_tokens_and_the_local_proposals(roles
 
 
 def test_a_batch_in_one_process_is_as_one_at_a_time(roles):
-    many = [request(*CASES[i % 5], n=5 + 13 * i, seed=i, sampling={"temperature": 0.6 * (i % 2)}) for i in range(8)]
+    many = [request(*CASES[i % len(CASES)], n=5 + 13 * i, seed=i, sampling={"temperature": 0.6 * (i % 2)}) for i in range(8)]
     together: list[list[int]] = [[] for _ in many]
     for index, chunk in roles.local.generate_batch(many):
         together[index] += chunk.token_ids

@@ -12,6 +12,8 @@ CASES = [
     ("none", ""),
     ("ngram", "chain(5)"),
     ("suffix", "dynamic(5,3,6)"),
+    ("medusa", "chain(4)"),
+    ("medusa", "dynamic(3,3,6)"),
     ("eagle3", "chain(3)"),
     ("eagle3", "dynamic(3,3,6)"),
     ("eagle3", "static(2x2)"),
@@ -43,7 +45,7 @@ def test_every_path_gives_plain_decodings_tokens_and_the_local_drafters_proposal
     n, layers, row = len(asked.prompt_ids), 4, roles.local.resources.runner.group.row_bytes
     assert handed.stats.kv_bytes == n * layers * row
     assert (handed.stats.draft_kv_bytes > 0) == (drafter == "eagle3" and mode == "prefill")
-    assert (handed.stats.hidden_bytes > 0) == (drafter == "eagle3" and mode == "decode")
+    assert (handed.stats.hidden_bytes > 0) == (drafter in ("medusa", "eagle3") and mode == "decode")
 
 
 def test_a_decode_worker_alone_gives_the_same(roles):
@@ -69,10 +71,11 @@ def test_eight_at_once_are_as_one_at_a_time(roles):
 def test_chunks_of_any_size_give_the_same(chunk):
     with running(prefill={"chunk": chunk}, dtype="float32") as roles:
         for mode in ("prefill", "decode"):
-            asked = request("eagle3", "dynamic(3,3,6)", n=50, draft_prefill=mode)
-            local = roles.ask_local(asked)
-            (answer,) = roles.ask(asked)
-            assert (answer.tokens, answer.traces) == (local.tokens, local.traces)
+            for drafter in ("eagle3", "medusa"):
+                asked = request(drafter, "dynamic(3,3,6)", n=50, draft_prefill=mode)
+                local = roles.ask_local(asked)
+                (answer,) = roles.ask(asked)
+                assert (answer.tokens, answer.traces) == (local.tokens, local.traces)
 
 
 def test_a_replayed_answer_goes_on_with_the_same_tokens(roles):
