@@ -172,7 +172,7 @@ class DecodeEngine:
         self, sequence: DecodeSequence, draft: Draft, found: VerdictResult, output: ForwardOutput, rows: slice
     ) -> HiddenRows:
         """Append the outputs, make the accepted rows contiguous, and hand on the hidden states of the accepted path."""
-        verdict, ctx, base = found.verdict, sequence.ctx, sequence.num_rows
+        verdict, ctx, base, drafter = found.verdict, sequence.ctx, sequence.num_rows, sequence.drafter
         target = self.resources.runner.group.name
         source = [base + 1 + node for node in verdict.path]
         wanted = list(range(base + 1, base + 1 + len(source)))
@@ -191,8 +191,8 @@ class DecodeEngine:
             sequence.finish = FinishReason.LENGTH
         return HiddenRows(
             start=base,
-            captured=None if output.captured is None else output.captured[hidden_rows],
-            final=None if output.final is None else output.final[hidden_rows],
+            captured=output.captured[hidden_rows] if output.captured is not None and drafter.capture else None,
+            final=output.final[hidden_rows] if output.final is not None and drafter.want_final else None,
             count=len(hidden_rows),
         )
 

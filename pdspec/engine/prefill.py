@@ -141,10 +141,12 @@ class PrefillEngine:
                 sequence.events.rows(group, layer, sequence.num_computed, sequence.num_computed + count)
 
     def _hidden(self, sequence: PrefillSequence, output: ForwardOutput, rows: slice) -> HiddenRows:
+        """What this sequence's drafter reads; others in the batch may read more."""
+        drafter = sequence.drafter
         return HiddenRows(
             start=sequence.num_computed,
-            final=None if output.final is None else output.final[rows],
-            captured=None if output.captured is None else output.captured[rows],
+            final=output.final[rows] if output.final is not None and drafter.want_final else None,
+            captured=output.captured[rows] if output.captured is not None and drafter.capture else None,
             count=rows.stop - rows.start,
         )
 

@@ -22,13 +22,15 @@ from pdspec.wire.codec import chunk_from_pb, decode_request_to_pb
 
 T = TypeVar("T")
 TINY: dict[str, Any] = {
-    "model": "tiny", "heads": {"eagle3": "random:0"}, "cache_tokens": 8192, "threads": 1, "chunk": 16, "poison": True,
+    "model": "tiny", "drafters": ("none", "ngram", "suffix", "eagle3"),
+    "heads": {"eagle3": "random:0"}, "cache_tokens": 8192, "threads": 1, "chunk": 16,
+    "poison": True,
 }  # fmt: skip
 # Every family that can be made for the tiny model. The draft model is the target itself: much is accepted, and where
 # penalties move the target away from it much is not.
 EVERY: dict[str, Any] = {
-    "drafters": ("none", "ngram", "suffix", "eagle3", "draft_model"),
-    "heads": {"eagle3": "random:0", "draft_model": "tiny"},
+    "drafters": ("none", "ngram", "suffix", "medusa", "eagle3", "draft_model"),
+    "heads": {"medusa": "random:0", "eagle3": "random:0", "draft_model": "tiny"},
 }
 
 

@@ -28,6 +28,7 @@ from tests.parity.roles import EVERY, TINY, Roles, held_by, request, running
 CASES = [
     ("none", ""),
     ("ngram", "chain(4)"),
+    ("medusa", "static(3x2x1)"),
     ("eagle3", "chain(3)"),
     ("eagle3", "dynamic(4,4,8)"),
     ("eagle3", "static(3x2)"),

@@ -13,6 +13,8 @@ CASES = [
     ("none", ""),
     ("ngram", "chain(5)"),
     ("suffix", "dynamic(5,3,6)"),
+    ("medusa", "chain(4)"),
+    ("medusa", "dynamic(3,3,6)"),
     ("eagle3", "chain(3)"),
     ("eagle3", "dynamic(3,3,6)"),
     ("eagle3", "static(2x2)"),
@@ -21,6 +23,8 @@ CASES = [
     ("draft_model", "static(2x2)"),
 ]
 OWN_KV = ("eagle3", "draft_model")
+READS_HIDDEN = ("medusa", "eagle3")
+LEARNED = ("medusa", "eagle3", "draft_model")
 SAMPLING = {
     "greedy": {},
     "sampled": {"temperature": 0.8, "top_p": 0.95},
@@ -48,7 +52,7 @@ def test_every_path_gives_plain_decodings_tokens_and_the_local_drafters_proposal
     n, layers, row = len(asked.prompt_ids), 4, roles.local.resources.runner.group.row_bytes
     assert handed.stats.kv_bytes == n * layers * row
     assert (handed.stats.draft_kv_bytes > 0) == (drafter in OWN_KV and mode == "prefill")
-    assert (handed.stats.hidden_bytes > 0) == (drafter == "eagle3" and mode == "decode")
+    assert (handed.stats.hidden_bytes > 0) == (drafter in READS_HIDDEN and mode == "decode")
 
 
 def test_a_decode_worker_alone_gives_the_same(roles):
@@ -73,7 +77,7 @@ def test_many_at_once_are_as_one_at_a_time(roles):
 @pytest.mark.parametrize("chunk", [5, 64])
 def test_chunks_of_any_size_give_the_same(chunk):
     with running(prefill={"chunk": chunk}, dtype="float32", **EVERY) as roles:
-        for drafter, mode in product(("eagle3", "draft_model"), ("prefill", "decode")):
+        for drafter, mode in product(LEARNED, ("prefill", "decode")):
             asked = request(drafter, "dynamic(3,3,6)", n=50, draft_prefill=mode)
             local = roles.ask_local(asked)
             (answer,) = roles.ask(asked)
