@@ -193,7 +193,7 @@ def test_the_described_default_tree_is_the_one_that_is_drafted(name):
 
 
 def test_an_unknown_drafter_is_refused_by_name():
-    with pytest.raises(UnknownName, match="hydra.*none, ngram, suffix, eagle3, draft_model"):
+    with pytest.raises(UnknownName, match="hydra.*none, ngram, suffix, eagle3, draft_model, sparse"):
         make("hydra", PagedCache((), 1, 16))
     with pytest.raises(UnknownName, match="hydra"):
         draft_groups(["none", "hydra"], setting(heads={}))

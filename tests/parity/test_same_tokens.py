@@ -19,6 +19,8 @@ CASES = [
     ("draft_model", "chain(3)"),
     ("draft_model", "dynamic(3,3,6)"),
     ("draft_model", "static(2x2)"),
+    ("sparse", "chain(3)"),
+    ("sparse", "dynamic(3,3,6)"),
 ]
 OWN_KV = ("eagle3", "draft_model")
 SAMPLING = {
@@ -30,7 +32,9 @@ SAMPLING = {
 
 @pytest.fixture(scope="module", params=["bfloat16", "float32"])
 def roles(request):
-    with running(dtype=request.param, prefill={"page_size": 8}, decode={"page_size": 16}, **EVERY) as roles:
+    options = {"sparse:select": "snapkv", "sparse:budget": "32", "sparse:window": "4"}
+    pages = {"prefill": {"page_size": 8}, "decode": {"page_size": 16}}
+    with running(dtype=request.param, **pages, **{**EVERY, "options": options}) as roles:
         yield roles
 
 
@@ -73,7 +77,7 @@ def test_many_at_once_are_as_one_at_a_time(roles):
 @pytest.mark.parametrize("chunk", [5, 64])
 def test_chunks_of_any_size_give_the_same(chunk):
     with running(prefill={"chunk": chunk}, dtype="float32", **EVERY) as roles:
-        for drafter, mode in product(("eagle3", "draft_model"), ("prefill", "decode")):
+        for drafter, mode in product(("eagle3", "draft_model", "sparse"), ("prefill", "decode")):
             asked = request(drafter, "dynamic(3,3,6)", n=50, draft_prefill=mode)
             local = roles.ask_local(asked)
             (answer,) = roles.ask(asked)
