@@ -27,10 +27,11 @@ TINY: dict[str, Any] = {
     "poison": True,
 }  # fmt: skip
 # Every family that can be made for the tiny model. The draft model is the target itself: much is accepted, and where
-# penalties move the target away from it much is not.
+# penalties move the target away from it much is not. The sparse view has about half of a prompt.
 EVERY: dict[str, Any] = {
-    "drafters": ("none", "ngram", "suffix", "medusa", "eagle3", "draft_model"),
+    "drafters": ("none", "ngram", "suffix", "medusa", "eagle3", "draft_model", "sparse"),
     "heads": {"medusa": "random:0", "eagle3": "random:0", "draft_model": "tiny"},
+    "options": {"sparse:sink": "2", "sparse:window": "12"},
 }
 
 

@@ -21,10 +21,12 @@ CASES = [
     ("draft_model", "chain(3)"),
     ("draft_model", "dynamic(3,3,6)"),
     ("draft_model", "static(2x2)"),
+    ("sparse", "chain(3)"),
+    ("sparse", "dynamic(3,3,6)"),
 ]
 OWN_KV = ("eagle3", "draft_model")
 READS_HIDDEN = ("medusa", "eagle3")
-LEARNED = ("medusa", "eagle3", "draft_model")
+LEARNED = ("medusa", "eagle3", "draft_model", "sparse")
 SAMPLING = {
     "greedy": {},
     "sampled": {"temperature": 0.8, "top_p": 0.95},
@@ -34,7 +36,9 @@ SAMPLING = {
 
 @pytest.fixture(scope="module", params=["bfloat16", "float32"])
 def roles(request):
-    with running(dtype=request.param, prefill={"page_size": 8}, decode={"page_size": 16}, **EVERY) as roles:
+    options = {"sparse:select": "snapkv", "sparse:budget": "32", "sparse:window": "4"}
+    pages = {"prefill": {"page_size": 8}, "decode": {"page_size": 16}}
+    with running(dtype=request.param, **pages, **{**EVERY, "options": options}) as roles:
         yield roles
 
 
