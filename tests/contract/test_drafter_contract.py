@@ -32,7 +32,7 @@ from pdspec.types import SamplingParams
 TARGET = tiny_config("tiny")
 FILES = ModelFiles(name="tiny-0", path=None, config=TARGET, content_hash="c0", tokenizer_hash="t0")
 OPS = TorchOps(torch.device("cpu"))
-RANDOM = {"eagle3": "random:3"}
+RANDOM = {"eagle1": "random:3", "eagle2": "random:3", "eagle3": "random:3"}
 ALPHABET = 6  # so that n-grams repeat
 
 
@@ -53,7 +53,7 @@ def setting(*, dtype="float32", heads=RANDOM, strict=False, **changes):
 def make(name, pages=None, **changes):
     asked = setting(**changes)
     if pages is None:
-        pages = PagedCache((TARGET.target_group(asked.dtype), *draft_groups(NAMES, asked)), 200, 16)
+        pages = PagedCache((TARGET.target_group(asked.dtype), *draft_groups([name], asked)), 200, 16)
     return make_drafter(name, asked, Parts(ops=OPS, cache=pages, runner=target(asked.dtype))), pages
 
 
@@ -193,7 +193,7 @@ def test_the_described_default_tree_is_the_one_that_is_drafted(name):
 
 
 def test_an_unknown_drafter_is_refused_by_name():
-    with pytest.raises(UnknownName, match="hydra.*none, ngram, suffix, eagle3"):
+    with pytest.raises(UnknownName, match="hydra.*none, ngram, suffix, eagle1, eagle2, eagle3"):
         make("hydra", PagedCache((), 1, 16))
     with pytest.raises(UnknownName, match="hydra"):
         draft_groups(["none", "hydra"], setting(heads={}))
