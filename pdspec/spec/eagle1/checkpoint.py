@@ -87,6 +87,9 @@ def load_head(folder: Path) -> Head:
 def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
     """Tensors alone: anything else in the file is refused. Raises CheckpointError naming it."""
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(stored, dict) or not all(isinstance(value, torch.Tensor) for value in stored.values()):
+            raise TypeError("a mapping of names to tensors is expected")
+        return dict(stored)
     except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, TypeError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}", field="heads", remedy=HEAD_REMEDY) from error
