@@ -37,6 +37,8 @@ class TreeDrafter:
     """``target_ids`` int64 [draft vocabulary] are the target ids of its draft ids; ``tree`` is drafted where a request
     names none. A request's tree may have ``max_nodes`` nodes and expand as many."""
 
+    threshold = 0.0  # see Growth
+
     def __init__(self, name: str, *, target_ids: torch.Tensor, tree: str, max_nodes: int) -> None:
         self.name, self.max_nodes, self.default_tree = name, max_nodes, tree
         self._target_ids = target_ids
@@ -80,7 +82,7 @@ class TreeDrafter:
     def _growth(self, ctx: DraftContext, budget: int, deepest: int) -> Growth:
         """A tree with its first level, no deeper than ``deepest``."""
         first = ctx.state.first if budget > 0 else None
-        return Growth(ctx.state.spec, budget, NO_CHILDREN if first is None else first, deepest)
+        return Growth(ctx.state.spec, budget, NO_CHILDREN if first is None else first, deepest, self.threshold)
 
     def _grown(self, batch: Sequence[DraftContext], growths: Sequence[Growth], expand: Expand) -> list[Draft]:
         """Whole trees: one forward per level over all of them, none for what cannot enter a tree any more."""

@@ -29,6 +29,8 @@ CASES = [
     ("none", ""),
     ("ngram", "chain(4)"),
     ("medusa", "static(3x2x1)"),
+    ("eagle1", "chain(3)"),
+    ("eagle2", "dynamic(4,4,8)"),
     ("eagle3", "chain(3)"),
     ("eagle3", "dynamic(4,4,8)"),
     ("eagle3", "static(3x2)"),

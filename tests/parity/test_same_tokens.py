@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from tests.parity.roles import EVERY, request, running
+from tests.parity.roles import EAGLES, EVERY, LEARNED, READS_HIDDEN, request, running
 
 CASES = [
     ("none", ""),
@@ -15,6 +15,8 @@ CASES = [
     ("suffix", "dynamic(5,3,6)"),
     ("medusa", "chain(4)"),
     ("medusa", "dynamic(3,3,6)"),
+    ("eagle1", "static(2x2)"),
+    ("eagle2", "dynamic(3,3,6)"),
     ("eagle3", "chain(3)"),
     ("eagle3", "dynamic(3,3,6)"),
     ("eagle3", "static(2x2)"),
@@ -24,9 +26,7 @@ CASES = [
     ("sparse", "chain(3)"),
     ("sparse", "dynamic(3,3,6)"),
 ]
-OWN_KV = ("eagle3", "draft_model")
-READS_HIDDEN = ("medusa", "eagle3")
-LEARNED = ("medusa", "eagle3", "draft_model", "sparse")
+OWN_KV = (*EAGLES, "draft_model")
 SAMPLING = {
     "greedy": {},
     "sampled": {"temperature": 0.8, "top_p": 0.95},
@@ -86,6 +86,28 @@ def test_chunks_of_any_size_give_the_same(chunk):
             local = roles.ask_local(asked)
             (answer,) = roles.ask(asked)
             assert (answer.tokens, answer.traces) == (local.tokens, local.traces)
+
+
+@pytest.mark.parametrize("stable", ["true", "false"])
+@pytest.mark.parametrize("padding", ["true", "false"])
+def test_every_option_of_feature_drafters_keeps_tokens_and_proposals(stable, padding):
+    names = {"stable_kv": stable, "first_token_padding": padding}
+    options = {f"{drafter}:{name}": value for drafter in EAGLES for name, value in names.items()}
+    changes = {"prefill": {"chunk": 7, "page_size": 8}, "decode": {"page_size": 16}}
+    with running(dtype="float32", **changes, **{**EVERY, "options": {**options, "eagle2:threshold": "0.001"}}) as roles:
+        asked = [
+            request(drafter, tree, n=20 + 9 * i, seed=i, sampling={"temperature": 0.4 * i}, draft_prefill=mode)
+            for i, (drafter, tree) in enumerate([("eagle1", "chain(4)"), ("eagle2", ""), ("eagle3", "static(2x2x1)")])
+            for mode in ("prefill", "decode")
+        ]
+        for one, answer in zip(asked, roles.ask(*asked), strict=True):
+            local = roles.ask_local(one)
+            plain = roles.ask_local(dataclasses.replace(one, drafter="none", tree=""))
+            assert answer.tokens == local.tokens == plain.tokens
+            assert answer.traces == local.traces and answer.stats.draft_rebuilds == 0
+            layout = roles.local.resources.drafters[one.drafter].groups[0]
+            rows = len(one.prompt_ids) + (padding == "true")
+            assert answer.stats.draft_kv_bytes == (rows * layout.row_bytes if one.draft_prefill == "prefill" else 0)
 
 
 def test_a_replayed_answer_goes_on_with_the_same_tokens(roles):
