@@ -10,65 +10,20 @@ target's features (``stable_kv``), over the scratch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from pdspec.cache.paged import PagedCache
 from pdspec.errors import InvalidRequest, TransferDamaged
-from pdspec.model.batch import ForwardBatch
 from pdspec.spec.draws import candidate_noise, cut_law, draws_from_q, position_noise
+from pdspec.spec.feature_rows import FeatureModel, FeatureState, Rows, pack_rows
 from pdspec.spec.growth import NO_CHILDREN, Growth, Ranked, expansions, first_children, rank_children, width
 from pdspec.spec.protocol import Candidates, Draft, DraftContext, HiddenRows, Verdict
 from pdspec.spec.tree import TreeSpec, parse_tree
 from pdspec.types import CacheGroup
 
 FIRST_CHOICES = 16  # first draft tokens kept (and shipped) at least, whatever the tree
-
-
-class FeatureModel(Protocol):
-    """A head's forward pass over draft KV pages (``eagle3/head.py``). ``config`` has ``hidden_size`` H; the ``group``
-    holds its KV rows."""
-
-    ops: Any
-    config: Any
-    max_positions: int
-
-    def features(self, hidden: HiddenRows) -> torch.Tensor:
-        """What rows read of the target: [R, H]. Raises ValueError where it was not captured."""
-
-    def forward(self, batch: ForwardBatch, features: torch.Tensor, outputs: np.ndarray) -> torch.Tensor:
-        """Writes the KV rows of all R rows; the layer's output [len(outputs), H] of the rows ``outputs``."""
-
-    def logits(self, outputs: torch.Tensor) -> torch.Tensor:
-        """[R, draft vocabulary] float32 of outputs [R, H]."""
-
-
-@dataclass(kw_only=True)
-class FeatureState:
-    """A sequence's part. ``feature`` [1, H] is the output of the last committed row, ``waiting`` [1 or 0, H] the
-    features of the row whose token is not known yet. ``candidates`` are what crosses the handoff, ``first`` the first
-    children of the next tree; both are made when first needed."""
-
-    spec: TreeSpec
-    rows: int  # committed draft rows
-    waiting: torch.Tensor | None = None
-    feature: torch.Tensor | None = None
-    candidates: Candidates | None = None
-    first: Ranked | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Rows:
-    """Rows of one sequence in a draft forward."""
-
-    ctx: DraftContext
-    token_ids: Sequence[int]
-    positions: Sequence[int]
-    slots: Sequence[int]
-    paths: Sequence[Sequence[int]]  # slots of ancestors and itself; empty: a committed row
 
 
 class FeatureDrafter:
@@ -90,7 +45,7 @@ class FeatureDrafter:
         self.max_nodes, self.target_matches = max_nodes, target_matches
         self.groups: tuple[CacheGroup, ...] = (cache.layout(group),)
         self.default_tree = tree
-        self._page_size = cache.page_size
+        self._cache = cache
         self._target_ids = target_ids
         self._ids = target_ids.numpy()
         self._fingerprint = fingerprint
@@ -256,40 +211,18 @@ class FeatureDrafter:
         deepest = max(1, self.model.max_positions - ctx.root_position + 1)
         return Growth(ctx.state.spec, budget, NO_CHILDREN if first is None else first, deepest)
 
-    def _committed(self, ctx: DraftContext, first: int, count: int) -> _Rows:
+    def _committed(self, ctx: DraftContext, first: int, count: int) -> Rows:
         rows = range(first, first + count)
-        return _Rows(ctx=ctx, token_ids=ctx.token_ids[first + 1 : first + count + 1], positions=rows, slots=rows,
-                     paths=[()] * count)
+        return Rows(pages=ctx.pages, name=ctx.request_id, committed=ctx.state.rows, slots=rows, positions=rows,
+                    token_ids=ctx.token_ids[first + 1 : first + count + 1], paths=[()] * count)
 
-    def _nodes(self, ctx: DraftContext, growth: Growth, frontier: Sequence[int], depth: int) -> _Rows:
+    def _nodes(self, ctx: DraftContext, growth: Growth, frontier: Sequence[int], depth: int) -> Rows:
         base = ctx.state.rows
         paths = [[base + number for number in growth.path(node)] for node in frontier]
-        return _Rows(ctx=ctx, token_ids=[growth.token(node) for node in frontier],
-                     positions=[ctx.root_position + depth - 1] * len(frontier), slots=[path[-1] for path in paths],
-                     paths=paths)
+        return Rows(pages=ctx.pages, name=ctx.request_id, committed=base, slots=[path[-1] for path in paths],
+                    positions=[base + depth - 1] * len(frontier), paths=paths,
+                    token_ids=[growth.token(node) for node in frontier])
 
-    def _forward(self, rows: Sequence[_Rows], features: torch.Tensor, outputs: np.ndarray) -> torch.Tensor:
-        """One forward over the rows of several sequences; see ``Eagle3Head.forward``."""
-        longest = max(len(path) for one in rows for path in one.paths)
-        table = np.full((len(rows), max(len(one.ctx.pages) for one in rows)), -1, np.int32)
-        ancestors = np.full((len(features), longest), -1, np.int32)
-        prefix = np.empty(len(features), np.int32)
-        row = 0
-        for index, one in enumerate(rows):
-            table[index, : len(one.ctx.pages)] = one.ctx.pages
-            if max(one.slots) >= len(one.ctx.pages) * self._page_size:
-                raise ValueError(f"{one.ctx.request_id}: draft row {max(one.slots)} in {len(one.ctx.pages)} pages")
-            for slot, path in zip(one.slots, one.paths, strict=True):
-                ancestors[row, : len(path)] = path
-                prefix[row] = one.ctx.state.rows if path else slot + 1
-                row += 1
-
-        def flat(name: str) -> np.ndarray:
-            return np.array([value for one in rows for value in getattr(one, name)], np.int32)
-
-        batch = ForwardBatch(
-            token_ids=flat("token_ids"), positions=flat("positions"), slots=flat("slots"), prefix_len=prefix,
-            sequence=np.repeat(np.arange(len(rows), dtype=np.int32), [len(one.slots) for one in rows]),
-            ancestors=ancestors, page_table=table, logit_rows=np.empty(0, np.int32),
-        )
-        return self.model.forward(batch, features, outputs)
+    def _forward(self, rows: Sequence[Rows], features: torch.Tensor, outputs: np.ndarray) -> torch.Tensor:
+        """One forward over the rows of several sequences; see ``FeatureModel.forward``."""
+        return self.model.forward(pack_rows(rows, self._cache.page_size), features, outputs)
