@@ -142,10 +142,11 @@ class PrefillEngine:
                 sequence.events.rows(group, layer, sequence.num_computed, sequence.num_computed + count)
 
     def _hidden(self, sequence: PrefillSequence, output: ForwardOutput, rows: slice) -> HiddenRows:
+        drafter = sequence.drafter  # of others in the batch there may be more
         return HiddenRows(
             start=sequence.num_computed,
-            final=None if output.final is None else output.final[rows],
-            captured=None if output.captured is None else output.captured[rows],
+            final=output.final[rows] if drafter.want_final and output.final is not None else None,
+            captured=output.captured[rows] if drafter.capture and output.captured is not None else None,
         )
 
     def _advance(self, sequence: PrefillSequence, hidden: HiddenRows, logits: torch.Tensor | None) -> None:

@@ -3,8 +3,15 @@
 Draft KV row i reads the target's features h_i and the token t_{i+1}, at RoPE position i; its output predicts t_{i+2}.
 With root t_n the rows 0..n-1 are committed; their slots are their indices. While a tree grows, an expanded node at
 depth d (it stands for absolute position n+d) is row n+d-1: RoPE position n+d-1, feature = its parent's output, KV in a
-scratch slot after the committed rows. After a verification the rows of the accepted tokens are made anew from the
-target's features (``stable_kv``), over the scratch.
+scratch slot after the committed rows. After a verification with a accepted drafts the rows n..n+a are committed:
+
+    stable_kv   (the default; SafeAILab's way) all are made anew from the target's features, over the scratch
+    unstable    rows that the tree made of accepted nodes are kept, moved to their place; only what it never made comes
+                from the target's features: rows of nodes that were not expanded, and always row n+a, which reads
+                t_{n+a+1} and whose output the next draft begins with
+
+With first-token padding every row moves up by one: row i reads h_{i-1} and t_i, row 0 a feature of zeros and t_0, and
+with root t_n there are n+1 rows; each token then has its draft row where it has its target row.
 """
 
 from __future__ import annotations
@@ -17,7 +24,7 @@ import torch
 from pdspec.cache.paged import PagedCache
 from pdspec.errors import InvalidRequest, TransferDamaged
 from pdspec.spec.draws import candidate_noise, cut_law, draws_from_q, position_noise
-from pdspec.spec.feature_rows import FeatureModel, FeatureState, Rows, pack_rows
+from pdspec.spec.feature_rows import FeatureModel, FeatureState, Rows, later_rows, pack_rows
 from pdspec.spec.growth import NO_CHILDREN, Growth, Ranked, expansions, first_children, rank_children, width
 from pdspec.spec.protocol import Candidates, Draft, DraftContext, HiddenRows, Verdict
 from pdspec.spec.tree import TreeSpec, parse_tree
@@ -32,15 +39,18 @@ class FeatureDrafter:
     whose inputs ``model.features`` reads, ``want_final`` says that it reads the final hidden state.
 
     ``target_matches`` is False when the head was made for other weights of this geometry. A request's tree may have
-    ``max_nodes`` nodes and expand as many.
+    ``max_nodes`` nodes and expand as many. ``stable_kv`` and ``padding`` (of the first token) as above; nodes whose
+    path has a probability below ``threshold`` are neither expanded nor kept.
     """
 
     def __init__(
         self, name: str, model: FeatureModel, cache: PagedCache, *, group: str, target_ids: torch.Tensor,
         fingerprint: str, tree: str, capture: tuple[int, ...] = (), want_final: bool = False, max_nodes: int = 64,
-        target_matches: bool = True,
+        target_matches: bool = True, stable_kv: bool = True, padding: bool = False, threshold: float = 0.0,
     ) -> None:
         self.name, self.model = name, model
+        self.stable_kv, self.threshold = stable_kv, threshold
+        self._padding = int(padding)  # rows before the one that reads h_0
         self.capture, self.want_final = capture, want_final
         self.max_nodes, self.target_matches = max_nodes, target_matches
         self.groups: tuple[CacheGroup, ...] = (cache.layout(group),)
@@ -56,8 +66,8 @@ class FeatureDrafter:
         return self._fingerprint
 
     def rows_at(self, num_tokens: int) -> dict[str, int]:
-        """As many rows as tokens before the root."""
-        return {self.groups[0].name: num_tokens}
+        """As many rows as tokens before the root, one more with first-token padding."""
+        return {self.groups[0].name: num_tokens + self._padding}
 
     def depth(self, tree: str) -> int:
         """Deepest node under a request's tree. Raises UnknownName or InvalidRequest for a tree it cannot draft."""
@@ -69,20 +79,24 @@ class FeatureDrafter:
         out of order."""
         state = ctx.state
         if state is None or hidden.start == 0:
-            state = ctx.state = FeatureState(spec=self._spec(ctx.tree), rows=hidden.start)
+            rows = hidden.start + self._padding if hidden.start else 0
+            state = ctx.state = FeatureState(spec=self._spec(ctx.tree), rows=rows)
         with torch.inference_mode():
             features = self.model.features(hidden)
+            if hidden.start == 0 and self._padding:
+                state.waiting = features.new_zeros(1, features.shape[1])
             held = 0 if state.waiting is None else len(state.waiting)
             if state.waiting is not None:
                 features = torch.cat((state.waiting, features))
-            known = min(state.rows + len(features), ctx.root_position) - state.rows
-            if hidden.start != state.rows + held or not 0 <= len(features) - known <= 1:
+            due = self._due(ctx)
+            known = min(state.rows + len(features), due) - state.rows
+            if hidden.start + self._padding != state.rows + held or not 0 <= len(features) - known <= 1:
                 raise ValueError(f"hidden rows {hidden.start}.. when {state.rows} draft rows are made, {held} waits and"
                                  f" the root is at {ctx.root_position}")
             state.waiting = features[known:].clone() if len(features) > known else None
             if known == 0:
                 return
-            last = state.rows + known == ctx.root_position
+            last = state.rows + known == due
             output = self._forward([self._committed(ctx, state.rows, known)], features[:known],
                                    np.arange(known - 1, known) if last else np.empty(0, np.int64))
             state.rows += known
@@ -111,7 +125,7 @@ class FeatureDrafter:
                 " are expected", field="draft_start", remedy="let the decode worker rebuild the draft state",
             )
         feature = feature.to(self.model.ops.device, torch.float32).contiguous()
-        ctx.state = FeatureState(spec=spec, rows=ctx.root_position, feature=feature, candidates=candidates)
+        ctx.state = FeatureState(spec=spec, rows=self._due(ctx), feature=feature, candidates=candidates)
 
     def propose(self, batch: Sequence[DraftContext], budgets: Sequence[int]) -> list[Draft]:
         """One tree each: one forward per level over all sequences, none for what cannot enter a tree any more."""
@@ -119,6 +133,8 @@ class FeatureDrafter:
         with torch.inference_mode():
             self._find_first([ctx for ctx, budget in zip(batch, budgets, strict=True) if budget > 0])
             growths = [self._growth(ctx, budget) for ctx, budget in zip(batch, budgets, strict=True)]
+            for state in states:
+                state.made = {}
             outputs = [{-1: state.feature} for state in states]  # of the nodes expanded last, [1, H]
             for level in range(1, max((g.budget for g in growths), default=0)):
                 frontiers = [growth.frontier() for growth in growths]
@@ -139,24 +155,45 @@ class FeatureDrafter:
         return [growth.draft() for growth in growths]
 
     def observe(self, batch: Sequence[tuple[DraftContext, Verdict, HiddenRows]]) -> None:
-        """Rebuilds the rows of the root and the accepted path in one forward. Raises ValueError when ``hidden`` is not
-        of these rows."""
-        rows = []
+        """Makes the rows of the root and the accepted path final in one forward. Raises ValueError when ``hidden`` is
+        not of these rows."""
+        rows, parts = [], []
         for ctx, verdict, hidden in batch:
             state, count = ctx.state, verdict.num_accepted + 1
-            if hidden.start != state.rows or hidden.num_rows != count or state.rows + count != ctx.root_position:
+            start = state.rows - self._padding
+            if hidden.start != start or hidden.num_rows != count or state.rows + count != self._due(ctx):
                 raise ValueError(f"hidden rows {hidden.start}..+{hidden.num_rows} after {verdict.num_accepted}"
                                  f" accepted, {state.rows} draft rows, root at {ctx.root_position}")
-            rows.append(self._committed(ctx, state.rows, count))
+            kept = self._keep(ctx, verdict)
+            rows.append(self._committed(ctx, state.rows + kept, count - kept))
+            parts.append(later_rows(hidden, kept))
         if not batch:
             return
         with torch.inference_mode():
-            features = self.model.features(HiddenRows.joined([hidden for _, _, hidden in batch]))
+            features = self.model.features(HiddenRows.joined(parts))
             ends = np.cumsum([len(one.slots) for one in rows]) - 1
             output = self._forward(rows, features, ends)
             for (ctx, _, _), feature in zip(batch, output.split(1), strict=True):
                 state = ctx.state
-                state.rows, state.feature, state.candidates, state.first = ctx.root_position, feature, None, None
+                state.rows, state.feature, state.candidates, state.first = self._due(ctx), feature, None, None
+                state.made = {}
+
+    def _due(self, ctx: DraftContext) -> int:
+        """Draft rows that are known with the root where it is."""
+        return ctx.root_position + self._padding
+
+    def _keep(self, ctx: DraftContext, verdict: Verdict) -> int:
+        """Where KV is unstable: how many accepted nodes' rows the tree has made; they are moved to their place."""
+        state, source = ctx.state, []
+        for depth in range(1, verdict.num_accepted + 1):
+            slot = state.made.get(verdict.output_ids[:depth])
+            if slot is None:
+                break
+            source.append(slot)
+        wanted = list(range(state.rows, state.rows + len(source)))
+        if source != wanted:
+            self._cache.copy_rows(self.groups[0].name, ctx.pages, source, wanted)
+        return len(source)
 
     def _spec(self, tree: str) -> TreeSpec:
         spec = parse_tree(tree or self.default_tree)
@@ -170,7 +207,7 @@ class FeatureDrafter:
 
     def _state(self, ctx: DraftContext) -> FeatureState:
         state = ctx.state
-        if state is None or state.feature is None or state.rows != ctx.root_position:
+        if state is None or state.feature is None or state.rows != self._due(ctx):
             rows = None if state is None else state.rows
             raise ValueError(f"{ctx.request_id}: {rows} draft rows with the root at {ctx.root_position}")
         return state
@@ -208,17 +245,20 @@ class FeatureDrafter:
 
     def _growth(self, ctx: DraftContext, budget: int) -> Growth:
         first = ctx.state.first if budget > 0 else None
-        deepest = max(1, self.model.max_positions - ctx.root_position + 1)
-        return Growth(ctx.state.spec, budget, NO_CHILDREN if first is None else first, deepest)
+        deepest = max(1, self.model.max_positions - self._due(ctx) + 1)
+        return Growth(ctx.state.spec, budget, NO_CHILDREN if first is None else first, deepest, self.threshold)
 
     def _committed(self, ctx: DraftContext, first: int, count: int) -> Rows:
-        rows = range(first, first + count)
+        rows, token = range(first, first + count), first + 1 - self._padding
         return Rows(pages=ctx.pages, name=ctx.request_id, committed=ctx.state.rows, slots=rows, positions=rows,
-                    token_ids=ctx.token_ids[first + 1 : first + count + 1], paths=[()] * count)
+                    token_ids=ctx.token_ids[token : token + count], paths=[()] * count)
 
     def _nodes(self, ctx: DraftContext, growth: Growth, frontier: Sequence[int], depth: int) -> Rows:
         base = ctx.state.rows
         paths = [[base + number for number in growth.path(node)] for node in frontier]
+        if not self.stable_kv:
+            for node, path in zip(frontier, paths, strict=True):
+                ctx.state.made[growth.tokens(node)] = path[-1]
         return Rows(pages=ctx.pages, name=ctx.request_id, committed=base, slots=[path[-1] for path in paths],
                     positions=[base + depth - 1] * len(frontier), paths=paths,
                     token_ids=[growth.token(node) for node in frontier])

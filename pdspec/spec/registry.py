@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pdspec.spec.protocol import Drafter
 
 # One folder of pdspec/spec each.
-NAMES = ("none", "ngram", "suffix", "eagle3", "mtp")
+NAMES = ("none", "ngram", "suffix", "eagle1", "eagle2", "eagle3", "mtp")
 
 
 def family(name: str) -> Family:

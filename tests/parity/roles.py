@@ -15,6 +15,7 @@ import prefill_worker.service
 from pdspec.config import WorkerConfig
 from pdspec.engine.local import LocalGenerator
 from pdspec.engine.serving import RunningWorker
+from pdspec.spec.registry import NAMES
 from pdspec.types import DraftTrace, GenerateRequest, GenerationStats, Route, SamplingParams, TokenLogprob
 from pdspec.wire import pdspec_pb2_grpc as rpc
 from pdspec.wire.channels import make_channel
@@ -24,6 +25,9 @@ T = TypeVar("T")
 TINY: dict[str, Any] = {
     "model": "tiny", "heads": {"eagle3": "random:0"}, "cache_tokens": 8192, "threads": 1, "chunk": 16, "poison": True,
 }  # fmt: skip
+
+LEARNED = ("eagle1", "eagle2", "eagle3")
+EVERY: dict[str, Any] = {"drafters": NAMES, "heads": dict.fromkeys(LEARNED, "random:0")}
 
 
 # One event loop for every client of a test run: gRPC's poller is shared by all loops of a process, and one that was

@@ -22,11 +22,13 @@ from pdspec.model.tokenizer import load_tokenizer
 from pdspec.study.audit import forced_logits, judge, transformers_logits
 from pdspec.types import GenerateRequest, Handoff, SamplingParams, UserRequest
 from router import relay, service
-from tests.parity.roles import TINY, Roles, held_by, request, running
+from tests.parity.roles import EVERY, TINY, Roles, held_by, request, running
 
 CASES = [
     ("none", ""),
     ("ngram", "chain(4)"),
+    ("eagle1", "chain(3)"),
+    ("eagle2", "dynamic(4,4,8)"),
     ("eagle3", "chain(3)"),
     ("eagle3", "dynamic(4,4,8)"),
     ("eagle3", "static(3x2)"),
@@ -42,7 +44,8 @@ EVERYTHING = {
 @pytest.fixture(scope="module")
 def roles() -> Iterator[Roles]:
     """Large pages travel into small ones (the other way round is tested in test_same_tokens)."""
-    with running(dtype="float32", prefill={"page_size": 16, "chunk": 8}, decode={"page_size": 8}) as roles:
+    changes = {"prefill": {"page_size": 16, "chunk": 8}, "decode": {"page_size": 8}}
+    with running(dtype="float32", **changes, **EVERY) as roles:
         yield roles
 
 
@@ -86,7 +89,9 @@ def test_both_handoffs_give_plain_decodings_tokens_and_the_local_proposals(roles
 
 
 def test_a_batch_in_one_process_is_as_one_at_a_time(roles):
-    many = [request(*CASES[i % 5], n=5 + 13 * i, seed=i, sampling={"temperature": 0.6 * (i % 2)}) for i in range(8)]
+    many = [
+        request(*CASES[i % len(CASES)], n=5 + 13 * i, seed=i, sampling={"temperature": 0.6 * (i % 2)}) for i in range(9)
+    ]
     together: list[list[int]] = [[] for _ in many]
     for index, chunk in roles.local.generate_batch(many):
         together[index] += chunk.token_ids

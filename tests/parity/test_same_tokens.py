@@ -6,12 +6,14 @@ import dataclasses
 
 import pytest
 
-from tests.parity.roles import request, running
+from tests.parity.roles import EVERY, LEARNED, request, running
 
 CASES = [
     ("none", ""),
     ("ngram", "chain(5)"),
     ("suffix", "dynamic(5,3,6)"),
+    ("eagle1", "static(2x2)"),
+    ("eagle2", "dynamic(3,3,6)"),
     ("eagle3", "chain(3)"),
     ("eagle3", "dynamic(3,3,6)"),
     ("eagle3", "static(2x2)"),
@@ -25,7 +27,7 @@ SAMPLING = {
 
 @pytest.fixture(scope="module", params=["bfloat16", "float32"])
 def roles(request):
-    with running(dtype=request.param, prefill={"page_size": 8}, decode={"page_size": 16}) as roles:
+    with running(dtype=request.param, prefill={"page_size": 8}, decode={"page_size": 16}, **EVERY) as roles:
         yield roles
 
 
@@ -42,8 +44,8 @@ def test_every_path_gives_plain_decodings_tokens_and_the_local_drafters_proposal
     assert handed.traces == local.traces and len(handed.traces) == handed.stats.verifications
     n, layers, row = len(asked.prompt_ids), 4, roles.local.resources.runner.group.row_bytes
     assert handed.stats.kv_bytes == n * layers * row
-    assert (handed.stats.draft_kv_bytes > 0) == (drafter == "eagle3" and mode == "prefill")
-    assert (handed.stats.hidden_bytes > 0) == (drafter == "eagle3" and mode == "decode")
+    assert (handed.stats.draft_kv_bytes > 0) == (drafter in LEARNED and mode == "prefill")
+    assert (handed.stats.hidden_bytes > 0) == (drafter in LEARNED and mode == "decode")
 
 
 def test_a_decode_worker_alone_gives_the_same(roles):
@@ -65,14 +67,37 @@ def test_eight_at_once_are_as_one_at_a_time(roles):
         assert (answer.tokens, answer.traces) == (local.tokens, local.traces)
 
 
+@pytest.mark.parametrize("drafter", ["eagle1", "eagle3"])
 @pytest.mark.parametrize("chunk", [5, 64])
-def test_chunks_of_any_size_give_the_same(chunk):
-    with running(prefill={"chunk": chunk}, dtype="float32") as roles:
+def test_chunks_of_any_size_give_the_same(chunk, drafter):
+    with running(prefill={"chunk": chunk}, dtype="float32", **EVERY) as roles:
         for mode in ("prefill", "decode"):
-            asked = request("eagle3", "dynamic(3,3,6)", n=50, draft_prefill=mode)
+            asked = request(drafter, "dynamic(3,3,6)", n=50, draft_prefill=mode)
             local = roles.ask_local(asked)
             (answer,) = roles.ask(asked)
             assert (answer.tokens, answer.traces) == (local.tokens, local.traces)
+
+
+@pytest.mark.parametrize("stable", ["true", "false"])
+@pytest.mark.parametrize("padding", ["true", "false"])
+def test_every_option_of_feature_drafters_keeps_tokens_and_proposals(stable, padding):
+    names = {"stable_kv": stable, "first_token_padding": padding}
+    options = {f"{drafter}:{name}": value for drafter in LEARNED for name, value in names.items()}
+    changes = {"prefill": {"chunk": 7, "page_size": 8}, "decode": {"page_size": 16}}
+    with running(dtype="float32", **changes, **{**EVERY, "options": {**options, "eagle2:threshold": "0.001"}}) as roles:
+        asked = [
+            request(drafter, tree, n=20 + 9 * i, seed=i, sampling={"temperature": 0.4 * i}, draft_prefill=mode)
+            for i, (drafter, tree) in enumerate([("eagle1", "chain(4)"), ("eagle2", ""), ("eagle3", "static(2x2x1)")])
+            for mode in ("prefill", "decode")
+        ]
+        for one, answer in zip(asked, roles.ask(*asked), strict=True):
+            local = roles.ask_local(one)
+            plain = roles.ask_local(dataclasses.replace(one, drafter="none", tree=""))
+            assert answer.tokens == local.tokens == plain.tokens
+            assert answer.traces == local.traces and answer.stats.draft_rebuilds == 0
+            layout = roles.local.resources.drafters[one.drafter].groups[0]
+            rows = len(one.prompt_ids) + (padding == "true")
+            assert answer.stats.draft_kv_bytes == (rows * layout.row_bytes if one.draft_prefill == "prefill" else 0)
 
 
 def test_a_replayed_answer_goes_on_with_the_same_tokens(roles):
