@@ -49,13 +49,15 @@ class Layer:
 
 class Runner:
     """A Llama-family decoder with packed weights. ``weights`` has Hugging Face keys, in ``dtype`` (KV rows are in
-    ``dtype`` too); it is emptied while packing, so that no second copy stays in memory."""
+    ``dtype`` too); it is emptied while packing, so that no second copy stays in memory. ``group`` names the cache group
+    of its KV rows."""
 
     def __init__(
-        self, config: ModelConfig, weights: dict[str, torch.Tensor], *, ops: Ops, dtype: str = "bfloat16"
+        self, config: ModelConfig, weights: dict[str, torch.Tensor], *, ops: Ops, dtype: str = "bfloat16",
+        group: str = "target",
     ) -> None:
         self.config, self.ops, self.dtype = config, ops, dtype
-        self.group = config.target_group(dtype)
+        self.group = config.cache_group(group, dtype)
         self.rope = make_rope(
             head_dim=config.head_dim,
             theta=config.rope_theta,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pdspec.spec.protocol import Drafter
 
 # One folder of pdspec/spec each.
-NAMES = ("none", "ngram", "suffix", "eagle1", "eagle2", "eagle3")
+NAMES = ("none", "ngram", "suffix", "medusa", "eagle1", "eagle2", "eagle3", "draft_model")
 
 
 def family(name: str) -> Family:

@@ -15,7 +15,6 @@ import prefill_worker.service
 from pdspec.config import WorkerConfig
 from pdspec.engine.local import LocalGenerator
 from pdspec.engine.serving import RunningWorker
-from pdspec.spec.registry import NAMES
 from pdspec.types import DraftTrace, GenerateRequest, GenerationStats, Route, SamplingParams, TokenLogprob
 from pdspec.wire import pdspec_pb2_grpc as rpc
 from pdspec.wire.channels import make_channel
@@ -23,12 +22,16 @@ from pdspec.wire.codec import chunk_from_pb, decode_request_to_pb
 
 T = TypeVar("T")
 TINY: dict[str, Any] = {
-    "model": "tiny", "heads": {"eagle3": "random:0"}, "cache_tokens": 8192, "threads": 1, "chunk": 16, "poison": True,
+    "model": "tiny", "drafters": ("none", "ngram", "suffix", "eagle3"),
+    "heads": {"eagle3": "random:0"}, "cache_tokens": 8192, "threads": 1, "chunk": 16,
+    "poison": True,
 }  # fmt: skip
-
-LEARNED = ("eagle1", "eagle2", "eagle3")
-EVERY: dict[str, Any] = {"drafters": NAMES, "heads": dict.fromkeys(LEARNED, "random:0")}
-
+# Every family that can be made for the tiny model. The draft model is the target itself: much is accepted, and where
+# penalties move the target away from it much is not.
+EVERY: dict[str, Any] = {
+    "drafters": ("none", "ngram", "suffix", "medusa", "eagle1", "eagle2", "eagle3", "draft_model"),
+    "heads": {**dict.fromkeys(("medusa", "eagle1", "eagle2", "eagle3"), "random:0"), "draft_model": "tiny"},
+}
 
 # One event loop for every client of a test run: gRPC's poller is shared by all loops of a process, and one that was
 # closed with calls still ending holds up the others.
