@@ -24,7 +24,7 @@ import torch
 from pdspec.cache.paged import PagedCache
 from pdspec.errors import TransferDamaged
 from pdspec.spec.draft_rows import DraftRows, pack_rows
-from pdspec.spec.feature_rows import FeatureModel, FeatureState, later_rows
+from pdspec.spec.feature_rows import FeatureModel, FeatureState
 from pdspec.spec.growth import Growth
 from pdspec.spec.protocol import Candidates, Draft, DraftContext, HiddenRows, Verdict
 from pdspec.spec.tree_drafter import TreeDrafter
@@ -46,8 +46,9 @@ class FeatureDrafter(TreeDrafter):
         fingerprint: str, tree: str, capture: tuple[int, ...] = (), want_final: bool = False, max_nodes: int = 64,
         target_matches: bool = True, stable_kv: bool = True, padding: bool = False, threshold: float = 0.0,
     ) -> None:
-        super().__init__(name, target_ids=target_ids, tree=tree, max_nodes=max_nodes, threshold=threshold)
-        self.model, self.target_matches, self.stable_kv = model, target_matches, stable_kv
+        super().__init__(name, target_ids=target_ids, tree=tree, max_nodes=max_nodes)
+        self.model, self.target_matches = model, target_matches
+        self.stable_kv, self.threshold = stable_kv, threshold
         self._padding = int(padding)  # rows before the one that reads h_0
         self.capture, self.want_final = capture, want_final
         self.groups: tuple[CacheGroup, ...] = (cache.layout(group),)
@@ -148,7 +149,7 @@ class FeatureDrafter(TreeDrafter):
                                  f" accepted, {state.rows} draft rows, root at {ctx.root_position}")
             kept = self._keep(ctx, verdict)
             rows.append(self._committed(ctx, state.rows + kept, count - kept))
-            parts.append(later_rows(hidden, kept))
+            parts.append(hidden.after(kept))
         if not batch:
             return
         with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""What ``FeatureDrafter`` works with: the model's protocol, a sequence's state, and parts of batches."""
+"""What ``FeatureDrafter`` works with: the model's protocol, and a sequence's state."""
 
 from __future__ import annotations
 
@@ -54,12 +54,3 @@ def take_rows(batch: ForwardBatch, rows: np.ndarray) -> ForwardBatch:
     """Some rows of a batch, in the order named."""
     taken: dict[str, Any] = {name: np.ascontiguousarray(getattr(batch, name)[rows]) for name in _ROW_FIELDS}
     return replace(batch, **taken)
-
-
-def later_rows(hidden: HiddenRows, count: int) -> HiddenRows:
-    """Hidden rows without the first ``count``."""
-    captured, final = hidden.captured, hidden.final
-    return HiddenRows(
-        start=hidden.start + count, captured=None if captured is None else captured[count:],
-        final=None if final is None else final[count:], count=hidden.num_rows - count,
-    )

@@ -139,6 +139,13 @@ class HiddenRows:
         part = self.captured if self.captured is not None else self.final
         return self.count if part is None else len(part)
 
+    def after(self, count: int) -> HiddenRows:
+        """Without the first ``count`` rows."""
+        return HiddenRows(
+            start=self.start + count, captured=None if self.captured is None else self.captured[count:],
+            final=None if self.final is None else self.final[count:], count=max(0, self.count - count),
+        )
+
     @classmethod
     def joined(cls, parts: Sequence[HiddenRows]) -> HiddenRows:
         """The rows of several sequences, one after the other, to be worked on together."""

@@ -35,12 +35,12 @@ class TreeState(Protocol):
 
 class TreeDrafter:
     """``target_ids`` int64 [draft vocabulary] are the target ids of its draft ids; ``tree`` is drafted where a request
-    names none. A request's tree may have ``max_nodes`` nodes and expand as many; ``threshold`` as in ``Growth``."""
+    names none. A request's tree may have ``max_nodes`` nodes and expand as many."""
 
-    def __init__(
-        self, name: str, *, target_ids: torch.Tensor, tree: str, max_nodes: int, threshold: float = 0.0
-    ) -> None:
-        self.name, self.max_nodes, self.default_tree, self.threshold = name, max_nodes, tree, threshold
+    threshold = 0.0  # see Growth
+
+    def __init__(self, name: str, *, target_ids: torch.Tensor, tree: str, max_nodes: int) -> None:
+        self.name, self.max_nodes, self.default_tree = name, max_nodes, tree
         self._target_ids = target_ids
         self._ids = target_ids.numpy()
         self._spec(self.default_tree)

@@ -32,7 +32,8 @@ from pdspec.types import SamplingParams
 TARGET = tiny_config("tiny")
 FILES = ModelFiles(name="tiny-0", path=None, config=TARGET, content_hash="c0", tokenizer_hash="t0")
 OPS = TorchOps(torch.device("cpu"))
-RANDOM = dict.fromkeys(("medusa", "eagle1", "eagle2", "eagle3", "draft_model"), "random:3")
+HEADS = ("medusa", "eagle1", "eagle2", "eagle3", "draft_model")
+RANDOM = dict.fromkeys(HEADS, "random:3")
 ALPHABET = 6  # so that n-grams repeat
 
 

@@ -15,6 +15,7 @@ import prefill_worker.service
 from pdspec.config import WorkerConfig
 from pdspec.engine.local import LocalGenerator
 from pdspec.engine.serving import RunningWorker
+from pdspec.spec.registry import NAMES
 from pdspec.types import DraftTrace, GenerateRequest, GenerationStats, Route, SamplingParams, TokenLogprob
 from pdspec.wire import pdspec_pb2_grpc as rpc
 from pdspec.wire.channels import make_channel
@@ -27,11 +28,16 @@ TINY: dict[str, Any] = {
     "poison": True,
 }  # fmt: skip
 # Every family that can be made for the tiny model. The draft model is the target itself: much is accepted, and where
-# penalties move the target away from it much is not.
+# penalties move the target away from it much is not. The sparse view has about half of a prompt.
+EAGLES = ("eagle1", "eagle2", "eagle3")
+READS_HIDDEN = ("medusa", *EAGLES)
+LEARNED = (*READS_HIDDEN, "draft_model", "sparse")
 EVERY: dict[str, Any] = {
-    "drafters": ("none", "ngram", "suffix", "medusa", "eagle1", "eagle2", "eagle3", "draft_model"),
-    "heads": {**dict.fromkeys(("medusa", "eagle1", "eagle2", "eagle3"), "random:0"), "draft_model": "tiny"},
+    "drafters": NAMES,
+    "heads": {**dict.fromkeys(READS_HIDDEN, "random:0"), "draft_model": "tiny"},
+    "options": {"sparse:sink": "2", "sparse:window": "12"},
 }
+
 
 # One event loop for every client of a test run: gRPC's poller is shared by all loops of a process, and one that was
 # closed with calls still ending holds up the others.

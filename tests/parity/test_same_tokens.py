@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from tests.parity.roles import EVERY, request, running
+from tests.parity.roles import EAGLES, EVERY, LEARNED, READS_HIDDEN, request, running
 
 CASES = [
     ("none", ""),
@@ -23,11 +23,10 @@ CASES = [
     ("draft_model", "chain(3)"),
     ("draft_model", "dynamic(3,3,6)"),
     ("draft_model", "static(2x2)"),
+    ("sparse", "chain(3)"),
+    ("sparse", "dynamic(3,3,6)"),
 ]
-EAGLE = ("eagle1", "eagle2", "eagle3")
-OWN_KV = (*EAGLE, "draft_model")
-READS_HIDDEN = ("medusa", *EAGLE)
-LEARNED = ("medusa", *EAGLE, "draft_model")
+OWN_KV = (*EAGLES, "draft_model")
 SAMPLING = {
     "greedy": {},
     "sampled": {"temperature": 0.8, "top_p": 0.95},
@@ -37,7 +36,9 @@ SAMPLING = {
 
 @pytest.fixture(scope="module", params=["bfloat16", "float32"])
 def roles(request):
-    with running(dtype=request.param, prefill={"page_size": 8}, decode={"page_size": 16}, **EVERY) as roles:
+    options = {"sparse:select": "snapkv", "sparse:budget": "32", "sparse:window": "4"}
+    pages = {"prefill": {"page_size": 8}, "decode": {"page_size": 16}}
+    with running(dtype=request.param, **pages, **{**EVERY, "options": options}) as roles:
         yield roles
 
 
@@ -91,7 +92,7 @@ def test_chunks_of_any_size_give_the_same(chunk):
 @pytest.mark.parametrize("padding", ["true", "false"])
 def test_every_option_of_feature_drafters_keeps_tokens_and_proposals(stable, padding):
     names = {"stable_kv": stable, "first_token_padding": padding}
-    options = {f"{drafter}:{name}": value for drafter in EAGLE for name, value in names.items()}
+    options = {f"{drafter}:{name}": value for drafter in EAGLES for name, value in names.items()}
     changes = {"prefill": {"chunk": 7, "page_size": 8}, "decode": {"page_size": 16}}
     with running(dtype="float32", **changes, **{**EVERY, "options": {**options, "eagle2:threshold": "0.001"}}) as roles:
         asked = [
