@@ -13,7 +13,8 @@ from dense_llama import DenseLlama, child_scores, paths
 
 from pdspec.cache.paged import PagedCache
 from pdspec.config import WorkerConfig
-from pdspec.engine.local import LocalGenerator
+from pdspec.engine.local import LocalGenerator, new_context
+from pdspec.engine.prefill import PrefillSequence
 from pdspec.errors import ConfigError, Incompatible, TransferDamaged
 from pdspec.model.files import ModelFiles
 from pdspec.model.loader import load_weights
@@ -27,7 +28,7 @@ from pdspec.spec.draft_model.config import GROUP
 from pdspec.spec.draft_model.drafter import BEYOND, ModelDrafter
 from pdspec.spec.protocol import DraftContext, HiddenRows, Verdict
 from pdspec.spec.verify import verify
-from pdspec.types import GenerateRequest, SamplingParams
+from pdspec.types import DraftPrefill, GenerateRequest, SamplingParams
 from tests.tiny_folder import save_tiny
 
 CONFIG = tiny_config("tiny-3")
@@ -341,6 +342,36 @@ def answer(local, drafter, n=40, tokens=40, **sampling):
     asked = GenerateRequest(request_id="a", prompt_ids=ids, drafter=drafter, sampling=params, trace=True)
     chunks = list(local.generate(asked))
     return [token for chunk in chunks for token in chunk.token_ids], chunks[-1].stats
+
+
+class Told:
+    """Prefill events as they come."""
+
+    def __init__(self):
+        self.events = []
+
+    def __getattr__(self, name):
+        return lambda *values: self.events.append((name, *values))
+
+
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_the_engine_tells_n_plus_1_rows_of_each_layer_and_the_last_after_t_n(chunk):
+    local, told = generator("random:5"), Told()
+    resources, n = local.resources, 20
+    asked = GenerateRequest(request_id="a", prompt_ids=tuple(range(60, 60 + n)), sampling=SamplingParams(seed=1))
+    ctx = new_context(resources, asked, resources.pool.allocate(8))
+    prompt = PrefillSequence(request=asked, ctx=ctx, drafter=resources.drafter(""), events=told,
+                             draft_prefill=DraftPrefill.PREFILL)
+    while not prompt.finished:
+        local.prefill.step([(prompt, min(chunk, prompt.remaining))])
+    rows = [event for event in told.events if event[:2] == ("rows", GROUP)]
+    assert {event[2] for event in rows} == {0}  # random:5 has one layer
+    assert [row for event in rows for row in range(*event[3:])] == list(range(n + 1))
+    kinds = [event[0] for event in told.events]
+    assert kinds.index("first") < told.events.index(rows[-1]) < kinds.index("start") < kinds.index("done")
+    assert "hidden" not in kinds
+    resources.pool.release(ctx.pages)
+    local.resources.close()
 
 
 def test_another_tokenizer_is_refused_with_the_first_token_that_differs(tmp_path):
