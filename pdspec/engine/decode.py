@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from pdspec.engine.prefill import hidden_wanted, page_table
+from pdspec.engine.prefill import hidden_rows, hidden_wanted, page_table
 from pdspec.engine.resources import Resources, tree_spec
 from pdspec.errors import PdspecError
 from pdspec.model.batch import ForwardBatch, ForwardOutput
@@ -182,7 +182,7 @@ class DecodeEngine:
         if self.resources.config.poison:
             self.resources.cache.poison(target, ctx.pages, base + 1 + len(source), base + 1 + draft.num_nodes)
         _tally(sequence, draft, verdict.num_accepted)
-        hidden_rows = [rows.start, *(rows.start + 1 + node for node in verdict.path)]
+        seen = [rows.start, *(rows.start + 1 + node for node in verdict.path)]
         ctx.token_ids.extend(verdict.output_ids)
         sequence.history = sequence.history.extended(verdict.output_ids)
         sequence.num_output += len(verdict.output_ids)
@@ -190,11 +190,7 @@ class DecodeEngine:
             sequence.finish = FinishReason.STOP
         elif sequence.remaining <= 0:
             sequence.finish = FinishReason.LENGTH
-        return HiddenRows(
-            start=base,
-            captured=None if output.captured is None else output.captured[hidden_rows],
-            final=None if output.final is None else output.final[hidden_rows],
-        )
+        return hidden_rows(sequence.drafter, output, base, seen)
 
     def _chunk(self, sequence: DecodeSequence, draft: Draft, found: VerdictResult) -> TokenChunk:
         verdict, trace = found.verdict, None

@@ -95,7 +95,10 @@ def test_a_deployment_s_shapes_come_from_files_under_names(tmp_path):
         parse_tree("static(pine)")
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", "[[]]", "[[0],[2]]", "[0]", '[["a"]]', "[[0.5]]", "[[true]]", "[[-1]]"])
+BAD_FILES = ["", "{}", "[]", "[[]]", "[[0],[2]]", "[0]", '[["a"]]', "[[0.5]]", "[[true]]", "[[-1]]"]
+
+
+@pytest.mark.parametrize("content", BAD_FILES)
 def test_files_that_hold_no_tree_are_named(tmp_path, content):
     (tmp_path / "bad").write_text(content)
     with pytest.raises(ConfigError, match="bad holds no tree"):

@@ -76,7 +76,7 @@ class MedusaDrafter:
         if state is None or hidden.start == 0:
             state = ctx.state = MedusaState(spec=self._spec(ctx.tree), rows=hidden.start)
         if hidden.final is None or hidden.start != state.rows:
-            raise ValueError(f"hidden rows {hidden.start}.. after {state.rows}, final state: {hidden.final is not None}")
+            raise ValueError(f"hidden rows {hidden.start}.. after {state.rows}, or without the final state")
         self._see(state, hidden.final, hidden.num_rows)
 
     def start(self, ctx: DraftContext) -> tuple[Candidates | None, dict[str, torch.Tensor]]:
