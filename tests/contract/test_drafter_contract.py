@@ -84,6 +84,8 @@ class Sequence:
             node = int(draft.parents[node])
         outputs = [int(draft.token_ids[node]) for node in path] + self.tokens(1)
         hidden = self.hidden(drafter, self.ctx.root_position, len(outputs))
+        if draft.branch is not None:
+            hidden = replace(hidden, branch_ids=np.array(self.tokens(len(draft.branch.asked))))
         self.ctx.token_ids += outputs
         return self.ctx, Verdict(path=tuple(path), output_ids=tuple(outputs)), hidden
 
@@ -109,7 +111,7 @@ def begin(drafter, seed, length, temperature=0.0, tree="", cuts=()):
 
 def check_draft(draft, budget, drafter):
     nodes = draft.num_nodes
-    assert nodes <= budget and nodes <= drafter.max_nodes
+    assert nodes <= budget and len(draft.rows[0]) <= drafter.max_nodes
     assert [a.shape for a in (draft.parents, draft.log_q, draft.survival)] == [(nodes,)] * 3
     assert (draft.token_ids.dtype, draft.parents.dtype) == (np.int32, np.int32)
     assert (draft.log_q.dtype, draft.survival.dtype) == (np.float32, np.float32)

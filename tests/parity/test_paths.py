@@ -27,6 +27,7 @@ from tests.parity.roles import TINY, Roles, held_by, request, running
 CASES = [
     ("none", ""),
     ("ngram", "chain(4)"),
+    ("lookahead", ""),
     ("medusa", "static(3x2x1)"),
     ("eagle3", "chain(3)"),
     ("eagle3", "dynamic(4,4,8)"),

@@ -12,6 +12,7 @@ CASES = [
     ("none", ""),
     ("ngram", "chain(5)"),
     ("suffix", "dynamic(5,3,6)"),
+    ("lookahead", "dynamic(4,3,9)"),
     ("medusa", "chain(4)"),
     ("medusa", "dynamic(3,3,6)"),
     ("eagle3", "chain(3)"),
