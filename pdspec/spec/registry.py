@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pdspec.spec.protocol import Drafter
 
 # One folder of pdspec/spec each.
-NAMES = ("none", "ngram", "suffix", "lookahead", "medusa", "eagle3")
+NAMES = ("none", "ngram", "suffix", "lookahead", "medusa", "eagle3", "combined")
 
 
 def family(name: str) -> Family:

@@ -32,7 +32,7 @@ from pdspec.types import SamplingParams
 TARGET = tiny_config("tiny")
 FILES = ModelFiles(name="tiny-0", path=None, config=TARGET, content_hash="c0", tokenizer_hash="t0")
 OPS = TorchOps(torch.device("cpu"))
-RANDOM = {"medusa": "random:3", "eagle3": "random:3"}
+RANDOM = {"medusa": "random:3", "eagle3": "random:3", "combined": "random:3"}
 ALPHABET = 6  # so that n-grams repeat
 
 

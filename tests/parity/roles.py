@@ -22,9 +22,9 @@ from pdspec.wire.codec import chunk_from_pb, decode_request_to_pb
 
 T = TypeVar("T")
 TINY: dict[str, Any] = {
-    "model": "tiny", "drafters": ("none", "ngram", "suffix", "lookahead", "medusa", "eagle3"),
-    "heads": {"medusa": "random:0", "eagle3": "random:0"}, "cache_tokens": 8192, "threads": 1, "chunk": 16,
-    "poison": True,
+    "model": "tiny", "drafters": ("none", "ngram", "suffix", "lookahead", "medusa", "eagle3", "combined"),
+    "heads": {"medusa": "random:0", "eagle3": "random:0", "combined": "random:0"}, "cache_tokens": 8192, "threads": 1,
+    "chunk": 16, "poison": True,
 }  # fmt: skip
 
 

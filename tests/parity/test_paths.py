@@ -27,11 +27,12 @@ from tests.parity.roles import TINY, Roles, held_by, request, running
 CASES = [
     ("none", ""),
     ("ngram", "chain(4)"),
-    ("lookahead", ""),
+    ("lookahead", "chain(3)"),
     ("medusa", "static(3x2x1)"),
     ("eagle3", "chain(3)"),
     ("eagle3", "dynamic(4,4,8)"),
     ("eagle3", "static(3x2)"),
+    ("combined", "dynamic(4,4,8)"),
 ]
 SAMPLED = {"temperature": 0.8, "top_p": 0.95}
 EVERYTHING = {

@@ -18,7 +18,10 @@ CASES = [
     ("eagle3", "chain(3)"),
     ("eagle3", "dynamic(3,3,6)"),
     ("eagle3", "static(2x2)"),
+    ("combined", ""),
+    ("combined", "static(2x2)"),
 ]
+WITH_KV, LEARNED = ("eagle3", "combined"), ("medusa", "eagle3", "combined")
 SAMPLING = {
     "greedy": {},
     "sampled": {"temperature": 0.8, "top_p": 0.95},
@@ -45,8 +48,8 @@ def test_every_path_gives_plain_decodings_tokens_and_the_local_drafters_proposal
     assert handed.traces == local.traces and len(handed.traces) == handed.stats.verifications
     n, layers, row = len(asked.prompt_ids), 4, roles.local.resources.runner.group.row_bytes
     assert handed.stats.kv_bytes == n * layers * row
-    assert (handed.stats.draft_kv_bytes > 0) == (drafter == "eagle3" and mode == "prefill")
-    assert (handed.stats.hidden_bytes > 0) == (drafter in ("medusa", "eagle3") and mode == "decode")
+    assert (handed.stats.draft_kv_bytes > 0) == (drafter in WITH_KV and mode == "prefill")
+    assert (handed.stats.hidden_bytes > 0) == (drafter in LEARNED and mode == "decode")
 
 
 def test_a_decode_worker_alone_gives_the_same(roles):
