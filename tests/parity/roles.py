@@ -30,7 +30,7 @@ TINY: dict[str, Any] = {
 # Every family that can be made for the tiny model. The draft model is the target itself: much is accepted, and where
 # penalties move the target away from it much is not. The sparse view has about half of a prompt.
 EAGLES = ("eagle1", "eagle2", "eagle3")
-READS_HIDDEN = ("medusa", *EAGLES, "mtp")
+READS_HIDDEN = ("medusa", *EAGLES, "mtp", "combined")
 LEARNED = (*READS_HIDDEN, "draft_model", "sparse")
 EVERY: dict[str, Any] = {
     "drafters": NAMES,

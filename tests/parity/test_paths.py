@@ -28,6 +28,7 @@ from tests.parity.roles import EVERY, TINY, Roles, held_by, request, running
 CASES = [
     ("none", ""),
     ("ngram", "chain(4)"),
+    ("lookahead", "chain(3)"),
     ("medusa", "static(3x2x1)"),
     ("eagle1", "chain(3)"),
     ("eagle2", "dynamic(4,4,8)"),
@@ -36,6 +37,7 @@ CASES = [
     ("eagle3", "static(3x2)"),
     ("draft_model", "chain(4)"),
     ("sparse", "static(2x2)"),
+    ("combined", "dynamic(4,4,8)"),
 ]
 SAMPLED = {"temperature": 0.8, "top_p": 0.95}
 EVERYTHING = {

@@ -13,6 +13,7 @@ CASES = [
     ("none", ""),
     ("ngram", "chain(5)"),
     ("suffix", "dynamic(5,3,6)"),
+    ("lookahead", "dynamic(4,3,9)"),
     ("medusa", "chain(4)"),
     ("medusa", "dynamic(3,3,6)"),
     ("eagle1", "static(2x2)"),
@@ -27,8 +28,10 @@ CASES = [
     ("draft_model", "static(2x2)"),
     ("sparse", "chain(3)"),
     ("sparse", "dynamic(3,3,6)"),
+    ("combined", ""),
+    ("combined", "static(2x2)"),
 ]
-OWN_KV = (*EAGLES, "mtp", "draft_model")
+OWN_KV = (*EAGLES, "mtp", "draft_model", "combined")
 SAMPLING = {
     "greedy": {},
     "sampled": {"temperature": 0.8, "top_p": 0.95},
