@@ -15,6 +15,7 @@ import prefill_worker.service
 from pdspec.config import WorkerConfig
 from pdspec.engine.local import LocalGenerator
 from pdspec.engine.serving import RunningWorker
+from pdspec.spec.registry import NAMES
 from pdspec.types import DraftTrace, GenerateRequest, GenerationStats, Route, SamplingParams, TokenLogprob
 from pdspec.wire import pdspec_pb2_grpc as rpc
 from pdspec.wire.channels import make_channel
@@ -22,10 +23,12 @@ from pdspec.wire.codec import chunk_from_pb, decode_request_to_pb
 
 T = TypeVar("T")
 TINY: dict[str, Any] = {
-    "model": "tiny", "drafters": ("none", "ngram", "suffix", "lookahead", "medusa", "eagle3", "combined"),
-    "heads": {"medusa": "random:0", "eagle3": "random:0", "combined": "random:0"}, "cache_tokens": 8192, "threads": 1,
-    "chunk": 16, "poison": True,
+    "model": "tiny", "heads": {"eagle3": "random:0"}, "cache_tokens": 8192, "threads": 1, "chunk": 16, "poison": True,
 }  # fmt: skip
+FAMILIES: dict[str, Any] = {  # every one of them
+    "drafters": NAMES, "heads": dict.fromkeys(("medusa", "eagle3", "combined"), "random:0"),
+}  # fmt: skip
+WITH_MEMORY = ("suffix", "combined")  # draft by what the worker served before: the same only in the same order
 
 
 # One event loop for every client of a test run: gRPC's poller is shared by all loops of a process, and one that was
