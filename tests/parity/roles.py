@@ -37,6 +37,7 @@ EVERY: dict[str, Any] = {
     "heads": {**dict.fromkeys(READS_HIDDEN, "random:0"), "draft_model": "tiny"},
     "options": {"sparse:sink": "2", "sparse:window": "12"},
 }
+WITH_MEMORY = ("suffix", "combined")  # draft by what the worker served before: the same only in the same order
 
 
 # One event loop for every client of a test run: gRPC's poller is shared by all loops of a process, and one that was
