@@ -92,9 +92,9 @@ class DecodeEngine:
     def step(self, sequences: Sequence[DecodeSequence]) -> list[StepResult]:
         """One verification for each sequence. A sequence whose scores are damaged gets its error, the others go on."""
         began = time.perf_counter()
-        drafts = self._propose(sequences)
+        drafts = self.propose(sequences)
         proposed = time.perf_counter()
-        batch = self._pack(sequences, drafts)
+        batch = self.pack(sequences, drafts)
         output = self.resources.runner.forward(batch, self.resources.cache)
         forwarded = time.perf_counter()
         results: list[StepResult] = []
@@ -104,7 +104,7 @@ class DecodeEngine:
             rows = slice(row, row + 1 + draft.num_nodes)
             row = rows.stop
             try:
-                found = self._verify(sequence, draft, output.logits[rows])
+                found = self.judge(sequence, draft, output.logits[rows])
             except PdspecError as error:
                 sequence.finish = FinishReason.ERROR
                 results.append((sequence, error))
@@ -119,7 +119,7 @@ class DecodeEngine:
         self._count(sequences, began, proposed, forwarded, verified)
         return results
 
-    def _propose(self, sequences: Sequence[DecodeSequence]) -> list[Draft]:
+    def propose(self, sequences: Sequence[DecodeSequence]) -> list[Draft]:
         """Drafts by family, trimmed to what the answer can still use."""
         drafts: dict[int, Draft] = {}
         groups: dict[str, list[DecodeSequence]] = defaultdict(list)
@@ -136,7 +136,8 @@ class DecodeEngine:
                 drafts[id(sequence)] = _shallow(draft, sequence.remaining - 1)
         return [drafts[id(sequence)] for sequence in sequences]
 
-    def _pack(self, sequences: Sequence[DecodeSequence], drafts: Sequence[Draft]) -> ForwardBatch:
+    def pack(self, sequences: Sequence[DecodeSequence], drafts: Sequence[Draft]) -> ForwardBatch:
+        """The target rows of all sequences: each its root, then its nodes."""
         parts = [tree_rows(d, s.num_rows, s.ctx.root_position) for s, d in zip(sequences, drafts, strict=True)]
         widest = max(part.ancestors.shape[1] for part in parts)
         padded = [np.pad(p.ancestors, ((0, 0), (0, widest - p.ancestors.shape[1])), constant_values=-1) for p in parts]
@@ -154,7 +155,8 @@ class DecodeEngine:
             **hidden_wanted([s.drafter for s in sequences]),
         )
 
-    def _verify(self, sequence: DecodeSequence, draft: Draft, logits: torch.Tensor) -> VerdictResult:
+    def judge(self, sequence: DecodeSequence, draft: Draft, logits: torch.Tensor) -> VerdictResult:
+        """``verify`` with what the engine knows; ``logits`` [1 + N, V]. Changes nothing."""
         params = sequence.request.sampling
         return verify(
             draft,
