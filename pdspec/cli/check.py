@@ -84,7 +84,7 @@ def lossless(
     with only_json(json):
         from pdspec.study import lossless as study
 
-        asked = {"harmful_seeds": seeds, "joint_seeds": joint_seeds, "num_prompts": num_prompts,
+        asked: dict[str, Any] = {"harmful_seeds": seeds, "joint_seeds": joint_seeds, "num_prompts": num_prompts,
                  "max_tokens": max_tokens}  # fmt: skip
         sizes = dataclasses.replace(study.QUICK if quick else study.Sizes(), **{k: v for k, v in asked.items() if v})
         worker = _given(model=model or ("tiny" if quick else None), dtype=dtype, numerics=numerics, heads=head,

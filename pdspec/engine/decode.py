@@ -3,7 +3,8 @@
     propose → pack → forward → verify → commit → observe → emit
 
 Every sequence brings its own rows and keeps its own accepted length. Rolling back is lowering a length: the rows of
-rejected nodes are simply not part of the sequence any more (in debug mode they are filled with NaN).
+rejected nodes are simply not part of the sequence any more (in debug mode all rows behind the last committed one are
+filled with NaN after each step).
 """
 
 from __future__ import annotations
@@ -116,6 +117,8 @@ class DecodeEngine:
         verified = time.perf_counter()
         for name, group in observations.items():
             self.resources.drafters[name].observe(group)
+        if self.resources.config.poison:
+            self._poison([sequence for sequence in sequences if sequence.finish is None])
         self._count(sequences, began, proposed, forwarded, verified)
         return results
 
@@ -180,8 +183,6 @@ class DecodeEngine:
         wanted = list(range(base + 1, base + 1 + len(source)))
         if source != wanted:
             self.resources.cache.copy_rows(target, ctx.pages, source, wanted)
-        if self.resources.config.poison:
-            self.resources.cache.poison(target, ctx.pages, base + 1 + len(source), base + 1 + draft.num_nodes)
         _tally(sequence, draft, verdict.num_accepted)
         hidden_rows = [rows.start, *(rows.start + 1 + node for node in verdict.path)]
         ctx.token_ids.extend(verdict.output_ids)
@@ -196,6 +197,16 @@ class DecodeEngine:
             captured=None if output.captured is None else output.captured[hidden_rows],
             final=None if output.final is None else output.final[hidden_rows],
         )
+
+    def _poison(self, sequences: Sequence[DecodeSequence]) -> None:
+        """NaN into every row behind the committed ones, in all cache groups: rejected nodes, scratch of the drafters,
+        and whatever an earlier owner left."""
+        cache = self.resources.cache
+        for sequence in sequences:
+            pages, committed = sequence.ctx.pages, {self.resources.runner.group.name: sequence.num_rows}
+            committed.update(sequence.drafter.rows_at(sequence.ctx.root_position))
+            for group in cache.groups:
+                cache.poison(group.name, pages, committed.get(group.name, 0), len(pages) * cache.page_size)
 
     def _chunk(self, sequence: DecodeSequence, draft: Draft, found: VerdictResult) -> TokenChunk:
         verdict, trace = found.verdict, None

@@ -33,7 +33,7 @@ class Sizes:
     """How much of each part is run."""
 
     law_tokens: int = 4
-    law_plain: bool = True  # the law without processors as well
+    law_large: bool = True  # larger trees, and the law without processors as well
     harmful_seeds: int = 100_000
     family_seeds: int = 600
     family_tokens: int = 24
@@ -43,6 +43,7 @@ class Sizes:
     batch_rounds: int = 12
     tie_seeds: int = 60
     coupling_seeds: int = 100
+    independence_seeds: int = 4_000
     toy_joint_seeds: int = 20_000
     joint_seeds: int = 4_000
     num_prompts: int = 20
@@ -50,8 +51,8 @@ class Sizes:
 
 
 QUICK = Sizes(
-    law_tokens=3, law_plain=False, harmful_seeds=2_000, family_seeds=18, family_tokens=16, fit_seeds=1_500,
-    sample_seeds=400, replay_seeds=2, batch_rounds=1, tie_seeds=10, coupling_seeds=10, toy_joint_seeds=600,
+    law_large=False, harmful_seeds=2_000, family_seeds=18, family_tokens=16, fit_seeds=1_500, sample_seeds=400,
+    replay_seeds=2, batch_rounds=1, tie_seeds=10, coupling_seeds=10, independence_seeds=150, toy_joint_seeds=600,
     joint_seeds=0, num_prompts=2, max_tokens=16,
 )  # fmt: skip
 
@@ -100,9 +101,9 @@ def on_toy(
 def law(local: LocalGenerator, sizes: Sizes, drafters: Sequence[str], progress: Progress) -> dict[str, Any]:
     """Every family, tree and ratio rule."""
     cases = []
-    for params in (PROCESSED, PLAIN)[: 1 + sizes.law_plain]:
-        for drafter, tree in paths.cases(drafters, sizes.law_tokens):
-            for verify in ("rejection", "block"):
+    for params in (PROCESSED, PLAIN)[: 1 + sizes.law_large]:
+        for drafter, tree in paths.cases(drafters, sizes.law_large):
+            for verify in ("rejection", "block") if sizes.law_large or tree.startswith("chain") else ("rejection",):
                 case = law_case(local, drafter, tree, verify, params, sizes.law_tokens)
                 progress(f"law {drafter} {tree} {verify}: {case['max_abs_difference']:.2g}"
                          f" over {case['outcomes']} outcomes of {case['drafts']} drafts")
@@ -135,6 +136,7 @@ def _paths(local: LocalGenerator, sizes: Sizes, drafters: Sequence[str]) -> dict
         "batches": lambda: paths.batches(local, drafters, sizes.batch_rounds),
         "ties": lambda: paths.ties(local, sizes.tie_seeds),
         "coupling": lambda: paths.coupling(local, drafters, sizes.coupling_seeds),
+        "independence": lambda: paths.independence(local, drafters, sizes.independence_seeds),
     }
 
 

@@ -20,12 +20,13 @@ from pdspec.noise import gumbel
 from pdspec.sampling import History, choose
 from pdspec.spec.chooser import Seeded
 from pdspec.spec.protocol import Draft
+from pdspec.spec.ratio import masses_of
 from pdspec.spec.registry import family
 from pdspec.spec.verify import verify
 from pdspec.study.audit import forced_logits
-from pdspec.study.chi_square import fit
+from pdspec.study.chi_square import ALPHA, fit
 from pdspec.study.lossless_law import PLAIN, PROCESSED, PROMPT, Target
-from pdspec.study.toy import TREES, VOCABULARY
+from pdspec.study.toy import LARGE_TREES, TREES, VOCABULARY
 from pdspec.types import GenerateRequest, SamplingParams
 
 Result = dict[str, Any]
@@ -33,15 +34,15 @@ BATCH = 32
 DEPTH = 4  # tokens of an answer under drafts that mean harm
 MIXED = (
     PROCESSED, PLAIN, SamplingParams(), SamplingParams(repetition_penalty=1.8),
-    SamplingParams(temperature=1.3, top_k=3, presence_penalty=0.5), SamplingParams(temperature=0.9, min_p=0.1),
+    SamplingParams(temperature=1.3, top_p=0.7, presence_penalty=0.5), SamplingParams(temperature=0.9, min_p=0.1),
 )  # fmt: skip
 
 
-def cases(drafters: Sequence[str], tokens: int = 3) -> Iterator[tuple[str, str]]:
+def cases(drafters: Sequence[str], large: bool = False) -> Iterator[tuple[str, str]]:
     """(family, tree) of each kind of tree that a family has."""
     for name in drafters:
         for kind in family(name).DESCRIPTION.trees or ("",):
-            yield name, TREES[tokens].get(kind, "")
+            yield name, (LARGE_TREES if large else TREES).get(kind, "")
 
 
 def asked(drafter: str, tree: str, params: SamplingParams, seed: int, tokens: int, **changes: Any) -> GenerateRequest:
@@ -204,6 +205,34 @@ def coupling(local: LocalGenerator, drafters: Sequence[str], seeds: int) -> Resu
                     if draft.token_ids[node] != other.token_ids[node]:
                         break
     return {"ok": wrong == 0, "nodes": nodes, "wrong": wrong}
+
+
+def independence(local: LocalGenerator, drafters: Sequence[str], seeds: int) -> Result:
+    """With the ratio rule, what a drafter draws, the coin that judges it and the noise by which the last token is drawn
+    have nothing to do with one another: their joint law is the product."""
+    worst, tested = 1.0, []
+    for drafter in drafters:
+        counts: Counter[tuple[int, bool, int]] = Counter()
+        law = None
+        for seed in range(seeds):
+            # a flat q, and one root for all seeds
+            params = SamplingParams(temperature=4.0, verify="rejection", allowed_ids=(3,))
+            request = asked(drafter, "", params, seed, 8, prompt_ids=PROMPT)
+            ((position, draft),) = _first_drafts(local, request)
+            if not draft.laws:
+                break
+            chooser, law = Seeded(seed, 0), draft.laws[-1]
+            best = law.token_ids[chooser.noise(position + 1, law.token_ids).argmax()]
+            counts[int(draft.token_ids[0]), chooser.bernoulli(position + 1, 0, 0.5), int(best)] += 1
+        if law is not None:
+            ids = law.token_ids.tolist()
+            joint = {
+                (token, coin, best): q / 2 / len(ids)
+                for token, q in zip(ids, masses_of(law).tolist(), strict=True) for coin in (False, True) for best in ids
+            }  # fmt: skip
+            worst = min(worst, fit(counts, joint).p_value)
+            tested.append(drafter)
+    return {"ok": worst >= ALPHA, "seeds": seeds, "families": tested, "p_value": worst}
 
 
 def _first_drafts(local: LocalGenerator, request: GenerateRequest) -> list[tuple[int, Draft]]:

@@ -28,11 +28,9 @@ _CONFIG = {
     "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": CONTEXT, "tie_word_embeddings": False,
 }  # fmt: skip
 _GAINS = {"q_proj": 2.0, "k_proj": 2.0, "lm_head": 1.5}
-# What a family drafts on the toy, by kind of tree; (chain, static, dynamic) for three tokens and for four.
-TREES = {
-    3: {"chain": "chain(2)", "static": "static(2x1)", "dynamic": "dynamic(2,2,3)"},
-    4: {"chain": "chain(3)", "static": "static(2x1)", "dynamic": "dynamic(3,2,5)"},
-}
+# What a family drafts on the toy, by kind of tree, and what it drafts where there is time for more.
+TREES = {"chain": "chain(2)", "static": "static(2x1)", "dynamic": "dynamic(2,2,3)"}
+LARGE_TREES = {"chain": "chain(3)", "static": "static(2x2)", "dynamic": "dynamic(3,2,5)"}
 # Heads that are no ``random:SEED``; {} stands for the folder of the toys.
 HEADS = {"draft_model": "{}/drafter"}
 
@@ -68,7 +66,7 @@ def _write(folder: Path, seed: int) -> None:
     write_tensors(folder / "model.safetensors", tensors)
     (folder / "config.json").write_text(json.dumps(_CONFIG))
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    tokenizer = {
+    tokenizer: dict[str, object] = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
         "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level,
         "model": bpe_model({chr(ord("a") + index): index for index in range(VOCABULARY)}, []),
