@@ -119,4 +119,9 @@ def test_families_and_trees_mixed_in_one_batch_are_as_one_at_a_time(params, loca
     plain = [tokens_of(chunks) for chunks in run(local, [replace(one, drafter="none", tree="") for one in requests])]
     together = run(local, requests)
     assert [tokens_of(chunks) for chunks in together] == plain
-    assert together == [run(local, [one])[0] for one in requests]
+    for chunks, one in zip(together, requests, strict=True):
+        (alone,) = run(local, [one])
+        assert [p for c in chunks for p in c.logprobs] == [p for c in alone for p in c.logprobs]
+        assert tokens_of(chunks) == tokens_of(alone)
+        if one.drafter != "suffix":  # which remembers what others were answered
+            assert chunks == alone
