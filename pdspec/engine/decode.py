@@ -3,7 +3,8 @@
     propose → pack → forward → verify → commit → observe → emit
 
 Every sequence brings its own rows and keeps its own accepted length. Rolling back is lowering a length: the rows of
-rejected nodes are simply not part of the sequence any more (in debug mode they are filled with NaN).
+rejected nodes are simply not part of the sequence any more (in debug mode all rows behind the last committed one are
+filled with NaN after each step).
 """
 
 from __future__ import annotations
@@ -92,9 +93,9 @@ class DecodeEngine:
     def step(self, sequences: Sequence[DecodeSequence]) -> list[StepResult]:
         """One verification for each sequence. A sequence whose scores are damaged gets its error, the others go on."""
         began = time.perf_counter()
-        drafts = self._propose(sequences)
+        drafts = self.propose(sequences)
         proposed = time.perf_counter()
-        batch = self._pack(sequences, drafts)
+        batch = self.pack(sequences, drafts)
         output = self.resources.runner.forward(batch, self.resources.cache)
         forwarded = time.perf_counter()
         results: list[StepResult] = []
@@ -105,7 +106,7 @@ class DecodeEngine:
             told = slice(judged.stop, judged.stop + (0 if draft.branch is None else len(draft.branch.asked)))
             row, logit = rows.stop, told.stop
             try:
-                found = self._verify(sequence, draft, output.logits[judged])
+                found = self.judge(sequence, draft, output.logits[judged])
             except PdspecError as error:
                 sequence.finish = FinishReason.ERROR
                 results.append((sequence, error))
@@ -119,10 +120,12 @@ class DecodeEngine:
         verified = time.perf_counter()
         for name, group in observations.items():
             self.resources.drafters[name].observe(group)
+        if self.resources.config.poison:
+            self._poison([sequence for sequence in sequences if sequence.finish is None])
         self._count(sequences, began, proposed, forwarded, verified)
         return results
 
-    def _propose(self, sequences: Sequence[DecodeSequence]) -> list[Draft]:
+    def propose(self, sequences: Sequence[DecodeSequence]) -> list[Draft]:
         """Drafts by family, trimmed to what the answer can still use."""
         drafts: dict[int, Draft] = {}
         groups: dict[str, list[DecodeSequence]] = defaultdict(list)
@@ -139,7 +142,8 @@ class DecodeEngine:
                 drafts[id(sequence)] = _shallow(draft, sequence.remaining - 1)
         return [drafts[id(sequence)] for sequence in sequences]
 
-    def _pack(self, sequences: Sequence[DecodeSequence], drafts: Sequence[Draft]) -> ForwardBatch:
+    def pack(self, sequences: Sequence[DecodeSequence], drafts: Sequence[Draft]) -> ForwardBatch:
+        """The target rows of all sequences: each its root, then its nodes."""
         parts = [tree_rows(d, s.num_rows, s.ctx.root_position) for s, d in zip(sequences, drafts, strict=True)]
         widest = max(part.ancestors.shape[1] for part in parts)
         padded = [np.pad(p.ancestors, ((0, 0), (0, widest - p.ancestors.shape[1])), constant_values=-1) for p in parts]
@@ -158,7 +162,8 @@ class DecodeEngine:
             **hidden_wanted([s.drafter for s in sequences]),
         )
 
-    def _verify(self, sequence: DecodeSequence, draft: Draft, logits: torch.Tensor) -> VerdictResult:
+    def judge(self, sequence: DecodeSequence, draft: Draft, logits: torch.Tensor) -> VerdictResult:
+        """``verify`` with what the engine knows; ``logits`` [1 + N, V]. Changes nothing."""
         params = sequence.request.sampling
         return verify(
             draft,
@@ -182,8 +187,6 @@ class DecodeEngine:
         wanted = list(range(base + 1, base + 1 + len(source)))
         if source != wanted:
             self.resources.cache.copy_rows(target, ctx.pages, source, wanted)
-        if self.resources.config.poison:
-            self.resources.cache.poison(target, ctx.pages, base + 1 + len(source), base + 1 + len(draft.rows[0]))
         _tally(sequence, draft, verdict.num_accepted)
         seen = [rows.start, *(rows.start + 1 + node for node in verdict.path)]
         ctx.token_ids.extend(verdict.output_ids)
@@ -194,6 +197,16 @@ class DecodeEngine:
         elif sequence.remaining <= 0:
             sequence.finish = FinishReason.LENGTH
         return hidden_rows(sequence.drafter, output, base, seen)
+
+    def _poison(self, sequences: Sequence[DecodeSequence]) -> None:
+        """NaN into every row behind the committed ones, in all cache groups: rejected nodes, scratch of the drafters,
+        and whatever an earlier owner left."""
+        cache = self.resources.cache
+        for sequence in sequences:
+            pages, committed = sequence.ctx.pages, {self.resources.runner.group.name: sequence.num_rows}
+            committed.update(sequence.drafter.rows_at(sequence.ctx.root_position))
+            for group in cache.groups:
+                cache.poison(group.name, pages, committed.get(group.name, 0), len(pages) * cache.page_size)
 
     def _chunk(self, sequence: DecodeSequence, draft: Draft, found: VerdictResult) -> TokenChunk:
         verdict, trace = found.verdict, None
