@@ -26,8 +26,10 @@ TINY: dict[str, Any] = {
     "model": "tiny", "heads": {"eagle3": "random:0"}, "cache_tokens": 8192, "threads": 1, "chunk": 16, "poison": True,
 }  # fmt: skip
 
-LEARNED = ("eagle1", "eagle2", "eagle3")
-EVERY: dict[str, Any] = {"drafters": NAMES, "heads": dict.fromkeys(LEARNED, "random:0")}
+LEARNED = ("eagle1", "eagle2", "eagle3", "mtp")
+EVERY: dict[str, Any] = {
+    "drafters": NAMES, "heads": dict.fromkeys(LEARNED, "random:0"), "options": {"mtp:modules": "3"},
+}  # fmt: skip
 
 
 # One event loop for every client of a test run: gRPC's poller is shared by all loops of a process, and one that was

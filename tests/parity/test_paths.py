@@ -32,6 +32,7 @@ CASES = [
     ("eagle3", "chain(3)"),
     ("eagle3", "dynamic(4,4,8)"),
     ("eagle3", "static(3x2)"),
+    ("mtp", "static(2x2x1)"),
 ]
 SAMPLED = {"temperature": 0.8, "top_p": 0.95}
 EVERYTHING = {
@@ -90,7 +91,8 @@ def test_both_handoffs_give_plain_decodings_tokens_and_the_local_proposals(roles
 
 def test_a_batch_in_one_process_is_as_one_at_a_time(roles):
     many = [
-        request(*CASES[i % len(CASES)], n=5 + 13 * i, seed=i, sampling={"temperature": 0.6 * (i % 2)}) for i in range(9)
+        request(*case, n=5 + 13 * i, seed=i, sampling={"temperature": 0.6 * (i % 2)})
+        for i, case in enumerate((*CASES, *CASES[:2]))
     ]
     together: list[list[int]] = [[] for _ in many]
     for index, chunk in roles.local.generate_batch(many):
@@ -106,12 +108,14 @@ def test_samples_of_one_prompt_differ_by_their_index_alone(roles):
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 16, 17])
-def test_prompts_around_the_edges_of_chunks_and_pages(roles, n):
+@pytest.mark.parametrize("drafter", ["eagle3", "mtp"])
+def test_prompts_around_the_edges_of_chunks_and_pages(roles, n, drafter):
     for mode in ("prefill", "decode"):
-        asked = request("eagle3", "dynamic(3,3,6)", n=n, seed=n, sampling={"max_tokens": 20}, draft_prefill=mode)
+        asked = request(drafter, "dynamic(3,3,6)", n=n, seed=n, sampling={"max_tokens": 20}, draft_prefill=mode)
         (answer,) = roles.ask(asked)
         local = roles.ask_local(asked)
         assert (answer.tokens, answer.traces) == (local.tokens, local.traces)
+        assert answer.stats.draft_rebuilds == 0
 
 
 def test_an_answer_may_fill_the_context_to_its_last_row(roles):

@@ -17,6 +17,8 @@ CASES = [
     ("eagle3", "chain(3)"),
     ("eagle3", "dynamic(3,3,6)"),
     ("eagle3", "static(2x2)"),
+    ("mtp", "chain(3)"),
+    ("mtp", "dynamic(3,3,6)"),
 ]
 SAMPLING = {
     "greedy": {},
@@ -61,13 +63,13 @@ def test_eight_at_once_are_as_one_at_a_time(roles):
     many = []
     for i in range(8):
         sampling = {"temperature": 0.7 * (i % 2), "max_tokens": 20 + 3 * i}
-        many.append(request(*CASES[i % len(CASES)], n=20 + 9 * i, seed=i, sampling=sampling))
+        many.append(request(*CASES[-1 - i], n=20 + 9 * i, seed=i, sampling=sampling))
     for asked, answer in zip(many, roles.ask(*many), strict=True):
         local = roles.ask_local(asked)
         assert (answer.tokens, answer.traces) == (local.tokens, local.traces)
 
 
-@pytest.mark.parametrize("drafter", ["eagle1", "eagle3"])
+@pytest.mark.parametrize("drafter", ["eagle1", "eagle3", "mtp"])
 @pytest.mark.parametrize("chunk", [5, 64])
 def test_chunks_of_any_size_give_the_same(chunk, drafter):
     with running(prefill={"chunk": chunk}, dtype="float32", **EVERY) as roles:
@@ -81,8 +83,8 @@ def test_chunks_of_any_size_give_the_same(chunk, drafter):
 @pytest.mark.parametrize("stable", ["true", "false"])
 @pytest.mark.parametrize("padding", ["true", "false"])
 def test_every_option_of_feature_drafters_keeps_tokens_and_proposals(stable, padding):
-    names = {"stable_kv": stable, "first_token_padding": padding}
-    options = {f"{drafter}:{name}": value for drafter in LEARNED for name, value in names.items()}
+    names, eagles = {"stable_kv": stable, "first_token_padding": padding}, ("eagle1", "eagle2", "eagle3")
+    options = {f"{drafter}:{name}": value for drafter in eagles for name, value in names.items()}
     changes = {"prefill": {"chunk": 7, "page_size": 8}, "decode": {"page_size": 16}}
     with running(dtype="float32", **changes, **{**EVERY, "options": {**options, "eagle2:threshold": "0.001"}}) as roles:
         asked = [

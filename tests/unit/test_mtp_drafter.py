@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from mtp_reference import EMBEDDING, LM_HEAD, TARGET, PaperMtp, Story, child_scores, make_world, paths
+from mtp_reference import EMBEDDING, LM_HEAD, TARGET, Story, child_scores, make_world, paths
 
 from pdspec.errors import InvalidRequest, TransferDamaged
 from pdspec.model.native import NativeOps
@@ -17,6 +17,7 @@ from pdspec.sampling import History
 from pdspec.spec.chooser import Seeded
 from pdspec.spec.protocol import HiddenRows, Verdict
 from pdspec.spec.verify import verify
+from pdspec.study.mtp_reference import PaperMtp
 from pdspec.types import SamplingParams, Verify
 
 GREEDY, SAMPLED = SamplingParams(temperature=0.0), SamplingParams(temperature=0.8)
