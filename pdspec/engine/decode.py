@@ -21,7 +21,6 @@ from pdspec.engine.resources import Resources, tree_spec
 from pdspec.errors import PdspecError
 from pdspec.model.batch import ForwardBatch, ForwardOutput
 from pdspec.sampling import History, stopping_ids
-from pdspec.spec.chooser import Seeded
 from pdspec.spec.protocol import Draft, DraftContext, Drafter, HiddenRows, empty_draft
 from pdspec.spec.tree import depths, tree_rows
 from pdspec.spec.verify import VerdictResult, verify
@@ -162,7 +161,7 @@ class DecodeEngine:
             logits,
             params,
             sequence.history,
-            Seeded(*sequence.ctx.noise_key),
+            sequence.ctx.chooser,
             root_position=sequence.ctx.root_position,
             end_ids=self.resources.end_ids,
             max_new=sequence.remaining,
@@ -173,7 +172,7 @@ class DecodeEngine:
         self, sequence: DecodeSequence, draft: Draft, found: VerdictResult, output: ForwardOutput, rows: slice
     ) -> HiddenRows:
         """Append the outputs, make the accepted rows contiguous, and hand on the hidden states of the accepted path."""
-        verdict, ctx, base = found.verdict, sequence.ctx, sequence.num_rows
+        verdict, ctx, base, drafter = found.verdict, sequence.ctx, sequence.num_rows, sequence.drafter
         target = self.resources.runner.group.name
         source = [base + 1 + node for node in verdict.path]
         wanted = list(range(base + 1, base + 1 + len(source)))
@@ -192,8 +191,9 @@ class DecodeEngine:
             sequence.finish = FinishReason.LENGTH
         return HiddenRows(
             start=base,
-            captured=None if output.captured is None else output.captured[hidden_rows],
-            final=None if output.final is None else output.final[hidden_rows],
+            captured=output.captured[hidden_rows] if output.captured is not None and drafter.capture else None,
+            final=output.final[hidden_rows] if output.final is not None and drafter.want_final else None,
+            count=len(hidden_rows),
         )
 
     def _chunk(self, sequence: DecodeSequence, draft: Draft, found: VerdictResult) -> TokenChunk:

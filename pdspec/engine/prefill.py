@@ -19,7 +19,6 @@ import torch
 from pdspec.engine.resources import Resources
 from pdspec.model.batch import ForwardBatch, ForwardOutput
 from pdspec.sampling import History, pick, stopping_ids, support, token_logprob
-from pdspec.spec.chooser import Seeded
 from pdspec.spec.protocol import Candidates, DraftContext, Drafter, HiddenRows
 from pdspec.types import DraftPrefill, GenerateRequest, TokenLogprob
 
@@ -142,11 +141,13 @@ class PrefillEngine:
                 sequence.events.rows(group, layer, sequence.num_computed, sequence.num_computed + count)
 
     def _hidden(self, sequence: PrefillSequence, output: ForwardOutput, rows: slice) -> HiddenRows:
-        drafter = sequence.drafter  # of others in the batch there may be more
+        """What this sequence's drafter reads; others in the batch may read more."""
+        drafter = sequence.drafter
         return HiddenRows(
             start=sequence.num_computed,
-            final=output.final[rows] if drafter.want_final and output.final is not None else None,
-            captured=output.captured[rows] if drafter.capture and output.captured is not None else None,
+            final=output.final[rows] if output.final is not None and drafter.want_final else None,
+            captured=output.captured[rows] if output.captured is not None and drafter.capture else None,
+            count=rows.stop - rows.start,
         )
 
     def _advance(self, sequence: PrefillSequence, hidden: HiddenRows, logits: torch.Tensor | None) -> None:
@@ -168,8 +169,7 @@ class PrefillEngine:
     def _first(self, sequence: PrefillSequence, logits: torch.Tensor) -> None:
         request, params, ctx = sequence.request, sequence.request.sampling, sequence.ctx
         allowed = support(logits, params, prompt_history(request), end_ids=self.resources.end_ids)
-        chooser = Seeded(*ctx.noise_key)
-        token = pick(allowed, params, lambda ids: chooser.noise(ctx.prompt_len, ids))
+        token = pick(allowed, params, lambda ids: ctx.chooser.noise(ctx.prompt_len, ids))
         logprob = None if params.logprobs is None else token_logprob(allowed, token, params.logprobs)
         ctx.token_ids.append(token)
         sequence.events.first(token, logprob)

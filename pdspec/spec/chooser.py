@@ -1,7 +1,8 @@
-"""Where the randomness of a verification comes from: three verbs, so that a check can put every outcome in their place.
+"""Where the randomness of an answer comes from: four verbs, so that a check can put every outcome in their place.
 
     coupled      noise(position, ids)                 g of the position, shared with the drafter
-    rejection    bernoulli(position, turn, chance)    is this child taken?
+    rejection    order(position, ids, log_q, count)   the children that a drafter draws
+                 bernoulli(position, turn, chance)    is this child taken?
                  categorical(position, ids, weights)  the token drawn where none was
 
 ``Seeded`` serves: each verb is a pure function of (seed, sample, position) and its other arguments. The ratio rule's
@@ -22,6 +23,7 @@ from pdspec.noise import gumbel, noise_key
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.integer]
+Indices = npt.NDArray[np.int64]
 
 # Sample indices are below 2^31; what lies above names another stream of the same seed.
 _DRAFT_STREAM, _COIN_STREAM = 1 << 40, 2 << 40
@@ -38,6 +40,9 @@ class Chooser(Protocol):
 
     def categorical(self, position: int, ids: Ids, weights: Doubles) -> int:
         """An index of ``ids`` with a chance of ``weights`` there; they sum to 1."""
+
+    def order(self, position: int, ids: Ids, log_q: Floats, count: int) -> Indices:
+        """``count`` distinct indices of ``ids``, drawn from q without replacement, in the order of the draws."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,15 @@ class Seeded:
         with np.errstate(divide="ignore"):
             return int((np.log(weights) + self.noise(position, ids)).argmax())
 
+    def order(self, position: int, ids: Ids, log_q: Floats, count: int) -> Indices:
+        """The k best of log q + Gumbel noise are k draws without replacement; nothing else reads this stream."""
+        return largest(log_q + gumbel(self.seed, self.sample + _DRAFT_STREAM, position, ids), count)
 
-def drawing_noise(seed: int, sample: int, position: int, ids: Ids) -> Floats:
-    """Gumbel noise by which a drafter draws from q for the ratio rule (the k best of log q + this are k draws without
-    replacement): nothing else reads this stream."""
-    return gumbel(seed, sample + _DRAFT_STREAM, position, ids)
+
+def largest(row: Floats, count: int) -> Indices:
+    """Indices of the ``count`` largest of a row, best first, ties to the lowest index."""
+    if count == 1:
+        return np.array([row.argmax()], np.int64)
+    threshold = np.partition(row, len(row) - count)[len(row) - count]
+    contenders = np.flatnonzero(row >= threshold)
+    return contenders[np.argsort(-row[contenders], kind="stable")][:count]

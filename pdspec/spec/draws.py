@@ -10,14 +10,28 @@ rule judges children as if nobody had drawn them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
-from pdspec.noise import gumbel_noise
-from pdspec.spec.chooser import drawing_noise
+from pdspec.spec.chooser import Chooser, Floats, Ids, Indices
 from pdspec.spec.protocol import Candidates, DraftContext, Law
 from pdspec.spec.tree import DynamicTree, TreeSpec
 from pdspec.types import Verify
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """In place of noise, where the children at a position are drawn from q."""
+
+    chooser: Chooser
+    position: int
+
+    def order(self, target_ids: Ids, log_q: Floats, count: int) -> Indices:
+        """``count`` indices of a law, in the order of the draws. Nodes of one depth draw by the same noise: a
+        verification meets the children of one of them at most."""
+        return self.chooser.order(self.position, target_ids, log_q, count)
 
 
 def draws_from_q(ctx: DraftContext, spec: TreeSpec) -> bool:
@@ -26,11 +40,13 @@ def draws_from_q(ctx: DraftContext, spec: TreeSpec) -> bool:
     return ratio and ctx.sampling.temperature > 0.0 and not isinstance(spec, DynamicTree)
 
 
-def position_noise(ctx: DraftContext, spec: TreeSpec, depth: int, target_ids: torch.Tensor) -> torch.Tensor | None:
-    """What is added to log q [D] at ``depth`` below the root, at the draft's ``target_ids`` [D]; None: nothing."""
-    seed, sample = ctx.noise_key
+def position_noise(
+    ctx: DraftContext, spec: TreeSpec, depth: int, target_ids: torch.Tensor
+) -> torch.Tensor | Drawing | None:
+    """What is added to log q [D] at ``depth`` below the root, at the draft's ``target_ids`` [D]; None: nothing; a
+    ``Drawing``: children are drawn."""
     if draws_from_q(ctx, spec):
-        return torch.from_numpy(drawing_noise(seed, sample, ctx.root_position + depth, target_ids.numpy()))
+        return Drawing(ctx.chooser, ctx.root_position + depth)
     return candidate_noise(ctx, depth, target_ids)
 
 
@@ -39,8 +55,7 @@ def candidate_noise(ctx: DraftContext, depth: int, target_ids: torch.Tensor) -> 
     cut to tokens that were picked by it would not be what the first child is drawn from."""
     if ctx.sampling.temperature == 0.0 or ctx.sampling.verify != Verify.COUPLED:
         return None
-    seed, sample = ctx.noise_key
-    return gumbel_noise(seed, sample, ctx.root_position + depth, token_ids=target_ids)
+    return torch.from_numpy(ctx.chooser.noise(ctx.root_position + depth, target_ids.cpu().numpy()))
 
 
 def cut_law(candidates: Candidates) -> Law:

@@ -16,24 +16,22 @@ with root t_n there are n+1 rows; each token then has its draft row where it has
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
 from pdspec.cache.paged import PagedCache
-from pdspec.errors import InvalidRequest, TransferDamaged
-from pdspec.spec.draws import candidate_noise, cut_law, draws_from_q, position_noise
-from pdspec.spec.feature_rows import FeatureModel, FeatureState, Rows, later_rows, pack_rows
-from pdspec.spec.growth import NO_CHILDREN, Growth, Ranked, expansions, first_children, rank_children, width
+from pdspec.errors import TransferDamaged
+from pdspec.spec.draft_rows import DraftRows, pack_rows
+from pdspec.spec.feature_rows import FeatureModel, FeatureState
+from pdspec.spec.growth import Growth
 from pdspec.spec.protocol import Candidates, Draft, DraftContext, HiddenRows, Verdict
-from pdspec.spec.tree import TreeSpec, parse_tree
+from pdspec.spec.tree_drafter import TreeDrafter
 from pdspec.types import CacheGroup
 
-FIRST_CHOICES = 16  # first draft tokens kept (and shipped) at least, whatever the tree
 
-
-class FeatureDrafter:
+class FeatureDrafter(TreeDrafter):
     """``model`` over the pages of ``cache``, in cache group ``group``; ``target_ids`` int64 [draft vocabulary] are the
     target ids of its draft ids; ``tree`` is drafted where a request names none. ``capture`` are the target layers
     whose inputs ``model.features`` reads, ``want_final`` says that it reads the final hidden state.
@@ -48,18 +46,14 @@ class FeatureDrafter:
         fingerprint: str, tree: str, capture: tuple[int, ...] = (), want_final: bool = False, max_nodes: int = 64,
         target_matches: bool = True, stable_kv: bool = True, padding: bool = False, threshold: float = 0.0,
     ) -> None:
-        self.name, self.model = name, model
+        super().__init__(name, target_ids=target_ids, tree=tree, max_nodes=max_nodes)
+        self.model, self.target_matches = model, target_matches
         self.stable_kv, self.threshold = stable_kv, threshold
         self._padding = int(padding)  # rows before the one that reads h_0
         self.capture, self.want_final = capture, want_final
-        self.max_nodes, self.target_matches = max_nodes, target_matches
         self.groups: tuple[CacheGroup, ...] = (cache.layout(group),)
-        self.default_tree = tree
         self._cache = cache
-        self._target_ids = target_ids
-        self._ids = target_ids.numpy()
         self._fingerprint = fingerprint
-        self._spec(self.default_tree)
 
     def fingerprint(self) -> str:
         """Hash of weights, geometry, vocabulary map, padding and compute dtype."""
@@ -68,10 +62,6 @@ class FeatureDrafter:
     def rows_at(self, num_tokens: int) -> dict[str, int]:
         """As many rows as tokens before the root, one more with first-token padding."""
         return {self.groups[0].name: num_tokens + self._padding}
-
-    def depth(self, tree: str) -> int:
-        """Deepest node under a request's tree. Raises UnknownName or InvalidRequest for a tree it cannot draft."""
-        return self._spec(tree).depth
 
     def prefill(self, ctx: DraftContext, hidden: HiddenRows) -> None:
         """Writes the rows whose features and next token are known; the last row waits for t_n. A chunk at 0 begins
@@ -108,10 +98,7 @@ class FeatureDrafter:
         state = self._state(ctx)
         assert state.feature is not None
         with torch.inference_mode():
-            logits, count = self.model.logits(state.feature), self._width(state.spec)
-            noise = candidate_noise(ctx, 1, self._target_ids)
-            best = rank_children(logits, ctx.sampling.temperature, noise, self._ids, count)
-        state.candidates = Candidates(token_ids=best.token_ids[0], log_q=best.log_q[0], score=best.score[0])
+            state.candidates = self._candidates(ctx, state.spec, self.model.logits(state.feature))
         return state.candidates, {"feature": state.feature.float().cpu()}
 
     def resume(self, ctx: DraftContext, candidates: Candidates | None, rows: dict[str, torch.Tensor]) -> None:
@@ -128,31 +115,27 @@ class FeatureDrafter:
         ctx.state = FeatureState(spec=spec, rows=self._due(ctx), feature=feature, candidates=candidates)
 
     def propose(self, batch: Sequence[DraftContext], budgets: Sequence[int]) -> list[Draft]:
-        """One tree each: one forward per level over all sequences, none for what cannot enter a tree any more."""
+        """One tree each; see ``TreeDrafter._grown``."""
         states = [self._state(ctx) for ctx in batch]
         with torch.inference_mode():
             self._find_first([ctx for ctx, budget in zip(batch, budgets, strict=True) if budget > 0])
-            growths = [self._growth(ctx, budget) for ctx, budget in zip(batch, budgets, strict=True)]
+            deepest = [max(1, self.model.max_positions - self._due(ctx) + 1) for ctx in batch]
+            growths = [self._growth(*one) for one in zip(batch, budgets, deepest, strict=True)]
             for state in states:
                 state.made = {}
             outputs = [{-1: state.feature} for state in states]  # of the nodes expanded last, [1, H]
-            for level in range(1, max((g.budget for g in growths), default=0)):
-                frontiers = [growth.frontier() for growth in growths]
-                active = [i for i, frontier in enumerate(frontiers) if frontier]
-                if not active:
-                    break
-                rows = [self._nodes(batch[i], growths[i], frontiers[i], level) for i in active]
-                parents = [outputs[i][growths[i].parent(node)] for i in active for node in frontiers[i]]
+
+            def expand(level: int, frontiers: Mapping[int, Sequence[int]]) -> torch.Tensor:
+                rows = [self._nodes(batch[i], growths[i], nodes, level) for i, nodes in frontiers.items()]
+                parents = [outputs[i][growths[i].parent(node)] for i, nodes in frontiers.items() for node in nodes]
                 features = torch.cat([feature for feature in parents if feature is not None])
                 output = self._forward(rows, features, np.arange(len(features)))
-                logits, first = self.model.logits(output), 0
-                for i in active:
-                    stop = first + len(frontiers[i])
-                    ranked = self._rank(batch[i], logits[first:stop], level + 1, width(states[i].spec))
-                    growths[i].add(frontiers[i], ranked)
-                    outputs[i] = dict(zip(frontiers[i], output[first:stop].split(1), strict=True))
-                    first = stop
-        return [growth.draft() for growth in growths]
+                each = iter(output.split(1))
+                for i, nodes in frontiers.items():
+                    outputs[i] = {node: next(each) for node in nodes}
+                return self.model.logits(output)
+
+            return self._grown(batch, growths, expand)
 
     def observe(self, batch: Sequence[tuple[DraftContext, Verdict, HiddenRows]]) -> None:
         """Makes the rows of the root and the accepted path final in one forward. Raises ValueError when ``hidden`` is
@@ -166,7 +149,7 @@ class FeatureDrafter:
                                  f" accepted, {state.rows} draft rows, root at {ctx.root_position}")
             kept = self._keep(ctx, verdict)
             rows.append(self._committed(ctx, state.rows + kept, count - kept))
-            parts.append(later_rows(hidden, kept))
+            parts.append(hidden.after(kept))
         if not batch:
             return
         with torch.inference_mode():
@@ -195,16 +178,6 @@ class FeatureDrafter:
             self._cache.copy_rows(self.groups[0].name, ctx.pages, source, wanted)
         return len(source)
 
-    def _spec(self, tree: str) -> TreeSpec:
-        spec = parse_tree(tree or self.default_tree)
-        if max(spec.max_nodes, expansions(spec)) > self.max_nodes:
-            raise InvalidRequest(f"drafter {self.name} cannot draft {tree}: {spec.max_nodes} nodes, {expansions(spec)}"
-                                 " expanded", field="tree", remedy=f"keep both at {self.max_nodes} or below")
-        return spec
-
-    def _width(self, spec: TreeSpec) -> int:
-        return min(max(FIRST_CHOICES, width(spec)), len(self._ids))
-
     def _state(self, ctx: DraftContext) -> FeatureState:
         state = ctx.state
         if state is None or state.feature is None or state.rows != self._due(ctx):
@@ -228,41 +201,20 @@ class FeatureDrafter:
         for ctx, row in zip(missing, logits.split(1), strict=True):
             ctx.state.first = self._rank(ctx, row, 1, self._width(ctx.state.spec))
 
-    def _shipped(self, ctx: DraftContext, spec: TreeSpec, candidates: Candidates) -> Ranked:
-        if not draws_from_q(ctx, spec):
-            return first_children(candidates)
-        law = cut_law(candidates)
-        noise = position_noise(ctx, spec, 1, torch.from_numpy(law.token_ids))
-        assert noise is not None
-        return first_children(candidates, noise.numpy(), law)
+    def _committed(self, ctx: DraftContext, first: int, count: int) -> DraftRows:
+        token = first + 1 - self._padding
+        return DraftRows.committed(ctx, ctx.token_ids[token : token + count], first)
 
-    def _rank(self, ctx: DraftContext, logits: torch.Tensor, depth: int, count: int) -> Ranked:
-        """The best ``count`` children at ``depth`` of each node, by the noise of their position."""
-        spec: TreeSpec = ctx.state.spec
-        noise = position_noise(ctx, spec, depth, self._target_ids)
-        return rank_children(logits, ctx.sampling.temperature, noise, self._ids, min(count, len(self._ids)),
-                             drawn=draws_from_q(ctx, spec))
-
-    def _growth(self, ctx: DraftContext, budget: int) -> Growth:
-        first = ctx.state.first if budget > 0 else None
-        deepest = max(1, self.model.max_positions - self._due(ctx) + 1)
-        return Growth(ctx.state.spec, budget, NO_CHILDREN if first is None else first, deepest, self.threshold)
-
-    def _committed(self, ctx: DraftContext, first: int, count: int) -> Rows:
-        rows, token = range(first, first + count), first + 1 - self._padding
-        return Rows(pages=ctx.pages, name=ctx.request_id, committed=ctx.state.rows, slots=rows, positions=rows,
-                    token_ids=ctx.token_ids[token : token + count], paths=[()] * count)
-
-    def _nodes(self, ctx: DraftContext, growth: Growth, frontier: Sequence[int], depth: int) -> Rows:
+    def _nodes(self, ctx: DraftContext, growth: Growth, frontier: Sequence[int], depth: int) -> DraftRows:
         base = ctx.state.rows
         paths = [[base + number for number in growth.path(node)] for node in frontier]
         if not self.stable_kv:
             for node, path in zip(frontier, paths, strict=True):
                 ctx.state.made[growth.tokens(node)] = path[-1]
-        return Rows(pages=ctx.pages, name=ctx.request_id, committed=base, slots=[path[-1] for path in paths],
-                    positions=[base + depth - 1] * len(frontier), paths=paths,
-                    token_ids=[growth.token(node) for node in frontier])
+        return DraftRows(ctx=ctx, token_ids=[growth.token(node) for node in frontier],
+                         positions=[base + depth - 1] * len(frontier), slots=[path[-1] for path in paths],
+                         prefix=[base] * len(frontier), paths=paths)
 
-    def _forward(self, rows: Sequence[Rows], features: torch.Tensor, outputs: np.ndarray) -> torch.Tensor:
+    def _forward(self, rows: Sequence[DraftRows], features: torch.Tensor, outputs: np.ndarray) -> torch.Tensor:
         """One forward over the rows of several sequences; see ``FeatureModel.forward``."""
         return self.model.forward(pack_rows(rows, self._cache.page_size), features, outputs)

@@ -1,8 +1,7 @@
-"""What ``FeatureDrafter`` works with: the model's protocol, a sequence's state, and rows packed for a forward."""
+"""What ``FeatureDrafter`` works with: the model's protocol, and a sequence's state."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -51,59 +50,7 @@ class FeatureState:
     made: dict[tuple[int, ...], int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Rows of one sequence, which has ``committed`` draft rows. A committed row's path is empty, and it sees the slots
-    up to its own; a tree node sees the committed rows and its path: the slots of its ancestors and its own."""
-
-    name: str  # of the sequence, for errors
-    pages: Sequence[int]
-    committed: int
-    token_ids: Sequence[int]
-    positions: Sequence[int]
-    slots: Sequence[int]
-    paths: Sequence[Sequence[int]]
-
-
-def pack_rows(rows: Sequence[Rows], page_size: int) -> ForwardBatch:
-    """One batch of the rows of several sequences, in order. Raises ValueError for a row beyond its sequence's pages."""
-    count = sum(len(one.slots) for one in rows)
-    longest = max(len(path) for one in rows for path in one.paths)
-    table = np.full((len(rows), max(len(one.pages) for one in rows)), -1, np.int32)
-    ancestors = np.full((count, longest), -1, np.int32)
-    prefix = np.empty(count, np.int32)
-    row = 0
-    for index, one in enumerate(rows):
-        table[index, : len(one.pages)] = one.pages
-        if max(one.slots) >= len(one.pages) * page_size:
-            raise ValueError(f"{one.name}: draft row {max(one.slots)} in {len(one.pages)} pages")
-        for slot, path in zip(one.slots, one.paths, strict=True):
-            ancestors[row, : len(path)] = path
-            prefix[row] = one.committed if path else slot + 1
-            row += 1
-
-    def flat(name: str) -> np.ndarray:
-        return np.array([value for one in rows for value in getattr(one, name)], np.int32)
-
-    return ForwardBatch(
-        token_ids=flat("token_ids"), positions=flat("positions"), slots=flat("slots"), prefix_len=prefix,
-        sequence=np.repeat(np.arange(len(rows), dtype=np.int32), [len(one.slots) for one in rows]),
-        ancestors=ancestors, page_table=table, logit_rows=np.empty(0, np.int32),
-    )
-
-
 def take_rows(batch: ForwardBatch, rows: np.ndarray) -> ForwardBatch:
     """Some rows of a batch, in the order named."""
     taken: dict[str, Any] = {name: np.ascontiguousarray(getattr(batch, name)[rows]) for name in _ROW_FIELDS}
     return replace(batch, **taken)
-
-
-def later_rows(hidden: HiddenRows, count: int) -> HiddenRows:
-    """Hidden rows without the first ``count``."""
-    if count == 0:
-        return hidden
-    captured, final = hidden.captured, hidden.final
-    return HiddenRows(
-        start=hidden.start + count, captured=None if captured is None else captured[count:],
-        final=None if final is None else final[count:],
-    )

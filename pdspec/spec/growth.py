@@ -18,6 +18,8 @@ import torch
 
 from pdspec.errors import PdspecError
 from pdspec.sampling import draft_scores
+from pdspec.spec.chooser import largest
+from pdspec.spec.draws import Drawing
 from pdspec.spec.protocol import Candidates, Draft, Law
 from pdspec.spec.tree import DynamicTree, StaticTree, TreeSpec, select_nodes
 
@@ -36,20 +38,26 @@ class Ranked:
 
 
 def rank_children(
-    logits: torch.Tensor, temperature: float, noise: torch.Tensor | None, target_ids: npt.NDArray[np.int64], width: int,
-    *, drawn: bool = False,
+    logits: torch.Tensor, temperature: float, noise: torch.Tensor | Drawing | None, target_ids: npt.NDArray[np.int64],
+    width: int, *, drawn: bool = False,
 ) -> Ranked:
     """Ranks by log q + g, ties to the lowest draft id. ``logits`` [K, draft vocabulary] are of nodes whose children
     stand at one absolute position, ``noise`` [draft vocabulary] is that position's (None: 0). Each row's bits are its
-    own. ``drawn``: keep each row's law.
+    own. With a ``Drawing`` children are drawn from q, and scored by it. ``drawn``: keep each row's law.
 
     Raises PdspecError for scores that are NaN.
     """
-    log_q, coupled = draft_scores(logits.float().cpu(), temperature, noise)
-    score = (coupled if temperature == 0.0 or noise is None else torch.log_softmax(coupled, dim=-1)).numpy()
+    added = None if isinstance(noise, Drawing) else noise
+    log_q, coupled = draft_scores(logits.float().cpu(), temperature, added)
+    score = (coupled if temperature == 0.0 or added is None else torch.log_softmax(coupled, dim=-1)).numpy()
     if np.isnan(score[:, 0]).any():  # one NaN makes the whole row NaN
         raise PdspecError("draft scores are not numbers", remedy="report it; draft KV or the head is damaged")
-    best = np.stack([_best(row, width) for row in score]) if len(score) else np.empty((0, width), np.int64)
+    if not len(score):
+        best = np.empty((0, width), np.int64)
+    elif isinstance(noise, Drawing):
+        best = np.stack([noise.order(target_ids, row, width) for row in log_q.numpy()])
+    else:
+        best = np.stack([largest(row, width) for row in score])
     return Ranked(
         token_ids=target_ids[best].astype(np.int32), log_q=np.take_along_axis(log_q.numpy(), best, 1),
         score=np.take_along_axis(score, best, 1),
@@ -57,14 +65,12 @@ def rank_children(
     )
 
 
-def first_children(
-    candidates: Candidates, noise: Floats | None = None, law: Law | None = None
-) -> Ranked:
+def first_children(candidates: Candidates, drawing: Drawing | None = None, law: Law | None = None) -> Ranked:
     """First draft tokens as one row, in their order; drawn anew from ``law``, which has their ids, where it is given
-    with the ``noise`` to draw by."""
-    if law is None or noise is None:
+    with a ``drawing``."""
+    if law is None or drawing is None:
         return Ranked(token_ids=candidates.token_ids[None], log_q=candidates.log_q[None], score=candidates.score[None])
-    order = _best(law.log_q + noise, len(noise))
+    order = drawing.order(law.token_ids, law.log_q, len(law.log_q))
     return Ranked(
         token_ids=candidates.token_ids[order][None], log_q=law.log_q[order][None], score=law.log_q[order][None],
         laws=(law,),
@@ -194,12 +200,3 @@ class Growth:
         place = self._shape[node] if node >= 0 else -1
         found = [(self._static.ranks[i], i) for i, parent in enumerate(self._static.parents) if parent == place]
         return sorted((rank, i) for rank, i in found if rank < available)
-
-
-def _best(row: Floats, count: int) -> npt.NDArray[np.int64]:
-    """Indices of the ``count`` largest, best first, ties to the lowest index."""
-    if count == 1:
-        return np.array([row.argmax()], np.int64)
-    threshold = np.partition(row, len(row) - count)[len(row) - count]
-    contenders = np.flatnonzero(row >= threshold)
-    return contenders[np.argsort(-row[contenders], kind="stable")][:count]

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from pdspec.spec.chooser import Chooser, Seeded
 from pdspec.types import CacheGroup, SamplingParams
 
 
@@ -100,7 +101,8 @@ class Candidates:
 @dataclass(kw_only=True)
 class DraftContext:
     """What a drafter may know of one running sequence. Owned by the engine; the drafter keeps its own part
-    in ``state`` and nowhere else, so that dropping the context drops everything."""
+    in ``state`` and nowhere else, so that dropping the context drops everything. All randomness of the answer comes
+    from ``chooser``: ``Seeded(*noise_key)``, unless a check puts another in its place."""
 
     request_id: str
     sampling: SamplingParams
@@ -111,6 +113,10 @@ class DraftContext:
     tree: str  # tree specification of this request
     state: Any = None  # the drafter's own per-sequence state
     metrics: dict[str, float] = field(default_factory=dict)
+    chooser: Chooser = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.chooser = Seeded(*self.noise_key)
 
     @property
     def root_position(self) -> int:
@@ -120,17 +126,25 @@ class DraftContext:
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenRows:
-    """Target hidden states of consecutive positions ``start .. start+len-1`` of one sequence."""
+    """Target hidden states of consecutive positions ``start .. start+num_rows-1`` of one sequence."""
 
     start: int
     captured: torch.Tensor | None  # [rows, C, H] float32
     final: torch.Tensor | None  # [rows, H] float32
+    count: int = 0  # of rows, where no hidden state was asked for: a drafter may go by tokens alone
 
     @property
     def num_rows(self) -> int:
-        """0 where nothing was asked for."""
+        """How many positions."""
         part = self.captured if self.captured is not None else self.final
-        return 0 if part is None else len(part)
+        return self.count if part is None else len(part)
+
+    def after(self, count: int) -> HiddenRows:
+        """Without the first ``count`` rows."""
+        return HiddenRows(
+            start=self.start + count, captured=None if self.captured is None else self.captured[count:],
+            final=None if self.final is None else self.final[count:], count=max(0, self.count - count),
+        )
 
     @classmethod
     def joined(cls, parts: Sequence[HiddenRows]) -> HiddenRows:
@@ -139,7 +153,7 @@ class HiddenRows:
         final = [part.final for part in parts if part.final is not None]
         return cls(
             start=parts[0].start, captured=torch.cat(captured) if captured else None,
-            final=torch.cat(final) if final else None,
+            final=torch.cat(final) if final else None, count=sum(part.num_rows for part in parts),
         )
 
 

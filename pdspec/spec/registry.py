@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pdspec.spec.protocol import Drafter
 
 # One folder of pdspec/spec each.
-NAMES = ("none", "ngram", "suffix", "eagle1", "eagle2", "eagle3", "mtp")
+NAMES = ("none", "ngram", "suffix", "medusa", "eagle1", "eagle2", "eagle3", "mtp", "draft_model", "sparse")
 
 
 def family(name: str) -> Family:

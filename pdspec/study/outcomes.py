@@ -11,7 +11,11 @@ from dataclasses import dataclass, field
 from itertools import permutations
 from typing import TypeVar
 
-from pdspec.spec.chooser import Doubles, Floats, Ids
+import numpy as np
+
+from pdspec.spec.chooser import Doubles, Floats, Ids, Indices
+from pdspec.spec.protocol import Law
+from pdspec.spec.ratio import masses_of
 
 T = TypeVar("T")
 
@@ -37,8 +41,9 @@ class Enumerating:
         """Each index with its weight."""
         return self._follow([(index, float(weight)) for index, weight in enumerate(weights)])
 
-    def order(self, q: Doubles, count: int) -> tuple[int, ...]:
-        """``count`` indices drawn from q without replacement, in order."""
+    def order(self, position: int, ids: Ids, log_q: Floats, count: int) -> Indices:
+        """Every order of ``count`` draws, its chance after the float64 masses of the law."""
+        q = masses_of(Law(token_ids=ids, log_q=log_q))
         outcomes = []
         possible = [index for index, mass in enumerate(q) if mass > 0.0]
         for drawn in permutations(possible, min(count, len(possible))):
@@ -47,7 +52,7 @@ class Enumerating:
                 chance *= float(q[index]) / left
                 left -= float(q[index])
             outcomes.append((drawn, chance))
-        return self._follow(outcomes)
+        return np.array(self._follow(outcomes), np.int64)
 
     def _follow(self, outcomes: list[tuple[T, float]]) -> T:
         outcomes = [(outcome, chance) for outcome, chance in outcomes if chance > 0.0]

@@ -23,13 +23,20 @@ from pdspec.wire.codec import chunk_from_pb, decode_request_to_pb
 
 T = TypeVar("T")
 TINY: dict[str, Any] = {
-    "model": "tiny", "heads": {"eagle3": "random:0"}, "cache_tokens": 8192, "threads": 1, "chunk": 16, "poison": True,
+    "model": "tiny", "drafters": ("none", "ngram", "suffix", "eagle3"),
+    "heads": {"eagle3": "random:0"}, "cache_tokens": 8192, "threads": 1, "chunk": 16,
+    "poison": True,
 }  # fmt: skip
-
-LEARNED = ("eagle1", "eagle2", "eagle3", "mtp")
+# Every family that can be made for the tiny model. The draft model is the target itself: much is accepted, and where
+# penalties move the target away from it much is not. The sparse view has about half of a prompt.
+EAGLES = ("eagle1", "eagle2", "eagle3")
+READS_HIDDEN = ("medusa", *EAGLES, "mtp")
+LEARNED = (*READS_HIDDEN, "draft_model", "sparse")
 EVERY: dict[str, Any] = {
-    "drafters": NAMES, "heads": dict.fromkeys(LEARNED, "random:0"), "options": {"mtp:modules": "3"},
-}  # fmt: skip
+    "drafters": NAMES,
+    "heads": {**dict.fromkeys(READS_HIDDEN, "random:0"), "draft_model": "tiny"},
+    "options": {"sparse:sink": "2", "sparse:window": "12", "mtp:modules": "3"},
+}
 
 
 # One event loop for every client of a test run: gRPC's poller is shared by all loops of a process, and one that was

@@ -7,6 +7,7 @@ import dataclasses
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import pytest
@@ -27,12 +28,15 @@ from tests.parity.roles import EVERY, TINY, Roles, held_by, request, running
 CASES = [
     ("none", ""),
     ("ngram", "chain(4)"),
+    ("medusa", "static(3x2x1)"),
     ("eagle1", "chain(3)"),
     ("eagle2", "dynamic(4,4,8)"),
     ("eagle3", "chain(3)"),
     ("eagle3", "dynamic(4,4,8)"),
     ("eagle3", "static(3x2)"),
     ("mtp", "static(2x2x1)"),
+    ("draft_model", "chain(4)"),
+    ("sparse", "static(2x2)"),
 ]
 SAMPLED = {"temperature": 0.8, "top_p": 0.95}
 EVERYTHING = {
@@ -45,8 +49,8 @@ EVERYTHING = {
 @pytest.fixture(scope="module")
 def roles() -> Iterator[Roles]:
     """Large pages travel into small ones (the other way round is tested in test_same_tokens)."""
-    changes = {"prefill": {"page_size": 16, "chunk": 8}, "decode": {"page_size": 8}}
-    with running(dtype="float32", **changes, **EVERY) as roles:
+    sizes = {"prefill": {"page_size": 16, "chunk": 8}, "decode": {"page_size": 8}}
+    with running(dtype="float32", **sizes, **EVERY) as roles:
         yield roles
 
 
@@ -91,8 +95,7 @@ def test_both_handoffs_give_plain_decodings_tokens_and_the_local_proposals(roles
 
 def test_a_batch_in_one_process_is_as_one_at_a_time(roles):
     many = [
-        request(*case, n=5 + 13 * i, seed=i, sampling={"temperature": 0.6 * (i % 2)})
-        for i, case in enumerate((*CASES, *CASES[:2]))
+        request(*one, n=5 + 13 * i, seed=i, sampling={"temperature": 0.6 * (i % 2)}) for i, one in enumerate(CASES)
     ]
     together: list[list[int]] = [[] for _ in many]
     for index, chunk in roles.local.generate_batch(many):
@@ -108,9 +111,8 @@ def test_samples_of_one_prompt_differ_by_their_index_alone(roles):
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 16, 17])
-@pytest.mark.parametrize("drafter", ["eagle3", "mtp"])
-def test_prompts_around_the_edges_of_chunks_and_pages(roles, n, drafter):
-    for mode in ("prefill", "decode"):
+def test_prompts_around_the_edges_of_chunks_and_pages(roles, n):
+    for drafter, mode in product(("eagle3", "mtp", "draft_model", "sparse"), ("prefill", "decode")):
         asked = request(drafter, "dynamic(3,3,6)", n=n, seed=n, sampling={"max_tokens": 20}, draft_prefill=mode)
         (answer,) = roles.ask(asked)
         local = roles.ask_local(asked)
@@ -118,8 +120,9 @@ def test_prompts_around_the_edges_of_chunks_and_pages(roles, n, drafter):
         assert answer.stats.draft_rebuilds == 0
 
 
-def test_an_answer_may_fill_the_context_to_its_last_row(roles):
-    asked = request("eagle3", "dynamic(4,4,8)", n=2000, sampling={"max_tokens": 48, **SAMPLED})
+@pytest.mark.parametrize("drafter", ["eagle3", "draft_model", "sparse"])
+def test_an_answer_may_fill_the_context_to_its_last_row(roles, drafter):
+    asked = request(drafter, "dynamic(4,4,8)", n=2000, sampling={"max_tokens": 48, **SAMPLED})
     (answer,) = roles.ask(asked)
     assert len(answer.tokens) == 48
     assert answer.tokens == roles.ask_local(dataclasses.replace(asked, drafter="none", tree="")).tokens

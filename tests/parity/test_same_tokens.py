@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import product
 
 import pytest
 
-from tests.parity.roles import EVERY, LEARNED, request, running
+from tests.parity.roles import EAGLES, EVERY, LEARNED, READS_HIDDEN, request, running
 
 CASES = [
     ("none", ""),
     ("ngram", "chain(5)"),
     ("suffix", "dynamic(5,3,6)"),
+    ("medusa", "chain(4)"),
+    ("medusa", "dynamic(3,3,6)"),
     ("eagle1", "static(2x2)"),
     ("eagle2", "dynamic(3,3,6)"),
     ("eagle3", "chain(3)"),
@@ -19,7 +22,13 @@ CASES = [
     ("eagle3", "static(2x2)"),
     ("mtp", "chain(3)"),
     ("mtp", "dynamic(3,3,6)"),
+    ("draft_model", "chain(3)"),
+    ("draft_model", "dynamic(3,3,6)"),
+    ("draft_model", "static(2x2)"),
+    ("sparse", "chain(3)"),
+    ("sparse", "dynamic(3,3,6)"),
 ]
+OWN_KV = (*EAGLES, "mtp", "draft_model")
 SAMPLING = {
     "greedy": {},
     "sampled": {"temperature": 0.8, "top_p": 0.95},
@@ -29,7 +38,9 @@ SAMPLING = {
 
 @pytest.fixture(scope="module", params=["bfloat16", "float32"])
 def roles(request):
-    with running(dtype=request.param, prefill={"page_size": 8}, decode={"page_size": 16}, **EVERY) as roles:
+    options = {"sparse:select": "snapkv", "sparse:budget": "32", "sparse:window": "4"}
+    pages = {"prefill": {"page_size": 8}, "decode": {"page_size": 16}}
+    with running(dtype=request.param, **pages, **{**EVERY, "options": options}) as roles:
         yield roles
 
 
@@ -46,8 +57,8 @@ def test_every_path_gives_plain_decodings_tokens_and_the_local_drafters_proposal
     assert handed.traces == local.traces and len(handed.traces) == handed.stats.verifications
     n, layers, row = len(asked.prompt_ids), 4, roles.local.resources.runner.group.row_bytes
     assert handed.stats.kv_bytes == n * layers * row
-    assert (handed.stats.draft_kv_bytes > 0) == (drafter in LEARNED and mode == "prefill")
-    assert (handed.stats.hidden_bytes > 0) == (drafter in LEARNED and mode == "decode")
+    assert (handed.stats.draft_kv_bytes > 0) == (drafter in OWN_KV and mode == "prefill")
+    assert (handed.stats.hidden_bytes > 0) == (drafter in READS_HIDDEN and mode == "decode")
 
 
 def test_a_decode_worker_alone_gives_the_same(roles):
@@ -59,21 +70,20 @@ def test_a_decode_worker_alone_gives_the_same(roles):
         assert alone.stats.kv_bytes == 0
 
 
-def test_eight_at_once_are_as_one_at_a_time(roles):
+def test_many_at_once_are_as_one_at_a_time(roles):
     many = []
-    for i in range(8):
+    for i in range(len(CASES)):
         sampling = {"temperature": 0.7 * (i % 2), "max_tokens": 20 + 3 * i}
-        many.append(request(*CASES[-1 - i], n=20 + 9 * i, seed=i, sampling=sampling))
+        many.append(request(*CASES[i], n=20 + 9 * i, seed=i, sampling=sampling))
     for asked, answer in zip(many, roles.ask(*many), strict=True):
         local = roles.ask_local(asked)
         assert (answer.tokens, answer.traces) == (local.tokens, local.traces)
 
 
-@pytest.mark.parametrize("drafter", ["eagle1", "eagle3", "mtp"])
 @pytest.mark.parametrize("chunk", [5, 64])
-def test_chunks_of_any_size_give_the_same(chunk, drafter):
+def test_chunks_of_any_size_give_the_same(chunk):
     with running(prefill={"chunk": chunk}, dtype="float32", **EVERY) as roles:
-        for mode in ("prefill", "decode"):
+        for drafter, mode in product(LEARNED, ("prefill", "decode")):
             asked = request(drafter, "dynamic(3,3,6)", n=50, draft_prefill=mode)
             local = roles.ask_local(asked)
             (answer,) = roles.ask(asked)
@@ -83,8 +93,8 @@ def test_chunks_of_any_size_give_the_same(chunk, drafter):
 @pytest.mark.parametrize("stable", ["true", "false"])
 @pytest.mark.parametrize("padding", ["true", "false"])
 def test_every_option_of_feature_drafters_keeps_tokens_and_proposals(stable, padding):
-    names, eagles = {"stable_kv": stable, "first_token_padding": padding}, ("eagle1", "eagle2", "eagle3")
-    options = {f"{drafter}:{name}": value for drafter in eagles for name, value in names.items()}
+    names = {"stable_kv": stable, "first_token_padding": padding}
+    options = {f"{drafter}:{name}": value for drafter in EAGLES for name, value in names.items()}
     changes = {"prefill": {"chunk": 7, "page_size": 8}, "decode": {"page_size": 16}}
     with running(dtype="float32", **changes, **{**EVERY, "options": {**options, "eagle2:threshold": "0.001"}}) as roles:
         asked = [

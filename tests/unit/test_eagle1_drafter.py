@@ -258,7 +258,7 @@ def test_the_ratio_rule_over_drawn_drafts_gives_the_target_s_law(native):
     found: Counter[int] = Counter()
     accepted = 0
     for seed in range(count):
-        story.ctx.noise_key, story.ctx.state.first = (seed, 0), None
+        story.ctx.chooser, story.ctx.state.first = Seeded(seed, 0), None
         (draft,) = world.drafter.propose([story.ctx], [2])
         verdict = verify(draft, logits, params, History.of(story.ctx.token_ids, ()), Seeded(seed, 0),
                          root_position=story.ctx.root_position, end_ids=(), max_new=3).verdict

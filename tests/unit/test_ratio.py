@@ -36,8 +36,7 @@ def grown(chooser, shape, tokens, drawn=True):
         for path, node in level:
             q = draft_q(*PROMPT, *tokens, *path)
             laws[node] = Law(token_ids=IDS, log_q=np.log(q).astype(np.float32))
-            stored = np.exp(laws[node].log_q.astype(np.float64))  # what verify will read
-            order = chooser.order(stored / stored.sum(), width) if drawn else np.argsort(-q)[:width]
+            order = chooser.order(0, IDS, laws[node].log_q, width) if drawn else np.argsort(-q)[:width]
             for index in order:
                 paths.append((*path, int(IDS[index])))
                 parents.append(node)

@@ -39,8 +39,9 @@ import xxhash
 
 from pdspec.cache.paged import PagedCache
 from pdspec.errors import InvalidRequest, TransferDamaged
+from pdspec.spec.draft_rows import DraftRows, pack_rows
 from pdspec.spec.feature_drafter import FeatureDrafter
-from pdspec.spec.feature_rows import FeatureState, Rows, pack_rows
+from pdspec.spec.feature_rows import FeatureState
 from pdspec.spec.growth import Growth
 from pdspec.spec.mtp.checkpoint import Head
 from pdspec.spec.mtp.config import group_name
@@ -50,7 +51,7 @@ from pdspec.spec.tree import TreeSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Nodes(Rows):
+class _Nodes(DraftRows):
     """Tree nodes of one depth, whatever the module; their tree ends at depth ``deepest``."""
 
     depth: int
@@ -178,7 +179,7 @@ class MtpDrafter(FeatureDrafter):
             state = ctx.state
             state.rows, state.feature, state.candidates, state.first = state.rows + count, stack, None, None
 
-    def _wanted(self, rows: Sequence[Rows], m: int) -> np.ndarray:
+    def _wanted(self, rows: Sequence[DraftRows], m: int) -> np.ndarray:
         """Which outputs of module m are read: all by the next module, of the last module none, of an only one those
         that first draft tokens come from."""
         ends = np.cumsum([len(one.slots) for one in rows])
@@ -186,23 +187,21 @@ class MtpDrafter(FeatureDrafter):
             return np.arange(ends[-1])
         return ends - 1 if m == 1 else np.empty(0, np.int64)
 
-    def _committed_rows(self, ctx: DraftContext, m: int, count: int) -> Rows:
+    def _committed_rows(self, ctx: DraftContext, m: int, count: int) -> DraftRows:
         """Module m's rows of the next ``count`` tokens."""
-        made = ctx.state.rows
-        rows = range(max(0, made + 1 - m), max(0, made + 1 - m + count))
-        return Rows(pages=ctx.pages, name=ctx.request_id, committed=rows.start, slots=rows, positions=rows,
-                    token_ids=ctx.token_ids[rows.start + m : rows.stop + m], paths=[()] * len(rows))
+        first = ctx.state.rows + 1 - m
+        start, stop = max(0, first), max(0, first + count)
+        return DraftRows.committed(ctx, ctx.token_ids[start + m : stop + m], start)
 
     def _nodes(self, ctx: DraftContext, growth: Growth, frontier: Sequence[int], depth: int) -> _Nodes:
         base, spec = ctx.state.rows, ctx.state.spec
         paths = [[base + number for number in growth.path(node)] for node in frontier]
         return _Nodes(
-            pages=ctx.pages, name=ctx.request_id, committed=base, slots=[path[-1] for path in paths], positions=(),
-            paths=paths, token_ids=[growth.token(node) for node in frontier], depth=depth,
-            deepest=min(spec.depth, growth.budget),
+            ctx=ctx, token_ids=[growth.token(node) for node in frontier], positions=(), prefix=(), paths=paths,
+            slots=[path[-1] for path in paths], depth=depth, deepest=min(spec.depth, growth.budget),
         )
 
-    def _forward(self, rows: Sequence[Rows], features: torch.Tensor, outputs: np.ndarray) -> torch.Tensor:
+    def _forward(self, rows: Sequence[DraftRows], features: torch.Tensor, outputs: np.ndarray) -> torch.Tensor:
         """The rows of tree nodes of one depth d in modules d+1..: their parents' stacks [K, N-d+1, H] to their own
         [K, N-d, H]."""
         nodes = [one for one in rows if isinstance(one, _Nodes)]
@@ -210,7 +209,7 @@ class MtpDrafter(FeatureDrafter):
         stack, ends = self._nothing(len(features), len(self._modules) - depth), np.cumsum(counts)
         for module in self._modules[depth:]:
             m = module.module
-            active = [i for i, one in enumerate(nodes) if m <= one.deepest and one.committed + depth >= m]
+            active = [i for i, one in enumerate(nodes) if m <= one.deepest and one.ctx.state.rows + depth >= m]
             if not active:
                 continue
             taken = np.concatenate([np.arange(ends[i] - counts[i], ends[i]) for i in active])
@@ -222,7 +221,7 @@ class MtpDrafter(FeatureDrafter):
         return stack
 
     def _run(
-        self, module: MtpModule, rows: Sequence[Rows], features: torch.Tensor, outputs: np.ndarray
+        self, module: MtpModule, rows: Sequence[DraftRows], features: torch.Tensor, outputs: np.ndarray
     ) -> torch.Tensor:
         return module.forward(pack_rows(rows, self._cache.page_size), features, outputs)
 
@@ -243,10 +242,10 @@ class MtpDrafter(FeatureDrafter):
         return torch.full((rows, modules, self.model.config.hidden_size), torch.nan, device=self.model.ops.device)
 
 
-def _in_module(nodes: _Nodes, m: int) -> Rows:
+def _in_module(nodes: _Nodes, m: int) -> DraftRows:
     """The rows of ``nodes`` in module m: those of ancestors before row 0 do not exist."""
-    root = nodes.committed
+    root, count = nodes.ctx.state.rows, len(nodes.slots)
     return replace(
-        nodes, committed=max(0, root + 1 - m), positions=[root + nodes.depth - m] * len(nodes.slots),
+        nodes, prefix=[max(0, root + 1 - m)] * count, positions=[root + nodes.depth - m] * count,
         paths=[path[max(0, m - root - 1) :] for path in nodes.paths],
     )
