@@ -42,7 +42,7 @@ SAMPLING = {
 
 @pytest.fixture(scope="module", params=["bfloat16", "float32"])
 def roles(request):
-    options = {"sparse:select": "snapkv", "sparse:budget": "32", "sparse:window": "4"}
+    options = {**EVERY["options"], "sparse:select": "snapkv", "sparse:budget": "32", "sparse:window": "4"}
     pages = {"prefill": {"page_size": 8}, "decode": {"page_size": 16}}
     with running(dtype=request.param, **pages, **{**EVERY, "options": options}) as roles:
         yield roles
