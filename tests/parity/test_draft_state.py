@@ -22,7 +22,7 @@ def reference() -> Reference:
 @pytest.fixture(scope="module")
 def roles() -> Iterator[Roles]:
     changes = {"prefill": {"chunk": 7, "page_size": 4}, "decode": {"page_size": 16}}
-    with running(dtype="float32", **changes) as roles:
+    with running(dtype="float32", heads={"eagle3": "random:0"}, **changes) as roles:
         yield roles
 
 

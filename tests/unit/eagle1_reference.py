@@ -33,6 +33,7 @@ LM_HEAD = torch.randn(TARGET.vocab_size, TARGET.hidden_size, generator=torch.Gen
 HEADS = {
     "eagle1": HEAD,
     "whole": random_head(Eagle1Config.for_target(TARGET, TARGET.vocab_size, bias=False), 2),
+    "small": random_head(Eagle1Config.for_target(TARGET, 4), 5),
     "eagle3": random_head3(Eagle3Config.for_target(TARGET, 60), 1),
     "fc_norm": random_head3(Eagle3Config.for_target(TARGET, 60, fc_norm=True), 1),
     "norm_output": random_head3(Eagle3Config.for_target(TARGET, 60, norm_output=True), 1),

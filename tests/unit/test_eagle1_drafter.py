@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import numpy as np
 import pytest
 import torch
@@ -14,9 +12,9 @@ from pdspec.errors import TransferDamaged
 from pdspec.model.native import NativeOps
 from pdspec.model.ops import TorchOps
 from pdspec.sampling import History
-from pdspec.spec.chooser import Seeded
 from pdspec.spec.protocol import HiddenRows
 from pdspec.spec.verify import verify
+from pdspec.study.outcomes import outcomes_of
 from pdspec.types import SamplingParams, Verify
 
 PAPER = PaperEagle1(HEAD, EMBEDDING, LM_HEAD)
@@ -245,26 +243,34 @@ def test_drawn_drafts_have_the_law_of_every_inner_node(ops, tree):
         np.testing.assert_allclose(draft.laws[node].log_q, wanted.numpy(), atol=2e-4)
 
 
-def test_the_ratio_rule_over_drawn_drafts_gives_the_target_s_law(native):
-    """The first token put out over 2000 seeds against p, on ids that the drafter likes and ids that it has not."""
-    world, count = make_world(native), 2000
-    story = Story(world=world, seed=16, length=6, temperature=1.0, tree="static(2)", verify=Verify.REJECTION).prefill()
-    liked = HEAD.target_ids[world.drafter.model.logits(story.ctx.state.feature)[0].topk(4).indices].tolist()
-    unknown = sorted(set(range(TARGET.vocab_size)) - set(HEAD.target_ids.tolist()))[:2]
-    cells, p = [*liked, *unknown], np.array([0.05, 0.3, 0.1, 0.25, 0.2, 0.1])
-    logits = torch.full((3, TARGET.vocab_size), -40.0)
-    logits[:, cells] = torch.from_numpy(np.log(p)).float()
+@pytest.mark.parametrize("tree", ["chain(2)", "static(2)"])
+def test_the_ratio_rule_over_drawn_drafts_gives_exactly_the_target_s_law(native, tree):
+    """Every outcome of drafting and judging, weighed; the second token's law is that of runs that took a child."""
+    world = make_world(native, "small")
+    story = Story(world=world, seed=16, length=6, temperature=0.9, tree=tree, verify=Verify.REJECTION).prefill()
+    cells = sorted([*HEADS["small"].target_ids[1:].tolist(), 7, 9, 11])  # one draft id has no mass, three others have
     params = SamplingParams(temperature=1.0, verify=Verify.REJECTION)
-    found: Counter[int] = Counter()
-    accepted = 0
-    for seed in range(count):
-        story.ctx.chooser, story.ctx.state.first = Seeded(seed, 0), None
+    after = range(-1, TARGET.vocab_size)  # -1: the root
+    target = {token: np.random.default_rng([6, token + 1]).dirichlet(np.ones(6)) for token in after}
+    seconds: dict[int, dict[int, float]] = {}
+    firsts: dict[int, float] = {}
+
+    def run(chooser):
+        story.ctx.chooser, story.ctx.state.first = chooser, None
         (draft,) = world.drafter.propose([story.ctx], [2])
-        verdict = verify(draft, logits, params, History.of(story.ctx.token_ids, ()), Seeded(seed, 0),
-                         root_position=story.ctx.root_position, end_ids=(), max_new=3).verdict
-        found[verdict.output_ids[0]] += 1
-        accepted += verdict.num_accepted > 0
-    observed = np.array([found[cell] for cell in cells])
-    assert observed.sum() == count
-    assert float(((observed - count * p) ** 2 / (count * p)).sum()) < 20.5  # chi-square of 5: p > 0.001
-    assert 20 < accepted < count - 20
+        logits = torch.full((1 + draft.num_nodes, TARGET.vocab_size), -torch.inf)
+        for row, token in zip(logits, [-1, *draft.token_ids.tolist()], strict=True):
+            row[cells] = torch.from_numpy(np.log(target[token])).float()
+        return verify(draft, logits, params, History.of(story.ctx.token_ids, ()), chooser, end_ids=(), max_new=2,
+                      root_position=story.ctx.root_position).verdict.output_ids
+
+    for outputs, weight in outcomes_of(run):
+        firsts[outputs[0]] = firsts.get(outputs[0], 0.0) + weight
+        for token in outputs[1:]:
+            law = seconds.setdefault(outputs[0], {})
+            law[token] = law.get(token, 0.0) + weight
+    assert len(seconds) == 3
+    for law, p in [(firsts, target[-1]), *((law, target[token]) for token, law in seconds.items())]:
+        total = sum(law.values())
+        np.testing.assert_allclose([law.get(cell, 0.0) / total for cell in cells], p, atol=1e-6)  # logits are float32
+        assert set(law) <= set(cells)
