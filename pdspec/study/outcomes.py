@@ -61,7 +61,7 @@ class Enumerating:
         self.taken.append(self.script[place] if place < len(self.script) else 0)
         self.options.append(len(outcomes))
         outcome, chance = outcomes[self.taken[-1]]
-        self.weight *= chance
+        self.weight *= float(chance)
         return outcome
 
 
