@@ -27,6 +27,7 @@ class Handed:
     candidates: Candidates | None = None
     rows: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     hidden: list[TargetRows] = dataclasses.field(default_factory=list)
+    draft_prefill: DraftPrefill = DraftPrefill.PREFILL  # DECODE: the drafter has yet to see the prompt
     draft_damage: str = ""  # the draft state must be rebuilt
     prefill_worker: str = ""
     kv_bytes: int = 0
@@ -52,6 +53,7 @@ class Landing:
         """Land everything up to Done. None when ``on_first`` ended it. Raises what the stream raises, and
         TransferDamaged when the target KV cannot be used."""
         handed, first_at = self.handed, 0.0
+        handed.draft_prefill = self.draft_prefill
         async for frame in call:
             match frame:
                 case Begin():

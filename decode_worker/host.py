@@ -17,7 +17,7 @@ from pdspec.engine.prefill import PrefillEngine, PrefillSequence, prompt_history
 from pdspec.engine.resources import load
 from pdspec.engine.thread import tell
 from pdspec.errors import PdspecError, TransferDamaged
-from pdspec.spec.protocol import DraftContext, Drafter
+from pdspec.spec.protocol import DraftContext, Drafter, HiddenRows
 from pdspec.types import DraftPrefill, GenerateRequest, TokenChunk
 
 log = logging.getLogger(__name__)
@@ -106,8 +106,9 @@ class DecodeHost:
         ctx, drafter = answer.ctx, answer.drafter
         ctx.token_ids.append(handed.token_id)
         candidates, rows = handed.candidates, handed.rows
-        if handed.hidden:
-            for hidden in handed.hidden:
+        if handed.draft_prefill is DraftPrefill.DECODE:
+            tokens_alone = HiddenRows(start=0, captured=None, final=None, count=ctx.prompt_len)
+            for hidden in handed.hidden or [tokens_alone]:
                 drafter.prefill(ctx, hidden)
             candidates, rows = drafter.start(ctx)
         try:

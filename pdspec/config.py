@@ -34,6 +34,7 @@ class WorkerConfig(Settings):
     heads: dict[str, str] = option({}, "draft head folders by drafter name; others use the shipped head")
     options: dict[str, str] = option({}, "options of draft families by FAMILY:OPTION; see pdspec drafters")
     tree: str = option("", "draft tree of requests that name none, e.g. chain(4) or dynamic(4,4,8)")
+    trees: dict[str, str] = option({}, "JSON files of static shapes by the name that static(NAME) then has")
     draft_prefill: str = option("prefill", "who runs the drafter over the prompt", choices=ROLES)
     host: str = option("127.0.0.1", "address to listen on and to be reached at")
     port: int = option(0, "0: any free port", low=0, high=65535)

@@ -6,11 +6,12 @@ Logs and progress go to stderr; stdout holds the answer, or with ``--json`` exac
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import typer
 
-from pdspec.cli import bench, check, data, demo, down, drafters, generate, models, train, up
+from pdspec.cli import bench, check, data, demo, down, drafters, generate, models, study, train, up
 from pdspec.errors import PdspecError
 
 USER_ERROR = 2
@@ -36,11 +37,15 @@ def build_app() -> typer.Typer:
     proofs = {"parity": check.parity, "handoff": check.handoff, "lossless": check.lossless}
     app.add_typer(_group("Proofs, run on this machine.", proofs), name="check")
     app.add_typer(_group("Measurements.", {"decode": bench.decode}), name="bench")
+    compared = {name: study.comparison(name, *rest) for name, rest in study.COMPARISONS.items()}
+    app.add_typer(_group("Comparisons.", {"acceptance": study.acceptance, **compared}), name="study")
     return app
 
 
 def main() -> None:
-    """Run the command line. A user's error is one line on stderr and exit status 2, never a traceback."""
+    """Run the command line. A user's error is one line on stderr and exit status 2, never a traceback. A command that
+    is told to end stops what it started."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         build_app()()
     except PdspecError as error:

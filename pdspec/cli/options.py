@@ -27,6 +27,10 @@ Heads = Annotated[
     list[str] | None,
     typer.Option("--head", help="DRAFTER=FOLDER, or eagle3=random:SEED: a draft head; may be repeated."),
 ]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--option", help="FAMILY:OPTION=VALUE of a draft family, see `pdspec drafters`; may be repeated."),
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads of a worker; 0: all cores.")]
 Endpoint = Annotated[str, typer.Option(help="The router's host:port.", envvar="PDSPEC_ENDPOINT")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -68,6 +72,7 @@ def worker_flags(
     tree: str | None = None,
     draft_prefill: str | None = None,
     heads: list[str] | None = None,
+    options: list[str] | None = None,
     threads: int | None = None,
 ) -> dict[str, Any]:
     """The ``worker`` section of these flags."""
@@ -80,6 +85,7 @@ def worker_flags(
         "tree": tree,
         "draft_prefill": draft_prefill,
         "threads": threads,
+        "options": dict(_split(text, "option", "FAMILY:OPTION=VALUE") for text in options or []) or None,
         "heads": {name: _absolute(head) for name, head in pairs.items()} or None,
     }
 

@@ -44,7 +44,7 @@ def eagle3(
     if passes is not None and minutes > 0:
         raise ConfigError("given beside --passes", field="--minutes", remedy="give one of them")
     with only_json(json):
-        from pdspec.train.loop import TrainConfig, train_eagle3
+        from pdspec.train.loop import TrainConfig, train
 
         config = TrainConfig(
             model=model or default_model(), out=out, prompts=tuple(prompts or ()), holdout=holdout, tokens=tokens,
@@ -53,8 +53,8 @@ def eagle3(
             seed=seed, threads=threads or 0, head=head, recount=recount, data=tuple(data or ()), work=work,
             resume=resume,
         )  # fmt: skip
-        trained = train_eagle3(config)
+        card = train("eagle3", config)
     if json:
-        print_json({"out": str(out), "card": trained.card})
+        print_json({"out": str(out), "card": card})
     else:
         print(out)

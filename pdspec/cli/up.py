@@ -73,7 +73,6 @@ def up(
     from pdspec.cluster import Cluster
 
     cluster, ended = Cluster(chosen), threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # while starting; the `finally` below cleans up
     try:
         with spinner(console, "starting") as say:
             cluster.progress = say

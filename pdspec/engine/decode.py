@@ -12,12 +12,12 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from pdspec.engine.prefill import hidden_wanted, page_table
+from pdspec.engine.prefill import hidden_rows, hidden_wanted, page_table
 from pdspec.engine.resources import Resources, tree_spec
 from pdspec.errors import PdspecError
 from pdspec.model.batch import ForwardBatch, ForwardOutput
@@ -100,17 +100,20 @@ class DecodeEngine:
         forwarded = time.perf_counter()
         results: list[StepResult] = []
         observations: dict[str, list] = defaultdict(list)
-        row = 0
+        row = logit = 0
         for sequence, draft in zip(sequences, drafts, strict=True):
-            rows = slice(row, row + 1 + draft.num_nodes)
-            row = rows.stop
+            rows, judged = slice(row, row + 1 + len(draft.rows[0])), slice(logit, logit + 1 + draft.num_nodes)
+            told = slice(judged.stop, judged.stop + (0 if draft.branch is None else len(draft.branch.asked)))
+            row, logit = rows.stop, told.stop
             try:
-                found = self.judge(sequence, draft, output.logits[rows])
+                found = self.judge(sequence, draft, output.logits[judged])
             except PdspecError as error:
                 sequence.finish = FinishReason.ERROR
                 results.append((sequence, error))
                 continue
             hidden = self._commit(sequence, draft, found, output, rows)
+            if draft.branch is not None:
+                hidden = replace(hidden, branch_ids=output.logits[told].argmax(-1).cpu().numpy())
             if sequence.finish is None:
                 observations[sequence.drafter.name].append((sequence.ctx, found.verdict, hidden))
             results.append((sequence, self._chunk(sequence, draft, found)))
@@ -144,8 +147,9 @@ class DecodeEngine:
         parts = [tree_rows(d, s.num_rows, s.ctx.root_position) for s, d in zip(sequences, drafts, strict=True)]
         widest = max(part.ancestors.shape[1] for part in parts)
         padded = [np.pad(p.ancestors, ((0, 0), (0, widest - p.ancestors.shape[1])), constant_values=-1) for p in parts]
-        tokens = [np.concatenate(([s.ctx.token_ids[-1]], d.token_ids)) for s, d in zip(sequences, drafts, strict=True)]
+        tokens = [np.concatenate(([s.ctx.token_ids[-1]], d.rows[0])) for s, d in zip(sequences, drafts, strict=True)]
         count = [len(part.slots) for part in parts]
+        starts = np.cumsum([0, *count[:-1]], dtype=np.int32)
         return ForwardBatch(
             token_ids=np.concatenate(tokens).astype(np.int32),
             positions=np.concatenate([p.positions for p in parts]),
@@ -154,7 +158,7 @@ class DecodeEngine:
             prefix_len=np.concatenate([p.prefix_len for p in parts]),
             ancestors=np.ascontiguousarray(np.concatenate(padded)),
             page_table=page_table([s.ctx.pages for s in sequences]),
-            logit_rows=np.arange(sum(count), dtype=np.int32),
+            logit_rows=np.concatenate([first + _asked(d) for first, d in zip(starts, drafts, strict=True)]),
             **hidden_wanted([s.drafter for s in sequences]),
         )
 
@@ -184,7 +188,7 @@ class DecodeEngine:
         if source != wanted:
             self.resources.cache.copy_rows(target, ctx.pages, source, wanted)
         _tally(sequence, draft, verdict.num_accepted)
-        hidden_rows = [rows.start, *(rows.start + 1 + node for node in verdict.path)]
+        seen = [rows.start, *(rows.start + 1 + node for node in verdict.path)]
         ctx.token_ids.extend(verdict.output_ids)
         sequence.history = sequence.history.extended(verdict.output_ids)
         sequence.num_output += len(verdict.output_ids)
@@ -192,11 +196,7 @@ class DecodeEngine:
             sequence.finish = FinishReason.STOP
         elif sequence.remaining <= 0:
             sequence.finish = FinishReason.LENGTH
-        return HiddenRows(
-            start=base,
-            captured=None if output.captured is None else output.captured[hidden_rows],
-            final=None if output.final is None else output.final[hidden_rows],
-        )
+        return hidden_rows(sequence.drafter, output, base, seen)
 
     def _poison(self, sequences: Sequence[DecodeSequence]) -> None:
         """NaN into every row behind the committed ones, in all cache groups: rejected nodes, scratch of the drafters,
@@ -248,6 +248,12 @@ def _shallow(draft: Draft, depth: int) -> Draft:
         return draft
     keep = depths(draft.parents) <= depth
     return draft if keep.all() else draft.part(np.flatnonzero(keep))
+
+
+def _asked(draft: Draft) -> np.ndarray:
+    """Rows of one verification whose logits are wanted, int32: the root's, the nodes', those the branch asks about."""
+    judged = np.arange(1 + draft.num_nodes, dtype=np.int32)
+    return judged if draft.branch is None else np.concatenate((judged, draft.branch.asked + np.int32(len(judged))))
 
 
 def _tally(sequence: DecodeSequence, draft: Draft, accepted: int) -> None:

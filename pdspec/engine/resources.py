@@ -21,7 +21,7 @@ from pdspec.model.runner import Runner
 from pdspec.spec.family import Parts, Setting
 from pdspec.spec.protocol import Drafter
 from pdspec.spec.registry import draft_groups, make_drafter
-from pdspec.spec.tree import TreeSpec, parse_tree
+from pdspec.spec.tree import TreeSpec, parse_tree, read_shapes, spelled_out
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class Resources:
     drafters: dict[str, Drafter]
     fingerprint: dict[str, str]
     metrics: dict[str, float] = field(default_factory=dict)
+    shapes: dict[str, str] = field(default_factory=dict)  # of config.trees, spelled out
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -63,7 +64,7 @@ class Resources:
     def tree(self, drafter: Drafter, asked: str) -> str:
         """The tree specification of a request: its own, the deployment's for its default drafter, or the family's."""
         default = self.config.tree if drafter.name == self.config.drafter else ""
-        return (asked or default or drafter.default_tree) if drafter.default_tree else ""
+        return spelled_out(asked or default or drafter.default_tree, self.shapes) if drafter.default_tree else ""
 
     def close(self) -> None:
         """Give threads back."""
@@ -77,8 +78,9 @@ def tree_spec(tree: str) -> TreeSpec | None:
 
 def load(config: WorkerConfig) -> Resources:
     """Everything a worker needs, or a ConfigError that says what is wrong with the settings or the files."""
+    shapes = read_shapes(config.trees)
     if config.tree:
-        parse_tree(config.tree)
+        parse_tree(spelled_out(config.tree, shapes))
     files = resolve(config.model, config.cache_dir or None)
     ops = make_ops(config.device, config.threads)
     runner = Runner(files.config, load_weights(files, config.dtype), ops=ops, dtype=config.dtype)
@@ -99,6 +101,7 @@ def load(config: WorkerConfig) -> Resources:
         drafters=drafters,
         pool=PagePool(config.pages(), config.page_size),
         fingerprint={},
+        shapes=shapes,
     )
     resources.fingerprint.update(_fingerprint(resources, check_exact(resources, config.numerics)))
     for name, drafter in drafters.items():

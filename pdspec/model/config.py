@@ -50,8 +50,12 @@ class ModelConfig:
 
     def target_group(self, dtype: str) -> CacheGroup:
         """The cache group ``target`` of this decoder, with KV rows of ``dtype``."""
+        return self.cache_group("target", dtype)
+
+    def cache_group(self, name: str, dtype: str) -> CacheGroup:
+        """The cache group ``name`` of this decoder's KV rows, in ``dtype``."""
         return CacheGroup(
-            name="target",
+            name=name,
             num_layers=self.num_layers,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,

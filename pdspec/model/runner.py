@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from pdspec.model.native import (
 from pdspec.model.ops import Ops, make_rope
 
 OnLayer = Callable[[int], None]
+OnQueries = Callable[[int, torch.Tensor], None]  # layer, q [R, heads, D] after RoPE, not scaled
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,15 @@ class Layer:
 
 class Runner:
     """A Llama-family decoder with packed weights. ``weights`` has Hugging Face keys, in ``dtype`` (KV rows are in
-    ``dtype`` too); it is emptied while packing, so that no second copy stays in memory."""
+    ``dtype`` too); it is emptied while packing, so that no second copy stays in memory. ``group`` names the cache group
+    of its KV rows."""
 
     def __init__(
-        self, config: ModelConfig, weights: dict[str, torch.Tensor], *, ops: Ops, dtype: str = "bfloat16"
+        self, config: ModelConfig, weights: dict[str, torch.Tensor], *, ops: Ops, dtype: str = "bfloat16",
+        group: str = "target",
     ) -> None:
         self.config, self.ops, self.dtype = config, ops, dtype
-        self.group = config.target_group(dtype)
+        self.group = config.cache_group(group, dtype)
         self.rope = make_rope(
             head_dim=config.head_dim,
             theta=config.rope_theta,
@@ -98,8 +102,12 @@ class Runner:
             k_norm=norm(attention + "k_norm.weight") if config.qk_norm else None,
         )
 
-    def forward(self, batch: ForwardBatch, cache: PagedCache, on_layer: OnLayer | None = None) -> ForwardOutput:
-        """One forward of R rows; writes their KV rows. Positions must be below ``max_context``."""
+    def forward(
+        self, batch: ForwardBatch, cache: PagedCache, on_layer: OnLayer | None = None,
+        on_queries: OnQueries | None = None,
+    ) -> ForwardOutput:
+        """One forward of R rows; writes their KV rows. Positions must be below ``max_context``. With ``on_queries``,
+        which is shown every layer's queries, the layers are spelled out: slower, and other bits."""
         if batch.num_rows and int(batch.positions.max()) >= self.config.max_context:
             raise ConfigError(
                 f"position {int(batch.positions.max())} is beyond the context of {self.config.max_context}",
@@ -109,6 +117,8 @@ class Runner:
         x = self.ops.embed(self.embedding, batch.token_ids)
         captured = torch.empty(len(batch.capture), *x.shape, device=self.ops.device) if batch.capture else None
         run = self._native or self._spelled_out
+        if on_queries is not None:
+            run = partial(self._spelled_out, on_queries=on_queries)
         stops = sorted(
             {*batch.capture, self.config.num_layers} if on_layer is None else range(self.config.num_layers + 1)
         )
@@ -136,7 +146,10 @@ class Runner:
             final=final,
         )
 
-    def _spelled_out(self, batch: ForwardBatch, cache: PagedCache, x: torch.Tensor, first: int, last: int) -> None:
+    def _spelled_out(
+        self, batch: ForwardBatch, cache: PagedCache, x: torch.Tensor, first: int, last: int,
+        on_queries: OnQueries | None = None,
+    ) -> None:
         ops, eps, pages = self.ops, self.config.rms_norm_eps, cache.group(self.group.name)
         for index in range(first, last):
             w = self.layers[index]
@@ -144,6 +157,8 @@ class Runner:
             if w.q_norm is not None and w.k_norm is not None:
                 qkv = self._norm_heads(qkv, w.q_norm, w.k_norm)
             q = ops.rope_store(qkv, self.rope, batch, pages[index])
+            if on_queries is not None:
+                on_queries(index, q)
             ops.linear(ops.attend(q, batch, pages[index]), w.o, out=x, add=True)
             gate_up = ops.linear(ops.rms_norm(x, w.post_norm, eps), w.gate_up)
             ops.linear(ops.silu_mul(gate_up), w.down, out=x, add=True)

@@ -92,6 +92,10 @@ class Tokenizer:
         vocabulary = sorted((one, text) for text, one in self._backend.get_vocab(with_added_tokens=True).items())
         return xxhash.xxh3_128_hexdigest(json.dumps(vocabulary, ensure_ascii=False).encode())
 
+    def vocabulary(self) -> dict[int, str]:
+        """The text of every id that has one, as the vocabulary writes it (``Ġthe``)."""
+        return {one: text for text, one in self._backend.get_vocab(with_added_tokens=True).items()}
+
 
 class TextStream:
     """Turns ids into text as they come, whole characters only: the pieces joined are ``decode`` of all ids.

@@ -3,110 +3,65 @@
 Draft KV row i reads the target's features h_i and the token t_{i+1}, at RoPE position i; its output predicts t_{i+2}.
 With root t_n the rows 0..n-1 are committed; their slots are their indices. While a tree grows, an expanded node at
 depth d (it stands for absolute position n+d) is row n+d-1: RoPE position n+d-1, feature = its parent's output, KV in a
-scratch slot after the committed rows. After a verification the rows of the accepted tokens are made anew from the
-target's features (``stable_kv``), over the scratch.
+scratch slot after the committed rows. After a verification with a accepted drafts the rows n..n+a are committed:
+
+    stable_kv   (the default; SafeAILab's way) all are made anew from the target's features, over the scratch
+    unstable    rows that the tree made of accepted nodes are kept, moved to their place; only what it never made comes
+                from the target's features: rows of nodes that were not expanded, and always row n+a, which reads
+                t_{n+a+1} and whose output the next draft begins with
+
+With first-token padding every row moves up by one: row i reads h_{i-1} and t_i, row 0 a feature of zeros and t_0, and
+with root t_n there are n+1 rows; each token then has its draft row where it has its target row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
 from pdspec.cache.paged import PagedCache
-from pdspec.errors import InvalidRequest, TransferDamaged
-from pdspec.model.batch import ForwardBatch
-from pdspec.spec.draws import Drawing, candidate_noise, cut_law, draws_from_q, position_noise
-from pdspec.spec.growth import NO_CHILDREN, Growth, Ranked, expansions, first_children, rank_children, width
+from pdspec.errors import TransferDamaged
+from pdspec.spec.draft_rows import DraftRows, pack_rows
+from pdspec.spec.feature_rows import FeatureModel, FeatureState
+from pdspec.spec.growth import Growth
 from pdspec.spec.protocol import Candidates, Draft, DraftContext, HiddenRows, Verdict
-from pdspec.spec.tree import TreeSpec, parse_tree
+from pdspec.spec.tree_drafter import TreeDrafter
 from pdspec.types import CacheGroup
 
-FIRST_CHOICES = 16  # first draft tokens kept (and shipped) at least, whatever the tree
 
-
-class FeatureModel(Protocol):
-    """A head's forward pass over draft KV pages (``eagle3/head.py``). ``config`` has ``hidden_size`` H; the ``group``
-    holds its KV rows."""
-
-    ops: Any
-    config: Any
-    max_positions: int
-
-    def features(self, hidden: HiddenRows) -> torch.Tensor:
-        """What rows read of the target: [R, H]. Raises ValueError where it was not captured."""
-
-    def forward(self, batch: ForwardBatch, features: torch.Tensor, outputs: np.ndarray) -> torch.Tensor:
-        """Writes the KV rows of all R rows; the layer's output [len(outputs), H] of the rows ``outputs``."""
-
-    def logits(self, outputs: torch.Tensor) -> torch.Tensor:
-        """[R, draft vocabulary] float32 of outputs [R, H]."""
-
-
-@dataclass(kw_only=True)
-class FeatureState:
-    """A sequence's part. ``feature`` [1, H] is the output of the last committed row, ``waiting`` [1 or 0, H] the
-    features of the row whose token is not known yet. ``candidates`` are what crosses the handoff, ``first`` the first
-    children of the next tree; both are made when first needed."""
-
-    spec: TreeSpec
-    rows: int  # committed draft rows
-    waiting: torch.Tensor | None = None
-    feature: torch.Tensor | None = None
-    candidates: Candidates | None = None
-    first: Ranked | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Rows:
-    """Rows of one sequence in a draft forward."""
-
-    ctx: DraftContext
-    token_ids: Sequence[int]
-    positions: Sequence[int]
-    slots: Sequence[int]
-    paths: Sequence[Sequence[int]]  # slots of ancestors and itself; empty: a committed row
-
-
-class FeatureDrafter:
+class FeatureDrafter(TreeDrafter):
     """``model`` over the pages of ``cache``, in cache group ``group``; ``target_ids`` int64 [draft vocabulary] are the
     target ids of its draft ids; ``tree`` is drafted where a request names none. ``capture`` are the target layers
     whose inputs ``model.features`` reads, ``want_final`` says that it reads the final hidden state.
 
     ``target_matches`` is False when the head was made for other weights of this geometry. A request's tree may have
-    ``max_nodes`` nodes and expand as many.
+    ``max_nodes`` nodes and expand as many. ``stable_kv`` and ``padding`` (of the first token) as above; nodes whose
+    path has a probability below ``threshold`` are neither expanded nor kept.
     """
 
     def __init__(
         self, name: str, model: FeatureModel, cache: PagedCache, *, group: str, target_ids: torch.Tensor,
         fingerprint: str, tree: str, capture: tuple[int, ...] = (), want_final: bool = False, max_nodes: int = 64,
-        target_matches: bool = True,
+        target_matches: bool = True, stable_kv: bool = True, padding: bool = False, threshold: float = 0.0,
     ) -> None:
-        self.name, self.model = name, model
+        super().__init__(name, target_ids=target_ids, tree=tree, max_nodes=max_nodes)
+        self.model, self.target_matches = model, target_matches
+        self.stable_kv, self.threshold = stable_kv, threshold
+        self._padding = int(padding)  # rows before the one that reads h_0
         self.capture, self.want_final = capture, want_final
-        self.max_nodes, self.target_matches = max_nodes, target_matches
         self.groups: tuple[CacheGroup, ...] = (cache.layout(group),)
-        self.default_tree = tree
-        self._page_size = cache.page_size
-        self._target_ids = target_ids
-        self._ids = target_ids.numpy()
+        self._cache = cache
         self._fingerprint = fingerprint
-        self._spec(self.default_tree)
 
     def fingerprint(self) -> str:
         """Hash of weights, geometry, vocabulary map, padding and compute dtype."""
         return self._fingerprint
 
     def rows_at(self, num_tokens: int) -> dict[str, int]:
-        """As many rows as tokens before the root."""
-        return {self.groups[0].name: num_tokens}
-
-    def depth(self, tree: str) -> int:
-        """Deepest node under a request's tree. Raises UnknownName or InvalidRequest for a tree it cannot draft."""
-        return self._spec(tree).depth
+        """As many rows as tokens before the root, one more with first-token padding."""
+        return {self.groups[0].name: num_tokens + self._padding}
 
     def prefill(self, ctx: DraftContext, hidden: HiddenRows) -> None:
         """Writes the rows whose features and next token are known; the last row waits for t_n. A chunk at 0 begins
@@ -114,20 +69,24 @@ class FeatureDrafter:
         out of order."""
         state = ctx.state
         if state is None or hidden.start == 0:
-            state = ctx.state = FeatureState(spec=self._spec(ctx.tree), rows=hidden.start)
+            rows = hidden.start + self._padding if hidden.start else 0
+            state = ctx.state = FeatureState(spec=self._spec(ctx.tree), rows=rows)
         with torch.inference_mode():
             features = self.model.features(hidden)
+            if hidden.start == 0 and self._padding:
+                state.waiting = features.new_zeros(1, features.shape[1])
             held = 0 if state.waiting is None else len(state.waiting)
             if state.waiting is not None:
                 features = torch.cat((state.waiting, features))
-            known = min(state.rows + len(features), ctx.root_position) - state.rows
-            if hidden.start != state.rows + held or not 0 <= len(features) - known <= 1:
+            due = self._due(ctx)
+            known = min(state.rows + len(features), due) - state.rows
+            if hidden.start + self._padding != state.rows + held or not 0 <= len(features) - known <= 1:
                 raise ValueError(f"hidden rows {hidden.start}.. when {state.rows} draft rows are made, {held} waits and"
                                  f" the root is at {ctx.root_position}")
             state.waiting = features[known:].clone() if len(features) > known else None
             if known == 0:
                 return
-            last = state.rows + known == ctx.root_position
+            last = state.rows + known == due
             output = self._forward([self._committed(ctx, state.rows, known)], features[:known],
                                    np.arange(known - 1, known) if last else np.empty(0, np.int64))
             state.rows += known
@@ -139,10 +98,7 @@ class FeatureDrafter:
         state = self._state(ctx)
         assert state.feature is not None
         with torch.inference_mode():
-            logits, count = self.model.logits(state.feature), self._width(state.spec)
-            noise = candidate_noise(ctx, 1, self._target_ids)
-            best = rank_children(logits, ctx.sampling.temperature, noise, self._ids, count)
-        state.candidates = Candidates(token_ids=best.token_ids[0], log_q=best.log_q[0], score=best.score[0])
+            state.candidates = self._candidates(ctx, state.spec, self.model.logits(state.feature))
         return state.candidates, {"feature": state.feature.float().cpu()}
 
     def resume(self, ctx: DraftContext, candidates: Candidates | None, rows: dict[str, torch.Tensor]) -> None:
@@ -156,66 +112,75 @@ class FeatureDrafter:
                 " are expected", field="draft_start", remedy="let the decode worker rebuild the draft state",
             )
         feature = feature.to(self.model.ops.device, torch.float32).contiguous()
-        ctx.state = FeatureState(spec=spec, rows=ctx.root_position, feature=feature, candidates=candidates)
+        ctx.state = FeatureState(spec=spec, rows=self._due(ctx), feature=feature, candidates=candidates)
 
     def propose(self, batch: Sequence[DraftContext], budgets: Sequence[int]) -> list[Draft]:
-        """One tree each: one forward per level over all sequences, none for what cannot enter a tree any more."""
+        """One tree each; see ``TreeDrafter._grown``."""
         states = [self._state(ctx) for ctx in batch]
         with torch.inference_mode():
             self._find_first([ctx for ctx, budget in zip(batch, budgets, strict=True) if budget > 0])
-            growths = [self._growth(ctx, budget) for ctx, budget in zip(batch, budgets, strict=True)]
+            deepest = [max(1, self.model.max_positions - self._due(ctx) + 1) for ctx in batch]
+            growths = [self._growth(*one) for one in zip(batch, budgets, deepest, strict=True)]
+            for state in states:
+                state.made = {}
             outputs = [{-1: state.feature} for state in states]  # of the nodes expanded last, [1, H]
-            for level in range(1, max((g.budget for g in growths), default=0)):
-                frontiers = [growth.frontier() for growth in growths]
-                active = [i for i, frontier in enumerate(frontiers) if frontier]
-                if not active:
-                    break
-                rows = [self._nodes(batch[i], growths[i], frontiers[i], level) for i in active]
-                parents = [outputs[i][growths[i].parent(node)] for i in active for node in frontiers[i]]
+
+            def expand(level: int, frontiers: Mapping[int, Sequence[int]]) -> torch.Tensor:
+                rows = [self._nodes(batch[i], growths[i], nodes, level) for i, nodes in frontiers.items()]
+                parents = [outputs[i][growths[i].parent(node)] for i, nodes in frontiers.items() for node in nodes]
                 features = torch.cat([feature for feature in parents if feature is not None])
                 output = self._forward(rows, features, np.arange(len(features)))
-                logits, first = self.model.logits(output), 0
-                for i in active:
-                    stop = first + len(frontiers[i])
-                    ranked = self._rank(batch[i], logits[first:stop], level + 1, width(states[i].spec))
-                    growths[i].add(frontiers[i], ranked)
-                    outputs[i] = dict(zip(frontiers[i], output[first:stop].split(1), strict=True))
-                    first = stop
-        return [growth.draft() for growth in growths]
+                each = iter(output.split(1))
+                for i, nodes in frontiers.items():
+                    outputs[i] = {node: next(each) for node in nodes}
+                return self.model.logits(output)
+
+            return self._grown(batch, growths, expand)
 
     def observe(self, batch: Sequence[tuple[DraftContext, Verdict, HiddenRows]]) -> None:
-        """Rebuilds the rows of the root and the accepted path in one forward. Raises ValueError when ``hidden`` is not
-        of these rows."""
-        rows = []
+        """Makes the rows of the root and the accepted path final in one forward. Raises ValueError when ``hidden`` is
+        not of these rows."""
+        rows, parts = [], []
         for ctx, verdict, hidden in batch:
             state, count = ctx.state, verdict.num_accepted + 1
-            if hidden.start != state.rows or hidden.num_rows != count or state.rows + count != ctx.root_position:
+            start = state.rows - self._padding
+            if hidden.start != start or hidden.num_rows != count or state.rows + count != self._due(ctx):
                 raise ValueError(f"hidden rows {hidden.start}..+{hidden.num_rows} after {verdict.num_accepted}"
                                  f" accepted, {state.rows} draft rows, root at {ctx.root_position}")
-            rows.append(self._committed(ctx, state.rows, count))
+            kept = self._keep(ctx, verdict)
+            rows.append(self._committed(ctx, state.rows + kept, count - kept))
+            parts.append(hidden.after(kept))
         if not batch:
             return
         with torch.inference_mode():
-            features = self.model.features(HiddenRows.joined([hidden for _, _, hidden in batch]))
+            features = self.model.features(HiddenRows.joined(parts))
             ends = np.cumsum([len(one.slots) for one in rows]) - 1
             output = self._forward(rows, features, ends)
             for (ctx, _, _), feature in zip(batch, output.split(1), strict=True):
                 state = ctx.state
-                state.rows, state.feature, state.candidates, state.first = ctx.root_position, feature, None, None
+                state.rows, state.feature, state.candidates, state.first = self._due(ctx), feature, None, None
+                state.made = {}
 
-    def _spec(self, tree: str) -> TreeSpec:
-        spec = parse_tree(tree or self.default_tree)
-        if max(spec.max_nodes, expansions(spec)) > self.max_nodes:
-            raise InvalidRequest(f"drafter {self.name} cannot draft {tree}: {spec.max_nodes} nodes, {expansions(spec)}"
-                                 " expanded", field="tree", remedy=f"keep both at {self.max_nodes} or below")
-        return spec
+    def _due(self, ctx: DraftContext) -> int:
+        """Draft rows that are known with the root where it is."""
+        return ctx.root_position + self._padding
 
-    def _width(self, spec: TreeSpec) -> int:
-        return min(max(FIRST_CHOICES, width(spec)), len(self._ids))
+    def _keep(self, ctx: DraftContext, verdict: Verdict) -> int:
+        """Where KV is unstable: how many accepted nodes' rows the tree has made; they are moved to their place."""
+        state, source = ctx.state, []
+        for depth in range(1, verdict.num_accepted + 1):
+            slot = state.made.get(verdict.output_ids[:depth])
+            if slot is None:
+                break
+            source.append(slot)
+        wanted = list(range(state.rows, state.rows + len(source)))
+        if source != wanted:
+            self._cache.copy_rows(self.groups[0].name, ctx.pages, source, wanted)
+        return len(source)
 
     def _state(self, ctx: DraftContext) -> FeatureState:
         state = ctx.state
-        if state is None or state.feature is None or state.rows != ctx.root_position:
+        if state is None or state.feature is None or state.rows != self._due(ctx):
             rows = None if state is None else state.rows
             raise ValueError(f"{ctx.request_id}: {rows} draft rows with the root at {ctx.root_position}")
         return state
@@ -236,58 +201,20 @@ class FeatureDrafter:
         for ctx, row in zip(missing, logits.split(1), strict=True):
             ctx.state.first = self._rank(ctx, row, 1, self._width(ctx.state.spec))
 
-    def _shipped(self, ctx: DraftContext, spec: TreeSpec, candidates: Candidates) -> Ranked:
-        noise = position_noise(ctx, spec, 1, self._target_ids)
-        if not isinstance(noise, Drawing):
-            return first_children(candidates)
-        return first_children(candidates, noise, cut_law(candidates))
+    def _committed(self, ctx: DraftContext, first: int, count: int) -> DraftRows:
+        token = first + 1 - self._padding
+        return DraftRows.committed(ctx, ctx.token_ids[token : token + count], first)
 
-    def _rank(self, ctx: DraftContext, logits: torch.Tensor, depth: int, count: int) -> Ranked:
-        """The best ``count`` children at ``depth`` of each node, by the noise of their position."""
-        spec: TreeSpec = ctx.state.spec
-        noise = position_noise(ctx, spec, depth, self._target_ids)
-        return rank_children(logits, ctx.sampling.temperature, noise, self._ids, min(count, len(self._ids)),
-                             drawn=draws_from_q(ctx, spec))
-
-    def _growth(self, ctx: DraftContext, budget: int) -> Growth:
-        first = ctx.state.first if budget > 0 else None
-        deepest = max(1, self.model.max_positions - ctx.root_position + 1)
-        return Growth(ctx.state.spec, budget, NO_CHILDREN if first is None else first, deepest)
-
-    def _committed(self, ctx: DraftContext, first: int, count: int) -> _Rows:
-        rows = range(first, first + count)
-        return _Rows(ctx=ctx, token_ids=ctx.token_ids[first + 1 : first + count + 1], positions=rows, slots=rows,
-                     paths=[()] * count)
-
-    def _nodes(self, ctx: DraftContext, growth: Growth, frontier: Sequence[int], depth: int) -> _Rows:
+    def _nodes(self, ctx: DraftContext, growth: Growth, frontier: Sequence[int], depth: int) -> DraftRows:
         base = ctx.state.rows
         paths = [[base + number for number in growth.path(node)] for node in frontier]
-        return _Rows(ctx=ctx, token_ids=[growth.token(node) for node in frontier],
-                     positions=[ctx.root_position + depth - 1] * len(frontier), slots=[path[-1] for path in paths],
-                     paths=paths)
+        if not self.stable_kv:
+            for node, path in zip(frontier, paths, strict=True):
+                ctx.state.made[growth.tokens(node)] = path[-1]
+        return DraftRows(ctx=ctx, token_ids=[growth.token(node) for node in frontier],
+                         positions=[base + depth - 1] * len(frontier), slots=[path[-1] for path in paths],
+                         prefix=[base] * len(frontier), paths=paths)
 
-    def _forward(self, rows: Sequence[_Rows], features: torch.Tensor, outputs: np.ndarray) -> torch.Tensor:
-        """One forward over the rows of several sequences; see ``Eagle3Head.forward``."""
-        longest = max(len(path) for one in rows for path in one.paths)
-        table = np.full((len(rows), max(len(one.ctx.pages) for one in rows)), -1, np.int32)
-        ancestors = np.full((len(features), longest), -1, np.int32)
-        prefix = np.empty(len(features), np.int32)
-        row = 0
-        for index, one in enumerate(rows):
-            table[index, : len(one.ctx.pages)] = one.ctx.pages
-            if max(one.slots) >= len(one.ctx.pages) * self._page_size:
-                raise ValueError(f"{one.ctx.request_id}: draft row {max(one.slots)} in {len(one.ctx.pages)} pages")
-            for slot, path in zip(one.slots, one.paths, strict=True):
-                ancestors[row, : len(path)] = path
-                prefix[row] = one.ctx.state.rows if path else slot + 1
-                row += 1
-
-        def flat(name: str) -> np.ndarray:
-            return np.array([value for one in rows for value in getattr(one, name)], np.int32)
-
-        batch = ForwardBatch(
-            token_ids=flat("token_ids"), positions=flat("positions"), slots=flat("slots"), prefix_len=prefix,
-            sequence=np.repeat(np.arange(len(rows), dtype=np.int32), [len(one.slots) for one in rows]),
-            ancestors=ancestors, page_table=table, logit_rows=np.empty(0, np.int32),
-        )
-        return self.model.forward(batch, features, outputs)
+    def _forward(self, rows: Sequence[DraftRows], features: torch.Tensor, outputs: np.ndarray) -> torch.Tensor:
+        """One forward over the rows of several sequences; see ``FeatureModel.forward``."""
+        return self.model.forward(pack_rows(rows, self._cache.page_size), features, outputs)

@@ -65,12 +65,14 @@ def rank_children(
     )
 
 
-def first_children(candidates: Candidates, drawing: Drawing | None = None, law: Law | None = None) -> Ranked:
-    """First draft tokens as one row, in their order; drawn anew from ``law``, which has their ids, where it is given
-    with a ``drawing``."""
+def first_children(
+    candidates: Candidates, drawing: Drawing | None = None, law: Law | None = None, count: int = 0
+) -> Ranked:
+    """First draft tokens as one row, in their order; or ``count`` of them (at most), drawn anew from ``law``, which has
+    their ids, where it is given with a ``drawing``."""
     if law is None or drawing is None:
         return Ranked(token_ids=candidates.token_ids[None], log_q=candidates.log_q[None], score=candidates.score[None])
-    order = drawing.order(law.token_ids, law.log_q, len(law.log_q))
+    order = drawing.order(law.token_ids, law.log_q, min(count, len(law.log_q)))
     return Ranked(
         token_ids=candidates.token_ids[order][None], log_q=law.log_q[order][None], score=law.log_q[order][None],
         laws=(law,),
@@ -99,8 +101,12 @@ class Growth:
     """One tree under construction. Node indices here are in order of creation: by level, then parent, then rank. Of a
     tree whose children are drawn the first ``budget`` nodes stay: what they are may not decide over that."""
 
-    def __init__(self, spec: TreeSpec, budget: int, first: Ranked, max_depth: int) -> None:
-        """``first`` is one row: the best first tokens. No node is deeper than ``max_depth``."""
+    def __init__(
+        self, spec: TreeSpec, budget: int, first: Ranked, max_depth: int, threshold: float = 0.0
+    ) -> None:
+        """``first`` is one row: the best first tokens. No node is deeper than ``max_depth``. Nodes whose path has a
+        probability (e to the score) below ``threshold`` are neither expanded nor kept; not so where they are drawn."""
+        self._least = np.float32(np.log(threshold)) if threshold > 0.0 else -np.float32(np.inf)
         self.budget = max(0, min(budget, spec.max_nodes))
         self._static = spec if isinstance(spec, StaticTree) else None
         self._top_k = width(spec)
@@ -158,6 +164,14 @@ class Growth:
         """Its parent, -1 for the root."""
         return int(self._parents[node])
 
+    def tokens(self, node: int) -> tuple[int, ...]:
+        """Target ids of its ancestors below the root and its own, topmost first."""
+        found = []
+        while node >= 0:
+            found.append(self.token(node))
+            node = self.parent(node)
+        return tuple(found[::-1])
+
     def path(self, node: int) -> list[int]:
         """Of an expanded node: its ancestors below the root and itself, topmost first, by number among the expanded."""
         numbers = []
@@ -178,7 +192,8 @@ class Growth:
         """Indices of the ``count`` nodes that stay."""
         if self._drawn:
             return np.arange(min(count, len(self._tokens)), dtype=np.int32)
-        return select_nodes(self._parents, self._scores, count).kept
+        kept = select_nodes(self._parents, self._scores, count).kept
+        return kept[self._scores[kept] >= self._least]
 
     def _places(self, node: int, available: int) -> list[tuple[int, int]]:
         """(rank, node of the static shape or -1) of each child that ``node`` gets."""

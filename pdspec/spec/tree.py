@@ -1,8 +1,9 @@
 """Draft trees: how a request names one, which nodes are worth verifying, and where their rows stand.
 
     chain(k)                        k nodes, one below the other
-    static(name)                    a published shape: static(mc_sim_7b_63)
+    static(name)                    a published shape (``shapes.py``), or one that the deployment has under that name
     static(4x2x1)                   a shape: the root has 4 children, each has 2, each of those 1
+    static(0 1 0.0 0.1)             a shape node by node: each as the child ranks that lead to it
     dynamic(depth, top_k, nodes)    EAGLE-2: the ``nodes`` best of what ``depth`` rounds of top-k make
 
 In all arrays a tree of N nodes is its ``parents`` [N], -1 for the root, parents before children; a chain is a tree.
@@ -10,15 +11,18 @@ In all arrays a tree of N nodes is its ``parents`` [N], -1 for the root, parents
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from pdspec.errors import InvalidRequest, UnknownName
+from pdspec.errors import ConfigError, InvalidRequest, UnknownName
 from pdspec.spec.protocol import Draft
+from pdspec.spec.shapes import PUBLISHED
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -26,13 +30,7 @@ Floats = npt.NDArray[np.float32]
 MAX_NODES = 256  # of any tree that a request may ask for
 MAX_TOP_K = 64
 
-# EAGLE-1's tree (SafeAILab/EAGLE, choices.py): each node as the child ranks that lead to it.
-_PUBLISHED = {
-    "mc_sim_7b_63": (
-        "0 1 2 3 0.0 0.1 0.2 1.0 1.1 2.0 2.1 3.0 0.0.0 0.0.1 0.0.2 0.1.0 0.1.1 0.2.0 0.2.1 1.0.0 "
-        "0.0.0.0 0.0.0.1 0.0.0.2 0.0.0.0.0 0.0.0.0.1"
-    ),
-}
+_PATH = r"[0-9]{1,3}(\.[0-9]{1,3})*"
 _REMEDY = "use chain(k), static(name), static(AxBxC) or dynamic(depth,top_k,nodes)"
 
 
@@ -102,6 +100,33 @@ def parse_tree(text: str) -> TreeSpec:
     raise UnknownName(f"no tree of kind {kind!r}", field="tree", remedy=_REMEDY)
 
 
+def read_shapes(files: Mapping[str, str]) -> dict[str, str]:
+    """The shapes in JSON lists of paths ([[0], [1], [0, 0]], as Medusa and EAGLE publish theirs) by name, spelled out
+    as ``static(...)`` takes them. Raises ConfigError naming the file or a name that is taken."""
+    shapes = {}
+    for name, path in files.items():
+        if name in PUBLISHED or not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise ConfigError(f"a tree cannot be called {name!r}", field="trees", remedy="choose another name")
+        try:
+            paths = json.loads(Path(path).read_text(encoding="utf-8"))
+            if not all(type(rank) is int for one in paths for rank in one):
+                raise TypeError("ranks are whole numbers")
+            shape = " ".join(".".join(map(str, one)) for one in paths)
+            shapes[name] = "1" if shape == "0" else shape
+            parse_tree(f"static({shapes[name]})")
+        except (OSError, TypeError, ValueError, InvalidRequest, UnknownName) as error:
+            raise ConfigError(f"{path} holds no tree: {error}", field="trees",
+                              remedy="write a JSON list of paths of child ranks: [[0], [1], [0, 0]]") from error
+    return shapes
+
+
+def spelled_out(text: str, shapes: Mapping[str, str]) -> str:
+    """``text``, with ``static(name)`` spelled out where ``shapes`` has the name: so that only a deployment, and no
+    request, says which files are read, and the other side of a handoff needs none of them."""
+    match = re.fullmatch(r"\s*static\s*\(\s*(\w+)\s*\)\s*", text)
+    return f"static({shapes[match[1]]})" if match and match[1] in shapes else text
+
+
 def depths(parents: Ints) -> Ints:
     """Depth of each node, 1 below the root. Raises ValueError for a child before its parent."""
     result = np.zeros(len(parents), np.int32)
@@ -125,20 +150,22 @@ def ancestor_lists(parents: Ints) -> Ints:
 
 @dataclass(frozen=True, kw_only=True)
 class TreeRows:
-    """The target rows of one verification, row 0 the root's, row 1 + i node i's; int32, as ForwardBatch wants them."""
+    """The target rows of one verification, row 0 the root's, row 1 + i node i's, the branch's last; int32, as
+    ForwardBatch wants them. R = 1 + N + M."""
 
-    positions: Ints  # [1 + N]
-    slots: Ints  # [1 + N]
-    prefix_len: Ints  # [1 + N]
-    ancestors: Ints  # [1 + N, A] KV slots, -1 pads; A is the tree's depth
+    positions: Ints  # [R]
+    slots: Ints  # [R]
+    prefix_len: Ints  # [R]
+    ancestors: Ints  # [R, A] KV slots, -1 pads; A is the deeper tree's depth
 
 
 def tree_rows(draft: Draft, base_slot: int, root_position: int) -> TreeRows:
     """Where the rows stand: the root, a plain decode row, writes slot ``base_slot``; node i writes base_slot + 1 + i,
     and sees the slots up to the root's and then its own path."""
-    rows = np.arange(1 + draft.num_nodes, dtype=np.int32)
-    levels = np.concatenate([np.zeros(1, np.int32), depths(draft.parents)])
-    paths = ancestor_lists(draft.parents)
+    _, parents = draft.rows
+    rows = np.arange(1 + len(parents), dtype=np.int32)
+    levels = np.concatenate([np.zeros(1, np.int32), depths(parents)])
+    paths = ancestor_lists(parents)
     ancestors = np.full((len(rows), paths.shape[1]), -1, np.int32)
     ancestors[1:] = np.where(paths < 0, -1, paths + np.int32(base_slot + 1))
     return TreeRows(
@@ -190,11 +217,12 @@ def _numbers(text: str, arguments: Sequence[str], names: Sequence[str], limits: 
 
 
 def _static(text: str, shape: str) -> StaticTree:
-    if shape in _PUBLISHED:
-        return _from_paths([tuple(map(int, path.split("."))) for path in _PUBLISHED[shape].split()])
+    shape = PUBLISHED.get(shape, shape)
+    if re.fullmatch(rf"{_PATH}( +{_PATH})+", shape):
+        return _from_paths(text, [tuple(map(int, path.split("."))) for path in shape.split()])
     if not re.fullmatch(r"[0-9]{1,4}(x[0-9]{1,4})*", shape):
-        known = ", ".join(_PUBLISHED)
-        raise UnknownName(f"no static tree {shape!r}", field="tree", remedy=f"use {known} or a shape like 4x2x1")
+        remedy = f"use a shape like 4x2x1, or {', '.join(PUBLISHED)}"
+        raise UnknownName(f"no static tree {shape!r}", field="tree", remedy=remedy)
     level: list[tuple[int, ...]] = [()]
     paths: list[tuple[int, ...]] = []
     for width in map(int, shape.split("x")):
@@ -203,10 +231,22 @@ def _static(text: str, shape: str) -> StaticTree:
             raise InvalidRequest(f"{text!r} cannot be verified", field="tree", remedy=remedy)
         level = [(*path, rank) for path in level for rank in range(width)]
         paths.extend(level)
-    return _from_paths(paths)
+    return _from_paths(text, paths)
 
 
-def _from_paths(paths: Sequence[tuple[int, ...]]) -> StaticTree:
-    index = {path: node for node, path in enumerate(paths)}
-    parents = tuple(index[path[:-1]] if len(path) > 1 else -1 for path in paths)
-    return StaticTree(parents=parents, ranks=tuple(path[-1] for path in paths))
+def _from_paths(text: str, paths: Sequence[tuple[int, ...]]) -> StaticTree:
+    """Any order of nodes. A child of rank k without its sibling of rank k - 1 is refused: what is drawn from q without
+    replacement is judged in the order of the draws, all of them."""
+    ordered = sorted(paths, key=lambda path: (len(path), path))
+    index = {path: node for node, path in enumerate(ordered)}
+    alone = [
+        path for path in ordered
+        if (len(path) > 1 and path[:-1] not in index) or (path[-1] > 0 and (*path[:-1], path[-1] - 1) not in index)
+    ]
+    if alone or len(index) < len(paths) or len(paths) > MAX_NODES:
+        where = f" at {'.'.join(map(str, alone[0]))}" if alone else ""
+        raise InvalidRequest(f"{text[:80]!r} is no tree{where}", field="tree",
+                             remedy=f"name each of at most {MAX_NODES} nodes once, and its parent and the siblings of"
+                                    " lower rank, too")
+    parents = tuple(index[path[:-1]] if len(path) > 1 else -1 for path in ordered)
+    return StaticTree(parents=parents, ranks=tuple(path[-1] for path in ordered))

@@ -26,6 +26,13 @@ class PaperHead:
         turned = torch.complex(x[..., :half], x[..., half:]) * turn[:, None]
         return torch.cat((turned.real, turned.imag), -1)
 
+    def fuse(self, captured: torch.Tensor) -> torch.Tensor:
+        """Features [n, H] of captured [n, 3, H]; EAGLE-3.1 norms each level first."""
+        levels = captured.double()
+        if self.c.fc_norm:
+            levels = torch.stack([self.norm(levels[:, i], f"fc_norm.{i}") for i in range(levels.shape[1])], 1)
+        return levels.flatten(1) @ self.w["fc.weight"].T
+
     def layer(self, next_tokens: list[int], features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows i = 0.. read features[i] and next_tokens[i] = t_{i+1}: (KV rows [R, 2, kv heads, D], outputs [R, H])."""
         c, rows = self.c, len(next_tokens)
@@ -42,19 +49,25 @@ class PaperHead:
         y = self.norm(hidden, "midlayer.post_attention_layernorm")
         gate, up = (y @ self.w[f"midlayer.mlp.{n}_proj.weight"].T for n in ("gate", "up"))
         outputs = hidden + (torch.nn.functional.silu(gate) * up) @ self.w["midlayer.mlp.down_proj.weight"].T
+        if c.norm_output:  # EAGLE-3.1: what the next row reads
+            outputs = self.norm(outputs, "norm")
         return torch.stack((k, v), 1), outputs
 
     def committed(self, tokens: list[int], captured: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """KV rows and outputs of the n rows before the root tokens[n]; captured [n, 3, H]."""
-        features = captured.double().flatten(1) @ self.w["fc.weight"].T
-        return self.layer(tokens[1:], features)
+        return self.layer(tokens[1:], self.fuse(captured))
 
     def log_q(self, tokens: list[int], captured: torch.Tensor, path: tuple[int, ...]) -> torch.Tensor:
         """Logits [draft vocabulary] for the token after the root and then ``path``."""
-        features = captured.double().flatten(1) @ self.w["fc.weight"].T
+        features = self.fuse(captured)
         following = tokens[1:]
         _, outputs = self.layer(following, features)
         for token in path:
             features, following = torch.cat((features, outputs[-1:])), [*following, token]
             _, outputs = self.layer(following, features)
-        return self.norm(outputs[-1], "norm") @ self.w["lm_head.weight"].T
+        return self.logits(outputs[-1])
+
+    def logits(self, output: torch.Tensor) -> torch.Tensor:
+        """[..., draft vocabulary] of outputs [..., H]."""
+        normed = output if self.c.norm_output else self.norm(output, "norm")
+        return normed @ self.w["lm_head.weight"].T

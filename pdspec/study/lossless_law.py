@@ -126,7 +126,8 @@ class Enumeration:
             drafts[_key(draft)] = draft, first, before + chance
         for draft, drawn, drawn_chance in drafts.values():
             self.drafts += draft.num_nodes > 0
-            logits = resources.runner.forward(engine.pack([sequence], [draft]), resources.cache).logits
+            output = resources.runner.forward(engine.pack([sequence], [draft]), resources.cache)
+            logits = output.logits[: 1 + draft.num_nodes]
 
             def judge(
                 chooser: Enumerating, draft: Draft = draft, logits: Any = logits
@@ -136,10 +137,10 @@ class Enumeration:
                 found = engine.judge(seen, draft, logits)
                 return found.verdict.output_ids, chooser.taken
 
-            for (output, judged), chance in outcomes_of(judge):
-                chances[output] = chances.get(output, 0.0) + drawn_chance * chance
-                ways.setdefault(output, [*drawn, *judged])
-                accepted += (len(output) - 1) * drawn_chance * chance
+            for (tokens, judged), chance in outcomes_of(judge):
+                chances[tokens] = chances.get(tokens, 0.0) + drawn_chance * chance
+                ways.setdefault(tokens, [*drawn, *judged])
+                accepted += (len(tokens) - 1) * drawn_chance * chance
         self.accepted = max(self.accepted, accepted)
         return chances, ways
 

@@ -29,10 +29,11 @@ from pdspec.spec.eagle3.config import Eagle3Config
 from pdspec.spec.heads import TargetIdentity
 from pdspec.telemetry import usable_cores
 from pdspec.train.data import load_target
-from pdspec.train.eagle3 import Eagle3Trainer, TargetParts
+from pdspec.train.eagle3 import Eagle3Trainer
 from pdspec.train.examples import hidden_rows
 from pdspec.train.loop import CLIP, schedule
 from pdspec.train.packing import Example
+from pdspec.train.scoring import TargetParts
 from pdspec.types import GenerateRequest, SamplingParams
 
 DIGITS = 64  # copied twice in the prompt, once by the target

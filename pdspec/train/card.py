@@ -3,45 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pdspec.spec.eagle3.checkpoint import Head
 from pdspec.train.evaluate import Acceptance
 
 
-def write_card(
-    folder: Path,
-    head: Head,
-    *,
-    model: str,
-    evaluations: Mapping[str, Acceptance],
-    commands: Sequence[str],
-    notes: Sequence[str] = (),
-) -> Path:
-    """Writes ``README.md`` into ``folder`` and returns it. ``evaluations`` by name of the prompts; ``commands``
-    reproduce head and figures; ``notes`` say what the figures do not."""
+@dataclass(frozen=True, kw_only=True)
+class CardText:
+    """What a card says. ``about``: one sentence on what the head is made of; ``evaluations`` by name of the prompts;
+    ``commands`` reproduce head and figures; ``notes`` say what the figures do not."""
+
+    title: str
+    model: str
+    about: str
+    card: Mapping[str, Any]
+    parameters: int
+    evaluations: Mapping[str, Acceptance]
+    commands: Sequence[str]
+    notes: Sequence[str] = ()
+
+
+def write_card(folder: Path, text: CardText) -> Path:
+    """Writes ``README.md`` into ``folder`` and returns it."""
     path = folder / "README.md"
-    path.write_text(card_text(head, model, evaluations, commands, notes, _bytes(folder)), encoding="utf-8")
+    path.write_text(card_text(text, _bytes(folder)), encoding="utf-8")
     return path
 
 
-def card_text(
-    head: Head,
-    model: str,
-    evaluations: Mapping[str, Acceptance],
-    commands: Sequence[str],
-    notes: Sequence[str],
-    size: int,
-) -> str:
+def card_text(text: CardText, size: int) -> str:
     """The card as Markdown. ``size`` in bytes."""
-    card, config = head.card, head.config
-    parameters = sum(tensor.numel() for tensor in head.tensors.values())
+    card, evaluations, commands, notes = text.card, text.evaluations, text.commands, text.notes
     lines = [
-        f"# EAGLE-3 head for {model}",
+        f"# {text.title} head for {text.model}",
         "",
-        f"{parameters / 1e6:.2f} M parameters, int8 per output row, {size / 1e6:.2f} MB; draft vocabulary "
-        f"{config.draft_vocab_size}; reads the inputs of layers {', '.join(map(str, config.fused_layers))}.",
+        f"{text.parameters / 1e6:.2f} M parameters, int8 per output row, {size / 1e6:.2f} MB; {text.about}",
         "",
         "Licence: Apache-2.0, as the target's, from whose weights it starts and on whose own text it was trained.",
         "",

@@ -12,41 +12,30 @@ token lies outside that vocabulary are masked; step j counts 0.8^j. One target f
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from pdspec.model.ops import Rope, make_rope
-from pdspec.spec.eagle3.checkpoint import Head
+from pdspec.spec.eagle3.checkpoint import Head, save_head
 from pdspec.spec.eagle3.config import Eagle3Config
 from pdspec.spec.heads import TargetIdentity
 from pdspec.train.packing import Example, Keys, Packed, alive_in
+from pdspec.train.scoring import (
+    StepScores,
+    TargetParts,
+    draft_ids_of,
+    rms,
+    rotate,
+    score,
+    teacher,
+    weighted,
+)
 
 DECAY = 0.8
-CHUNK = 512  # rows of logits in the cache at a time
-
-
-@dataclass(frozen=True)
-class TargetParts:
-    """What the head borrows of its target, float32: input embedding [V, H] and the output rows of the draft
-    vocabulary [draft vocabulary, H]."""
-
-    embedding: torch.Tensor
-    output: torch.Tensor
-
-
-@dataclass(frozen=True)
-class StepScores:
-    """Of one training-time-test step: its rows as (example, row) int64 [M, 2], loss, and what was asked for."""
-
-    rows: torch.Tensor
-    loss: torch.Tensor  # mean over unmasked rows
-    hits: torch.Tensor  # [M] bool: the best draft token is the best target token
-    counted: torch.Tensor  # [M] bool: rows in the loss
-    ranked: torch.Tensor | None  # [M, k] draft ids, best first
 
 
 def new_tensors(
@@ -96,13 +85,21 @@ class Eagle3Trainer:
         self.rope: Rope = make_rope(
             head_dim=config.head_dim, theta=config.rope_theta, max_positions=max_positions, scaling=config.rope_scaling
         )
-        self.draft_ids = torch.full((config.vocab_size,), -1, dtype=torch.int64)
-        self.draft_ids[target_ids] = torch.arange(len(target_ids))
+        self.draft_ids = draft_ids_of(target_ids, config.vocab_size)
 
     def head(self, target: TargetIdentity | None = None, card: dict[str, Any] | None = None) -> Head:
         """The current weights as a head that can be saved."""
         tensors = {name: value.detach().clone() for name, value in self.parameters.items()}
         return Head(config=self.config, tensors=tensors, target_ids=self.target_ids, target=target, card=card or {})
+
+    def save(self, folder: Path, identity: TargetIdentity | None, card: Mapping[str, Any]) -> None:
+        """Writes the head, int8. Raises ConfigError when the folder cannot be written."""
+        save_head(folder, self.head(identity, dict(card)), int8=True)
+
+    def about(self) -> str:
+        """One sentence of its card on what it is made of."""
+        layers = ", ".join(map(str, self.config.fused_layers))
+        return f"draft vocabulary {self.config.draft_vocab_size}; reads the inputs of layers {layers}."
 
     def steps(self, examples: Sequence[Example], num_steps: int, *, rank: int = 0) -> list[StepScores]:
         """All training-time-test steps over a packed batch. ``rank``: how many best draft ids to return per row."""
@@ -113,7 +110,7 @@ class Eagle3Trainer:
         keys = Keys(k, v)
         x, q = features[packed.query], q[packed.query]
         alive = torch.arange(len(packed.query))  # queries of the last step that take part in this one
-        teacher = self._teacher(packed)
+        teacher_p = teacher(packed, self.parts)
         scores = []
         for step in range(num_steps):
             if step:
@@ -124,26 +121,28 @@ class Eagle3Trainer:
                 q, k, v = self._qkv(packed.ids_after(rows, step), x, packed.positions[rows] + step)
                 keys.extend(k, v, alive, len(packed.query))
             x = x + F.linear(self._attend(q, keys, packed, alive), w["midlayer.self_attn.o_proj.weight"])
-            x = x + self._mlp(_rms(x, w["midlayer.post_attention_layernorm.weight"], eps))
-            scores.append(self._score(x, packed, alive, step, teacher, rank))
+            x = x + self._mlp(rms(x, w["midlayer.post_attention_layernorm.weight"], eps))
+            normed = rms(x, w["norm.weight"], eps)
+            scores.append(score(
+                normed, w["lm_head.weight"], packed, packed.query[alive], step, teacher_p=teacher_p,
+                draft_ids=self.draft_ids, rank=rank,
+            ))  # fmt: skip
         return scores
 
     def loss(self, examples: Sequence[Example], num_steps: int) -> tuple[torch.Tensor, list[StepScores]]:
         """Σ_j 0.8^j loss_j / Σ_j 0.8^j, and the steps."""
         scores = self.steps(examples, num_steps)
-        weights = [DECAY**j for j in range(num_steps)]
-        total = torch.stack([w * s.loss for w, s in zip(weights, scores, strict=True)]).sum() / sum(weights)
-        return total, scores
+        return weighted(scores, DECAY), scores
 
     def _qkv(self, ids: torch.Tensor, features: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
         w, eps, config = self.parameters, self.config.rms_norm_eps, self.config
-        embedded = _rms(self.parts.embedding[ids], w["midlayer.input_layernorm.weight"], eps)
-        x = torch.cat((embedded, _rms(features, w["midlayer.hidden_norm.weight"], eps)), 1)
+        embedded = rms(self.parts.embedding[ids], w["midlayer.input_layernorm.weight"], eps)
+        x = torch.cat((embedded, rms(features, w["midlayer.hidden_norm.weight"], eps)), 1)
         fused = torch.cat([w[f"midlayer.self_attn.{letter}_proj.weight"] for letter in "qkv"])
         heads = F.linear(x, fused).unflatten(1, (-1, config.head_dim))
         cos, sin = self.rope.cos[positions][:, None], self.rope.sin[positions][:, None]
         q, k, v = heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), 1)
-        return _rotate(q, cos, sin), _rotate(k, cos, sin), v
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def _attend(self, q: torch.Tensor, keys: Keys, packed: Packed, alive: torch.Tensor) -> torch.Tensor:
         """[M, Hq*D]: each sequence on its own; own rows of later steps enter as single columns."""
@@ -176,75 +175,3 @@ class Eagle3Trainer:
         return F.linear(
             F.silu(gate) * F.linear(x, w["midlayer.mlp.up_proj.weight"]), w["midlayer.mlp.down_proj.weight"]
         )
-
-    def _teacher(self, packed: Packed) -> torch.Tensor:
-        """Target probabilities over the draft vocabulary of every target row that some step predicts from."""
-        return F.linear(packed.final, self.parts.output).softmax(-1)
-
-    def _score(
-        self, x: torch.Tensor, packed: Packed, alive: torch.Tensor, step: int, teacher: torch.Tensor, rank: int
-    ) -> StepScores:
-        w = self.parameters
-        rows = packed.query[alive]
-        where = packed.final_row[rows] + step  # the target row whose distribution is predicted
-        best = self.draft_ids[packed.best[where].clamp(min=0)]
-        counted = (packed.best[where] >= 0) & (best >= 0)
-        normed = _rms(x, w["norm.weight"], self.config.rms_norm_eps)
-        weight = counted.float() / counted.sum().clamp(min=1)
-        loss, ranked = _SoftCrossEntropy.apply(normed, w["lm_head.weight"], teacher, where, weight, max(rank, 1))
-        example = torch.bucketize(rows, torch.tensor(packed.bounds[1:]), right=True)
-        return StepScores(
-            torch.stack((example, rows - torch.tensor(packed.bounds)[example]), 1),
-            loss,
-            ranked[:, 0] == best,
-            counted,
-            ranked if rank else None,
-        )
-
-
-class _SoftCrossEntropy(torch.autograd.Function):
-    """Σ_m weight_m · H(p_m, softmax(y_m Wᵀ)) and the best ids; logits are made, used and dropped chunk by chunk."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: torch.Tensor,
-        weight_VH: torch.Tensor,
-        teacher: torch.Tensor,
-        where: torch.Tensor,
-        row_weight: torch.Tensor,
-        rank: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """y [M, H], teacher [T, V], where [M] rows of teacher, row_weight [M] → loss [], ids [M, rank]."""
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        grad_y, grad_w = (torch.empty_like(y), torch.zeros_like(weight_VH)) if wanted else (None, None)
-        loss, ranked = y.new_zeros(()), torch.empty(len(y), rank, dtype=torch.int64)
-        for a in range(0, len(y), CHUNK):
-            part = slice(a, a + CHUNK)
-            logits, p = F.linear(y[part], weight_VH), teacher[where[part]]
-            ranked[part] = logits.topk(rank, -1).indices if rank > 1 else logits.argmax(-1, keepdim=True)
-            norm = logits.logsumexp(-1)
-            cross = norm - (p * logits).sum(-1)
-            loss += (cross * row_weight[part]).sum()
-            if grad_y is not None and grad_w is not None:
-                grad = logits.sub_(norm[:, None]).exp_().sub_(p).mul_(row_weight[part, None])
-                grad_y[part] = grad @ weight_VH
-                grad_w.addmm_(grad.T, y[part])
-        if wanted:
-            ctx.save_for_backward(grad_y, grad_w)
-        ctx.mark_non_differentiable(ranked)
-        return loss, ranked
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_y, grad_w = ctx.saved_tensors
-        return grad_y * grads[0], grad_w * grads[0], None, None, None, None
-
-
-def _rms(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return F.rms_norm(x, x.shape[-1:], weight, eps)
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)

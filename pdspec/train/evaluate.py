@@ -19,12 +19,12 @@ import torch
 
 from pdspec.model.loader import load_weights, resolve
 from pdspec.prompts import Prompt, load_prompts
-from pdspec.spec.eagle3.checkpoint import Head, load_head
 from pdspec.train.config import TrainConfig
 from pdspec.train.data import Target, generate, load_target
-from pdspec.train.eagle3 import Eagle3Trainer, StepScores, TargetParts
 from pdspec.train.examples import ExampleReader
 from pdspec.train.plan import DataConfig
+from pdspec.train.recipe import RECIPES, Trainer, recipe
+from pdspec.train.scoring import StepScores
 from pdspec.train.store import TokenStore
 
 TOP = 4
@@ -103,24 +103,21 @@ def evaluate_head(
     folder: Path,
     stores: Sequence[TokenStore],
     *,
+    family: str,
     model: str,
-    depth: int = 5,
+    depth: int = 0,
     max_length: int = 1024,
     cache_dir: str | None = None,
 ) -> Acceptance:
-    """Acceptance of the head in ``folder`` on stored answers of ``model``."""
-    head = load_head(folder)
-    files = resolve(model, cache_dir)
-    weights = load_weights(files, "float32")
-    output = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
-    parts = TargetParts(weights["model.embed_tokens.weight"], output[head.target_ids].clone())
-    return acceptance(head, parts, ExampleReader(stores, max_length, 0.0), depth=depth)
+    """Acceptance of the head in ``folder`` on stored answers of ``model``, ``depth`` positions deep (0: as deep as its
+    family is drafted)."""
+    chosen = recipe(family)
+    trainer = chosen.load(folder, load_weights(resolve(model, cache_dir), "float32"))
+    return acceptance(trainer, ExampleReader(stores, max_length, 0.0), depth=depth or chosen.DEPTH)
 
 
-def acceptance(head: Head, parts: TargetParts, reader: ExampleReader, *, depth: int = 5) -> Acceptance:
+def acceptance(trainer: Trainer, reader: ExampleReader, *, depth: int) -> Acceptance:
     """As ``evaluate_head``, of a head and examples in hand."""
-    parameters = {name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in head.tensors.items()}
-    trainer = Eagle3Trainer(head.config, parameters, head.target_ids, parts, 2048)
     asked, right = torch.zeros(2, depth), torch.zeros(2, depth)
     rows = covered = 0
     chain = 0.0
@@ -178,6 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """``python -m pdspec.train.evaluate --head FOLDER --prompts FILE``: prints one JSON object."""
     parser = argparse.ArgumentParser(prog="python -m pdspec.train.evaluate", description=main.__doc__)
     parser.add_argument("--head", type=Path, required=True)
+    parser.add_argument("--family", choices=RECIPES, default="eagle3")
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--last", type=int, default=0, help="only the last prompts of the file")
@@ -191,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         target = load_target(chosen.model)
         store = write_answers(target, spread, Path(folder), max_answer=chosen.max_tokens)
         target.runner.ops.close()
-        found = evaluate_head(chosen.head, [store], model=chosen.model)
+        found = evaluate_head(chosen.head, [store], family=chosen.family, model=chosen.model)
     print(json.dumps(found.as_dict()))
 
 

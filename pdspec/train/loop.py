@@ -1,6 +1,6 @@
 """The training loop: generate, train, evaluate, save; every part resumes where it was cut.
 
-    head = train_eagle3(TrainConfig(model="smollm2-135m", out=Path("my-head"), prompts=(Path("questions.jsonl"),)))
+    card = train("eagle3", TrainConfig(model="smollm2-135m", out=Path("my-head"), prompts=(Path("questions.jsonl"),)))
 
 In ``work`` (default ``out``/work): ``data/`` token stores, ``state.pt`` weights, optimiser and cursor, ``log.jsonl``
 one line per step. In ``out``: the head (int8), its card. With ``minutes`` the learning rate falls with time, so
@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,22 +25,20 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pdspec.errors import ConfigError
-from pdspec.model.loader import ModelFiles, load_weights, resolve
+from pdspec.model.loader import load_weights, resolve
 from pdspec.prompts import load_prompts
-from pdspec.spec.eagle3.checkpoint import Head, load_head, save_head
-from pdspec.spec.eagle3.config import Eagle3Config
 from pdspec.spec.heads import TargetIdentity
-from pdspec.train.card import write_card
+from pdspec.train.card import CardText, write_card
 from pdspec.train.config import TrainConfig
 from pdspec.train.data import Target, generate, load_target
-from pdspec.train.eagle3 import Eagle3Trainer, TargetParts, new_tensors
 from pdspec.train.evaluate import evaluate_head, held_out_answers
 from pdspec.train.examples import ExampleReader
 from pdspec.train.plan import DataConfig
+from pdspec.train.recipe import Recipe, Start, Trainer, recipe
 from pdspec.train.store import TokenStore
-from pdspec.train.vocab import answer_counts, coverage, draft_vocabulary, move_rows
+from pdspec.train.vocab import answer_counts, coverage
 
-__all__ = ["TrainConfig", "data_counts", "make_data", "train_eagle3"]
+__all__ = ["TrainConfig", "data_counts", "make_data", "train"]
 STATE, LOG = "state.pt", "log.jsonl"
 CLIP = 1.0
 SAVE_SECONDS = 60.0
@@ -56,11 +54,11 @@ class Progression:
     losses: list[float] = field(default_factory=list)
 
 
-def train_eagle3(config: TrainConfig, *, show: bool = True) -> Head:
-    """Generates, trains, saves, evaluates, writes the card; returns the head as saved (dequantised). Its ``card`` holds
-    the figures. Raises ConfigError."""
+def train(family: str, config: TrainConfig, *, show: bool = True) -> dict[str, Any]:
+    """Generates, trains, saves, evaluates, writes the card; returns its figures. Raises ConfigError and UnknownName."""
+    chosen = recipe(family)
     stores = make_data(config, show=show)
-    trainer, progression, identity, reader = _train(config, stores, show)
+    trainer, progression, identity, reader = _train(chosen, config, stores, show)
     card = {
         "data": data_counts(stores),
         "steps": progression.step,
@@ -73,24 +71,29 @@ def train_eagle3(config: TrainConfig, *, show: bool = True) -> Head:
         "draft_vocab_coverage": round(reader.coverage, 4),
         "loss_curve": loss_curve(progression.losses),
     }
-    save_head(config.out, trainer.head(identity, card), int8=True)
+    trainer.save(config.out, identity, card)
     found = {}
     if config.evaluate:
         answers = held_out_answers(config, stores, show=show)
         torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
-        found["held out"] = evaluate_head(config.out, [answers], model=config.model, cache_dir=config.cache_dir)
+        found["held out"] = evaluate_head(
+            config.out, [answers], family=family, model=config.model, cache_dir=config.cache_dir
+        )
         card["acceptance"] = found["held out"].as_dict()
-        save_head(config.out, trainer.head(identity, card), int8=True)
-    head = load_head(config.out)
-    write_card(config.out, head, model=config.model, evaluations=found, commands=[_command(config)])
-    return head
+        trainer.save(config.out, identity, card)
+    text = CardText(
+        title=chosen.TITLE, model=config.model, about=trainer.about(), card=card, evaluations=found,
+        parameters=sum(value.numel() for value in trainer.parameters.values()), commands=[_command(family, config)],
+    )  # fmt: skip
+    write_card(config.out, text)
+    return card
 
 
-def _command(config: TrainConfig) -> str:
+def _command(family: str, config: TrainConfig) -> str:
     length = f"--minutes {config.minutes:g}" if config.minutes else f"--passes {config.passes:g}"
     files = "".join(f" --prompts {path}" for path in config.prompts)
     return (
-        f"pdspec train eagle3 --model {config.model} --out {config.out}{files} --tokens {config.tokens} {length} "
+        f"pdspec train {family} --model {config.model} --out {config.out}{files} --tokens {config.tokens} {length} "
         f"--ttt {config.ttt} --draft-vocab {config.draft_vocab} --learning-rate {config.learning_rate:g} "
         f"--batch {config.batch} --seed {config.seed}"
     )
@@ -134,8 +137,8 @@ def data_counts(stores: list[TokenStore]) -> dict[str, dict[str, int]]:
 
 
 def _train(
-    config: TrainConfig, stores: list[TokenStore], show: bool
-) -> tuple[Eagle3Trainer, Progression, TargetIdentity, ExampleReader]:
+    chosen: Recipe, config: TrainConfig, stores: list[TokenStore], show: bool
+) -> tuple[Trainer, Progression, TargetIdentity, ExampleReader]:
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     files = resolve(config.model, config.cache_dir)
     for store in stores:
@@ -149,7 +152,8 @@ def _train(
     counts = np.zeros(files.config.vocab_size, np.int64)
     for store in stores:
         counts += answer_counts(store.read_all(), files.config.vocab_size)
-    trainer = _new_trainer(config, files, counts, state)
+    weights = load_weights(files, "float32")
+    trainer = chosen.new(Start(config=config, files=files, weights=weights, counts=counts, state=state))
     optimiser = torch.optim.AdamW(
         trainer.parameters.values(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
     )
@@ -165,40 +169,13 @@ def _train(
     return trainer, progression, identity, reader
 
 
-def _new_trainer(
-    config: TrainConfig, files: ModelFiles, counts: np.ndarray, state: dict[str, Any] | None
-) -> Eagle3Trainer:
-    """With the weights of the run that is resumed, of the head to start from, or new ones."""
-    weights = load_weights(files, "float32")
-    output = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
-    start = load_head(config.head) if config.head else None
-    if start is not None and config.recount:
-        target_ids = draft_vocabulary(counts, config.draft_vocab) if state is None else state["target_ids"]
-        geometry = replace(start.config, draft_vocab_size=len(target_ids))
-        rows = move_rows(start.tensors["lm_head.weight"], start.target_ids, target_ids, output)
-        tensors = {**start.tensors, "lm_head.weight": rows}
-    elif start is not None:
-        target_ids, geometry = start.target_ids, start.config
-        tensors = start.tensors
-    else:
-        target_ids = draft_vocabulary(counts, config.draft_vocab) if state is None else state["target_ids"]
-        geometry = Eagle3Config.for_target(files.config, len(target_ids), intermediate_size=config.intermediate)
-        tensors = new_tensors(geometry, weights, target_ids, files.config.num_layers, config.seed)
-    if state is not None:
-        tensors = state["parameters"]
-    parameters = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in tensors.items()}
-    parts = TargetParts(weights["model.embed_tokens.weight"], output[target_ids].clone())
-    positions = min(files.config.max_context, 2 * config.max_length)
-    return Eagle3Trainer(geometry, parameters, target_ids, parts, positions)
-
-
 def _online(config: TrainConfig) -> Callable[[], Target]:
     return lambda: load_target(config.model, threads=config.threads, cache_dir=config.cache_dir)
 
 
 def run_steps(
     config: TrainConfig,
-    trainer: Eagle3Trainer,
+    trainer: Trainer,
     reader: ExampleReader,
     optimiser: torch.optim.Optimizer,
     progression: Progression,
@@ -269,7 +246,7 @@ def _forget_after(path: Path, step: int) -> None:
         path.write_text("".join(lines[:step]), encoding="utf-8")
 
 
-def _save_state(path: Path, trainer: Eagle3Trainer, optimiser: torch.optim.Optimizer, progression: Progression) -> None:
+def _save_state(path: Path, trainer: Trainer, optimiser: torch.optim.Optimizer, progression: Progression) -> None:
     state = {
         "parameters": {name: value.detach() for name, value in trainer.parameters.items()},
         "optimiser": optimiser.state_dict(),

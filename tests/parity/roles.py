@@ -15,6 +15,7 @@ import prefill_worker.service
 from pdspec.config import WorkerConfig
 from pdspec.engine.local import LocalGenerator
 from pdspec.engine.serving import RunningWorker
+from pdspec.spec.registry import NAMES
 from pdspec.types import DraftTrace, GenerateRequest, GenerationStats, Route, SamplingParams, TokenLogprob
 from pdspec.wire import pdspec_pb2_grpc as rpc
 from pdspec.wire.channels import make_channel
@@ -22,8 +23,21 @@ from pdspec.wire.codec import chunk_from_pb, decode_request_to_pb
 
 T = TypeVar("T")
 TINY: dict[str, Any] = {
-    "model": "tiny", "heads": {"eagle3": "random:0"}, "cache_tokens": 8192, "threads": 1, "chunk": 16, "poison": True,
+    "model": "tiny", "drafters": ("none", "ngram", "suffix", "eagle3"),
+    "heads": {"eagle3": "random:0"}, "cache_tokens": 8192, "threads": 1, "chunk": 16,
+    "poison": True,
 }  # fmt: skip
+# Every family that can be made for the tiny model. The draft model is the target itself: much is accepted, and where
+# penalties move the target away from it much is not. The sparse view has about half of a prompt.
+EAGLES = ("eagle1", "eagle2", "eagle3")
+READS_HIDDEN = ("medusa", *EAGLES, "mtp", "combined")
+LEARNED = (*READS_HIDDEN, "draft_model", "sparse")
+EVERY: dict[str, Any] = {
+    "drafters": NAMES,
+    "heads": {**dict.fromkeys(READS_HIDDEN, "random:0"), "draft_model": "tiny"},
+    "options": {"sparse:sink": "2", "sparse:window": "12"},
+}
+WITH_MEMORY = ("suffix", "combined")  # draft by what the worker served before: the same only in the same order
 
 
 # One event loop for every client of a test run: gRPC's poller is shared by all loops of a process, and one that was

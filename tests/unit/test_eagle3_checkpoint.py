@@ -160,8 +160,8 @@ def test_a_config_that_cannot_be_is_refused(folder, values, names):
 
 
 @pytest.mark.parametrize("values, names", [
-    ({"fc_norm": True}, "fc_norm"),
-    ({"norm_output": True}, "norm_output"),
+    ({"norm_before_fc": True}, "norm_before_fc"),
+    ({"norm_before_residual": True}, "norm_before_residual"),
     ({"pdspec": None, "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}}, "layer_ids"),
     ({"pdspec": {"format": 9}}, "format 9"),
 ])
@@ -169,6 +169,28 @@ def test_variants_that_are_not_built_are_refused_not_approximated(folder, values
     edit_config(folder, **values)
     with pytest.raises(ConfigError, match=names):
         load_head(folder)
+
+
+@pytest.mark.parametrize("flags", [{"fc_norm": True}, {"norm_output": True}, {"fc_norm": True, "norm_output": True}])
+def test_heads_of_eagle_3_1_come_back_with_their_norms(tmp_path, flags):
+    head = random_head(Eagle3Config.for_target(TARGET, 60, **flags), 1)
+    levels = {f"fc_norm.{level}.weight" for level in range(3)} if flags.get("fc_norm") else set()
+    assert head.tensors.keys() == HEAD.tensors.keys() | levels
+    assert head.fingerprint() != HEAD.fingerprint()
+    save_head(tmp_path, head, int8=True)
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert {name: values.get(name, False) for name in ("fc_norm", "norm_output")} == {
+        "fc_norm": False, "norm_output": False, **flags,
+    }
+    found = load_head(tmp_path)
+    assert found.config == head.config
+    assert all(torch.equal(found.tensors[name], head.tensors[name]) for name in levels)
+    edit_config(tmp_path, **dict.fromkeys(flags, None), eagle_config=flags)
+    assert load_head(tmp_path).config == head.config
+    if levels:
+        edit(tmp_path, lambda tensors: tensors.pop("fc_norm.1.weight"))
+        with pytest.raises(CheckpointError, match=r"fc_norm\.1\.weight"):
+            load_head(tmp_path)
 
 
 def test_a_public_head_fuses_the_default_layers_and_cannot_vouch_for_its_target(folder, caplog):

@@ -15,8 +15,9 @@ from pdspec.model.ops import TorchOps
 from pdspec.spec.eagle3.checkpoint import Head, random_head
 from pdspec.spec.eagle3.config import Eagle3Config
 from pdspec.spec.eagle3.head import Eagle3Head
-from pdspec.train.eagle3 import DECAY, Eagle3Trainer, TargetParts, new_tensors
+from pdspec.train.eagle3 import DECAY, Eagle3Trainer, new_tensors
 from pdspec.train.packing import Example
+from pdspec.train.scoring import TargetParts
 
 FILES = resolve("tiny-3")
 WEIGHTS = load_weights(FILES, "float32")

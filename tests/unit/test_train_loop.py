@@ -12,12 +12,12 @@ import torch
 
 from pdspec.errors import ConfigError
 from pdspec.prompts import Prompt
-from pdspec.spec.eagle3.checkpoint import load_head
+from pdspec.spec.eagle3.checkpoint import Head, load_head
 from pdspec.train.data import generate, load_target
-from pdspec.train.eagle3 import StepScores
 from pdspec.train.evaluate import chain_hits, evaluate_head, write_answers
-from pdspec.train.loop import LOG, TrainConfig, schedule, train_eagle3
+from pdspec.train.loop import LOG, TrainConfig, schedule, train
 from pdspec.train.plan import DataConfig
+from pdspec.train.scoring import StepScores
 from pdspec.train.store import TokenStore
 
 MODEL = "tiny-5"
@@ -55,30 +55,36 @@ def run_config(out: Path, store: TokenStore, **changes: object) -> TrainConfig:
     return replace(config, **changes)  # type: ignore[arg-type]
 
 
+def train_head(config: TrainConfig, *, show: bool) -> Head:
+    """The saved head."""
+    assert json.loads(json.dumps(train("eagle3", config, show=show))) == load_head(config.out).card
+    return load_head(config.out)
+
+
 def curve(folder: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in map(json.loads, (folder / "work" / LOG).read_text().splitlines())]
 
 
 def test_a_run_cut_half_way_repeats_the_unbroken_one(tmp_path: Path, store: TokenStore) -> None:
-    whole = train_eagle3(run_config(tmp_path / "whole", store), show=False)
-    train_eagle3(run_config(tmp_path / "cut", store, max_steps=5), show=False)
+    whole = train_head(run_config(tmp_path / "whole", store), show=False)
+    train_head(run_config(tmp_path / "cut", store, max_steps=5), show=False)
     assert len(curve(tmp_path / "cut")) == 5
     with (tmp_path / "cut" / "work" / LOG).open("a") as log:
         log.write('{"step": 6, "loss": 0.0}\n')  # a step that was lost with the run, after the last save
-    resumed = train_eagle3(run_config(tmp_path / "cut", store, resume=True), show=False)
+    resumed = train_head(run_config(tmp_path / "cut", store, resume=True), show=False)
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
     assert len(curve(tmp_path / "whole")) == 12
     assert resumed.fingerprint() == whole.fingerprint()
     written = sum(store.answer_tokens().values())
     assert whole.card["data"] == {"file": {"samples": 9, "answer_tokens": written}} and whole.card["steps"] == 12
     with pytest.raises(ConfigError, match="holds a run"):
-        train_eagle3(run_config(tmp_path / "cut", store), show=False)
+        train_head(run_config(tmp_path / "cut", store), show=False)
 
 
 def test_a_recounted_vocabulary_keeps_the_rows_that_were_learnt(tmp_path: Path, store: TokenStore) -> None:
-    first = train_eagle3(run_config(tmp_path / "first", store, max_steps=1, draft_vocab=40), show=False)
+    first = train_head(run_config(tmp_path / "first", store, max_steps=1, draft_vocab=40), show=False)
     changes = {"head": tmp_path / "first", "recount": True, "draft_vocab": 60, "max_steps": 1, "learning_rate": 1e-9}
-    again = train_eagle3(run_config(tmp_path / "again", store, **changes), show=False)
+    again = train_head(run_config(tmp_path / "again", store, **changes), show=False)
     assert len(again.target_ids) == 60 and set(first.target_ids.tolist()) < set(again.target_ids.tolist())
     place = {token: row for row, token in enumerate(again.target_ids.tolist())}
     kept = again.tensors["lm_head.weight"][[place[token] for token in first.target_ids.tolist()]]
@@ -87,19 +93,19 @@ def test_a_recounted_vocabulary_keeps_the_rows_that_were_learnt(tmp_path: Path, 
 
 def test_hidden_rows_computed_on_the_way_give_the_same_start(tmp_path: Path, store: TokenStore) -> None:
     """Stored rows are rounded to bf16, so the curves agree to that and no further."""
-    train_eagle3(run_config(tmp_path / "kept", store, max_steps=2), show=False)
+    train_head(run_config(tmp_path / "kept", store, max_steps=2), show=False)
     bare = TokenStore(tmp_path / "bare", {**store.meta, "hidden_row": []})
     for sample in store.read_all():
         bare.append(sample)
-    train_eagle3(run_config(tmp_path / "online", bare, max_steps=2), show=False)
+    train_head(run_config(tmp_path / "online", bare, max_steps=2), show=False)
     for (_, kept), (_, online) in zip(curve(tmp_path / "kept"), curve(tmp_path / "online"), strict=True):
         assert online == pytest.approx(kept, rel=0.02)
 
 
 def test_a_memorised_text_is_accepted(tmp_path: Path, store: TokenStore) -> None:
     config = run_config(tmp_path / "head", store, passes=60, draft_vocab=272, learning_rate=4e-3)
-    train_eagle3(config, show=False)
-    found = evaluate_head(tmp_path / "head", [store], model=MODEL, depth=3)
+    train_head(config, show=False)
+    found = evaluate_head(tmp_path / "head", [store], family="eagle3", model=MODEL, depth=3)
     assert found.coverage == 1.0 and found.samples == 9
     assert found.top1[0] > 0.8 and found.top4[0] >= found.top1[0]
     assert found.chain_length > 1 + 0.8
@@ -121,7 +127,7 @@ def test_one_call_writes_data_head_and_card(tmp_path: Path) -> None:
         threads=1,
         evaluate=2,
     )
-    head = train_eagle3(config, show=False)
+    head = train_head(config, show=False)
     assert list(head.card["data"]) == ["asked"] and head.card["acceptance"]["samples"] == 2
     trained = TokenStore(config.work_folder / "data").keys
     assert trained and not trained & TokenStore(config.work_folder / "evaluation").keys
@@ -164,6 +170,6 @@ def test_the_schedule_rises_then_falls() -> None:
 
 def test_a_store_of_another_target_is_refused(tmp_path: Path, store: TokenStore) -> None:
     with pytest.raises(ConfigError, match="another target"):
-        train_eagle3(run_config(tmp_path, store, model="tiny-6"), show=False)
+        train_head(run_config(tmp_path, store, model="tiny-6"), show=False)
     with pytest.raises(ConfigError, match="passes or minutes"):
         run_config(tmp_path, store, minutes=1.0)

@@ -1,10 +1,13 @@
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdspec.errors import InvalidRequest, UnknownName
+from pdspec.errors import ConfigError, InvalidRequest, UnknownName
 from pdspec.spec.protocol import Draft, empty_draft
+from pdspec.spec.shapes import PUBLISHED
 from pdspec.spec.tree import (
     ChainTree,
     DynamicTree,
@@ -13,7 +16,9 @@ from pdspec.spec.tree import (
     depths,
     parse_tree,
     prune,
+    read_shapes,
     select_nodes,
+    spelled_out,
     tree_rows,
 )
 
@@ -63,6 +68,48 @@ def test_published_eagle_tree():
     assert ranks[-3:] == [[0, 0, 0, 2], [0, 0, 0, 0, 0], [0, 0, 0, 0, 1]]
 
 
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "mc_sim_7b_63"])
+def test_published_medusa_trees_have_63_nodes_for_at_most_4_heads(name):
+    tree = parse_tree(f"static({name})")
+    assert tree.max_nodes == 63 and tree.depth == (3 if name == "vicuna_33b_stage1" else 4)
+    assert max(tree.ranks) == 9
+
+
+def test_a_shape_may_be_spelled_out_in_any_order():
+    tree = parse_tree("static(0.0 1 0  0.1 1.0 0.1.0)")
+    assert tree == parse_tree("static(0 1 0.0 0.1 1.0 0.1.0)")
+    assert tree == StaticTree(parents=(-1, -1, 0, 0, 1, 3), ranks=(0, 1, 0, 1, 0, 0))
+    assert parse_tree("static(0 1 0.0 0.1 1.0 1.1)") == parse_tree("static(2x2)")
+
+
+def test_a_deployment_s_shapes_come_from_files_under_names(tmp_path):
+    files = {"pine": [[0], [0, 0], [1]], "stick": [[0]]}
+    for name, paths in files.items():
+        (tmp_path / name).write_text(json.dumps(paths))
+    shapes = read_shapes({name: str(tmp_path / name) for name in files})
+    assert parse_tree(spelled_out(" static( pine )", shapes)) == StaticTree(parents=(-1, -1, 0), ranks=(0, 1, 0))
+    assert parse_tree(spelled_out("static(stick)", shapes)).max_nodes == 1
+    for text in ("static(oak)", "static(2x2)", "chain(2)", "pine"):
+        assert spelled_out(text, shapes) == text
+    with pytest.raises(UnknownName):
+        parse_tree("static(pine)")
+
+
+NO_TREES = ("", "{}", "[]", "[[]]", "[[0],[2]]", "[0]", '[["a"]]', "[[0.5]]", "[[true]]", "[[-1]]")
+
+
+@pytest.mark.parametrize("content", NO_TREES)
+def test_files_that_hold_no_tree_are_named(tmp_path, content):
+    (tmp_path / "bad").write_text(content)
+    with pytest.raises(ConfigError, match="bad holds no tree"):
+        read_shapes({"bad": str(tmp_path / "bad")})
+    with pytest.raises(ConfigError, match="no tree"):
+        read_shapes({"gone": str(tmp_path / "gone")})
+    for taken in ("mc_sim_7b_63", "4x2", "2"):
+        with pytest.raises(ConfigError, match=taken):
+            read_shapes({taken: str(tmp_path / "bad")})
+
+
 @pytest.mark.parametrize(("text", "error", "hint"), [
     ("", InvalidRequest, "use chain"),
     ("chain", InvalidRequest, "use chain"),
@@ -80,6 +127,13 @@ def test_published_eagle_tree():
     ("static(4,2)", UnknownName, "4x2x1"),
     ("static(4x0)", InvalidRequest, "at least 1 child"),
     ("static(9999x9999)", InvalidRequest, "at most 256 nodes"),
+    ("static(0 1 1)", InvalidRequest, "each of at most 256 nodes once"),
+    ("static(0 2)", InvalidRequest, "no tree at 2"),
+    ("static(0 1.0)", InvalidRequest, "no tree at 1.0"),
+    ("static(0 1.0.1)", InvalidRequest, "no tree at 1.0.1"),
+    ("static(0 .1)", UnknownName, "4x2x1"),
+    ("static(0 1..0)", UnknownName, "4x2x1"),
+    ("static(@/etc/passwd)", UnknownName, "4x2x1"),
 ])
 def test_bad_trees_name_the_field_and_the_remedy(text, error, hint):
     with pytest.raises(error, match=r"^tree: ") as caught:

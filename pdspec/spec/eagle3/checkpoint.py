@@ -1,6 +1,7 @@
 """EAGLE-3 heads on disk: SafeAILab's tensor names (see ``headfile.py`` for the form).
 
-    fc, midlayer.*, norm, lm_head; d2t int64 [draft vocabulary] *offsets*: target id = d + d2t[d]; t2d bool [vocabulary]
+    fc, midlayer.*, norm, lm_head; fc_norm.{level} (EAGLE-3.1, named as vLLM does)
+    d2t int64 [draft vocabulary] *offsets*: target id = d + d2t[d]; t2d bool [vocabulary]
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pdspec.spec.headfile import (
     read_tensors,
     take_target_ids,
     take_tensors,
+    tensors_fingerprint,
     vocabulary_tensors,
     write_head,
 )
@@ -40,10 +42,7 @@ class Head:
 
     def fingerprint(self) -> str:
         """Hash of geometry, vocabulary map and every weight as it is used (after dequantising)."""
-        digest = xxhash.xxh3_128(repr(self.config).encode())
-        for name in sorted(self.tensors):
-            digest.update(name.encode())
-            digest.update(self.tensors[name].contiguous().numpy().data)
+        digest = xxhash.xxh3_128(tensors_fingerprint(self.config, self.tensors).encode())
         digest.update(self.target_ids.contiguous().numpy().data)
         return digest.hexdigest()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import xxhash
 
 from pdspec.cache.paged import PagedCache
@@ -12,14 +14,14 @@ from pdspec.spec.feature_drafter import FeatureDrafter
 
 
 class Eagle3Drafter(FeatureDrafter):
-    """``head`` over the pages of ``cache``."""
+    """``head`` over the pages of ``cache``. ``options`` are ``FeatureDrafter``'s."""
 
     def __init__(
         self, head: Head, model: Eagle3Head, cache: PagedCache, *, dtype: str, tree: str = "chain(2)",
-        max_nodes: int = 64, target_matches: bool = True,
+        padding: bool = False, **options: Any,
     ) -> None:
+        geometry = f"eagle3/1 {head.fingerprint()} {dtype} {'first-token' if padding else 'no'} padding"
         super().__init__(
             "eagle3", model, cache, group=GROUP, target_ids=head.target_ids, capture=head.config.fused_layers,
-            fingerprint=xxhash.xxh3_128_hexdigest(f"eagle3/1 {head.fingerprint()} {dtype} no padding".encode()),
-            tree=tree, max_nodes=max_nodes, target_matches=target_matches,
+            fingerprint=xxhash.xxh3_128_hexdigest(geometry.encode()), tree=tree, padding=padding, **options,
         )

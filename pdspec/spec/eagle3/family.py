@@ -10,6 +10,7 @@ from pdspec.model.config import ModelConfig
 from pdspec.spec.eagle3.config import Eagle3Config, parse_head
 from pdspec.spec.family import Description, Parts, Setting
 from pdspec.spec.heads import find_head, random_seed, read_head_json
+from pdspec.spec.options import FEATURE_OPTIONS, flag
 from pdspec.types import CacheGroup
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ DESCRIPTION = Description(
     needs="a head trained for the target (shipped for smollm2-135m; else heads.eagle3: FOLDER or random:SEED)",
     ships="draft KV of the prompt, first draft tokens with log q, one hidden row",
     trees=("chain", "static", "dynamic"), default_tree=_TREE, default_tree_gpu=_TREE_GPU,
-    source="Li et al. 2025, EAGLE-3, arXiv 2503.01840; trees: EAGLE-2, arXiv 2406.16858",
+    source="Li et al. 2025, EAGLE-3, arXiv 2503.01840; trees: EAGLE-2, arXiv 2406.16858", options=FEATURE_OPTIONS,
 )
 
 
@@ -56,7 +57,10 @@ def make(setting: Setting, parts: Parts) -> Drafter:
     model = Eagle3Head(head, ops=parts.ops, embedding=parts.runner.embedding, cache=parts.cache, dtype=setting.dtype,
                        max_positions=target.max_context)
     tree = _TREE if parts.ops.device.type == "cpu" else _TREE_GPU
-    return Eagle3Drafter(head, model, parts.cache, dtype=setting.dtype, tree=tree, target_matches=matches)
+    return Eagle3Drafter(
+        head, model, parts.cache, dtype=setting.dtype, tree=tree, target_matches=matches,
+        stable_kv=flag(setting, DESCRIPTION, "stable_kv"), padding=flag(setting, DESCRIPTION, "first_token_padding"),
+    )
 
 
 def open_head(where: str, setting: Setting) -> Head:

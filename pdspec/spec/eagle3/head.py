@@ -6,11 +6,13 @@
     a   = h_i + attention(x)                                       RoPE position i; the residual is h before its norm
     out = a + mlp(post_attention_layernorm(a))                     the next feature, not normed
     log q(t_i+2) = log_softmax(lm_head(norm(out)))                 over draft ids
+
+EAGLE-3.1 (2605.09992; vLLM's llama_eagle3.py) has two variants: ``fc_norm`` norms each level before ``fc``, and with
+``norm_output`` the next feature is norm(out), which ``lm_head`` reads as it is.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,9 +25,8 @@ from pdspec.model.ops import Ops, make_rope
 from pdspec.spec.eagle3.checkpoint import Head
 from pdspec.spec.eagle3.config import GROUP
 from pdspec.spec.eagle3.native import NativeLayer
+from pdspec.spec.feature_rows import take_rows
 from pdspec.spec.protocol import HiddenRows
-
-_ROW_FIELDS = ("token_ids", "positions", "sequence", "slots", "prefix_len", "ancestors")
 
 
 class Eagle3Head:
@@ -57,6 +58,8 @@ class Eagle3Head:
         self._lm_head = pack("lm_head")
         self._input_norm, self._hidden_norm = norm("midlayer.input_layernorm"), norm("midlayer.hidden_norm")
         self._post_norm, self._norm = norm("midlayer.post_attention_layernorm"), norm("norm")
+        levels = range(len(head.config.fused_layers) if head.config.fc_norm else 0)
+        self._fc_norms = [norm(f"fc_norm.{level}") for level in levels]
         self._native = self._native_layer(ops) if isinstance(ops, NativeOps) else None
 
     def _native_layer(self, ops: NativeOps) -> NativeLayer:
@@ -73,22 +76,30 @@ class Eagle3Head:
 
     def fuse(self, captured: torch.Tensor) -> torch.Tensor:
         """Target features [R, H] of captured hidden states [R, C, H] float32."""
-        return self.ops.linear(captured.to(self.ops.device).flatten(1).contiguous(), self._fc)
+        levels = captured.to(self.ops.device)
+        if self._fc_norms:
+            eps, split = self.config.rms_norm_eps, levels.unbind(1)
+            normed = [self.ops.rms_norm(x.contiguous(), w, eps) for x, w in zip(split, self._fc_norms, strict=True)]
+            return self.ops.linear(torch.cat(normed, 1), self._fc)
+        return self.ops.linear(levels.flatten(1).contiguous(), self._fc)
 
     def forward(self, batch: ForwardBatch, features: torch.Tensor, outputs: np.ndarray) -> torch.Tensor:
-        """Writes the draft KV rows of all R rows and returns the layer's output [len(outputs), H] of the rows named in
+        """Writes the draft KV rows of all R rows and returns the next features [len(outputs), H] of the rows named in
         ``outputs``: a row's KV needs its input alone, so rows that only fill the cache skip attention and MLP."""
         if batch.num_rows and int(batch.positions.max()) >= self.max_positions:
             raise ValueError(f"draft position {int(batch.positions.max())} of {self.max_positions}")
-        if self._native is not None:
-            return self._native(batch, features, outputs)
+        layer = self._native or self._spelled_out
+        out = layer(batch, features, outputs)
+        return self._normed(out) if self.config.norm_output else out
+
+    def _spelled_out(self, batch: ForwardBatch, features: torch.Tensor, outputs: np.ndarray) -> torch.Tensor:
         ops, eps = self.ops, self.config.rms_norm_eps
         embedded = ops.rms_norm(ops.embed(self.embedding, batch.token_ids), self._input_norm, eps)
         x = torch.cat((embedded, ops.rms_norm(features, self._hidden_norm, eps)), 1)
         q = ops.rope_store(ops.linear(x, self._qkv), self._rope, batch, self._pages)
         if len(outputs) < batch.num_rows:
             rows = torch.from_numpy(outputs.astype(np.int64)).to(ops.device)
-            q, features, batch = q[rows], features[rows], _rows(batch, outputs)
+            q, features, batch = q[rows], features[rows], take_rows(batch, outputs)
         if batch.num_rows == 0:
             return features
         hidden = features + ops.linear(ops.attend(q, batch, self._pages), self._o)
@@ -96,11 +107,9 @@ class Eagle3Head:
         return hidden + ops.linear(ops.silu_mul(gate_up), self._down)
 
     def logits(self, outputs: torch.Tensor) -> torch.Tensor:
-        """[R, draft vocabulary] float32 of layer outputs [R, H]."""
-        return self.ops.linear(self.ops.rms_norm(outputs, self._norm, self.config.rms_norm_eps), self._lm_head)
+        """[R, draft vocabulary] float32 of what ``forward`` returned, [R, H]."""
+        return self.ops.linear(outputs if self.config.norm_output else self._normed(outputs), self._lm_head)
 
+    def _normed(self, outputs: torch.Tensor) -> torch.Tensor:
+        return self.ops.rms_norm(outputs, self._norm, self.config.rms_norm_eps)
 
-def _rows(batch: ForwardBatch, rows: np.ndarray) -> ForwardBatch:
-    """Some rows of a batch, in the order named."""
-    taken: dict[str, Any] = {name: np.ascontiguousarray(getattr(batch, name)[rows]) for name in _ROW_FIELDS}
-    return replace(batch, **taken)

@@ -1,0 +1,113 @@
+"""``pdspec study``: comparisons, measured on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from pdspec.cli.options import Dtype, Heads, Json, Model, Numerics, Options, Prompts, Threads, worker_flags
+from pdspec.cli.output import notes, only_json, print_json
+from pdspec.errors import ConfigError
+
+
+def acceptance(
+    drafters: Annotated[str, typer.Option(help="Comma separated.")] = "ngram,suffix,eagle3",
+    tree: Annotated[
+        list[str] | None, typer.Option("--tree", help="DRAFTER=TREE where it is not the default; may be repeated.")
+    ] = None,
+    temperatures: Annotated[str, typer.Option(help="Comma separated; 0: greedy.")] = "0,1",
+    judged: Annotated[str, typer.Option(help="Family whose ways of verifying are compared; empty: none.")] = "eagle3",
+    nodes: Annotated[int, typer.Option(min=1, help="Draft nodes of that comparison.")] = 4,
+    model: Model = None,
+    dtype: Dtype = None,
+    numerics: Numerics = None,
+    head: Heads = None,
+    option: Options = None,
+    threads: Threads = None,
+    prompts: Prompts = None,
+    num_prompts: Annotated[int, typer.Option(help="Prompts taken from the file.")] = 16,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
+    json: Json = False,
+) -> None:
+    """Acceptance length and per position, draft and verify times of every family, behind the handoff and without."""
+    flags = worker_flags(model=model, dtype=dtype, numerics=numerics, heads=head, options=option, threads=threads)
+    with only_json(json):
+        from pdspec.study import acceptance as study
+
+        result = study.run(
+            worker={name: value for name, value in flags.items() if value is not None},
+            drafters=_names(drafters), trees=dict(_pair(text) for text in tree or []),
+            temperatures=[float(text) for text in _names(temperatures)], judged=judged, nodes=nodes,
+            prompts=prompts, num_prompts=num_prompts, max_tokens=max_tokens, progress=notes().print,
+        )  # fmt: skip
+    if json:
+        print_json(result)
+        return
+    for row in result["families"] + result.get("judged", {}).get("ways", []):
+        _print_row(row, _SHOWN)
+
+
+def comparison(name: str, summary: str, drafters: str) -> Callable[..., None]:
+    """The command ``pdspec study <name>``; ``drafters`` are compared where none are named."""
+
+    def command(
+        drafters: Annotated[str, typer.Option(help="Comma separated.")] = drafters,
+        temperatures: Annotated[str, typer.Option(help="Comma separated; 0: greedy.")] = "0,1",
+        model: Model = None,
+        dtype: Dtype = None,
+        numerics: Numerics = None,
+        head: Heads = None,
+        option: Options = None,
+        threads: Threads = None,
+        prompts: Prompts = None,
+        num_prompts: Annotated[int, typer.Option(help="Prompts taken from the file.")] = 16,
+        max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
+        json: Json = False,
+    ) -> None:
+        flags = worker_flags(model=model, dtype=dtype, numerics=numerics, heads=head, options=option, threads=threads)
+        with only_json(json):
+            from pdspec.study import comparisons as study
+
+            result = study.run(
+                name, worker={key: value for key, value in flags.items() if value is not None},
+                drafters=_names(drafters), temperatures=[float(text) for text in _names(temperatures)],
+                prompts=prompts, num_prompts=num_prompts, max_tokens=max_tokens, progress=notes().print,
+            )  # fmt: skip
+        if json:
+            print_json(result)
+            return
+        for row in result["rows"]:
+            _print_row(row, ("setting", *_SHOWN, "kv_bytes", "draft_kv_bytes", "hidden_bytes"))
+
+    command.__doc__ = summary
+    return command
+
+
+COMPARISONS = {
+    "stable-kv": ("Draft KV made anew from target hidden states, or kept as drafted.", "eagle1"),
+    "first-token-padding": ("EAGLE's prefill with a row in front, or without.", "eagle1"),
+    "draft-prefill": ("Draft KV crosses the handoff, or the hidden rows that it is made from.", "eagle3"),
+    "trees": ("Chain, static and dynamic trees of equal nodes.", "eagle3"),
+}
+
+_SHOWN = (
+    "drafter", "tree", "verify", "temperature", "acceptance_length", "local_acceptance_length", "draft_ms",
+    "verify_ms", "tokens_per_second",
+)  # fmt: skip
+
+
+def _print_row(row: dict[str, Any], shown: Sequence[str]) -> None:
+    print(*(f"{row[name]}" if isinstance(row[name], str) else f"{name} {row[name]:.3g}" for name in shown))
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not sign:
+        raise ConfigError(f"{text!r} is no DRAFTER=TREE", field="--tree", remedy="write --tree eagle3=chain(3)")
+    return name.strip(), value.strip()

@@ -1,0 +1,83 @@
+"""The head's forward pass (SafeAILab/EAGLE, eagle/model/cnets1.py), spelled out with ``Ops``.
+
+    f_i   the target's hidden state of row i *after its final norm* (``outputs[0]`` of its decoder, which is what its
+          lm_head reads), or, while drafting, the parent's output: the head is trained to give the next such state
+    t_i+1 the token that follows row i
+    x   = fc(cat(embed(t_i+1), f_i))                               [R, H]; no norm before attention
+    a   = x + attention(x)                                         RoPE position i
+    out = a + mlp(post_attention_layernorm(a))                     the next feature; there is no final norm
+    log q(t_i+2) = log_softmax(lm_head(out))                       the target's lm_head, or its rows of the draft ids
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from pdspec.cache.paged import DTYPES, PagedCache
+from pdspec.model.batch import ForwardBatch
+from pdspec.model.ops import Ops, make_rope
+from pdspec.spec.eagle1.checkpoint import Head
+from pdspec.spec.feature_rows import take_rows
+from pdspec.spec.protocol import HiddenRows
+
+
+class Eagle1Head:
+    """Packed weights of a head over the pages of cache group ``group``. ``embedding`` and ``lm_head`` are the target's,
+    packed by the same ``ops``; of the latter a head with a draft vocabulary takes a copy of its rows."""
+
+    def __init__(
+        self, head: Head, *, ops: Ops, embedding: Any, lm_head: Any, cache: PagedCache, group: str, dtype: str,
+        max_positions: int,
+    ) -> None:
+        self.ops, self.embedding, self.config = ops, embedding, head.config
+        self.max_positions = max_positions
+        wanted = head.config.layer_group(group, cache.layout(group).dtype)
+        if cache.layout(group) != wanted:
+            raise ValueError(f"the cache has {cache.layout(group)} where the head needs {wanted}")
+        self._pages = cache.group(group)[0]
+        self._rope = make_rope(head_dim=head.config.head_dim, theta=head.config.rope_theta,
+                               max_positions=max_positions, scaling=head.config.rope_scaling, device=ops.device)
+
+        def pack(*names: str) -> Any:
+            return ops.pack(torch.cat([head.tensors[f"{name}.weight"] for name in names]).to(DTYPES[dtype]))
+
+        self._fc = pack("fc")
+        self._fc_bias = head.tensors["fc.bias"].float().to(ops.device) if head.config.bias else None
+        self._qkv = pack(*(f"layers.0.self_attn.{letter}_proj" for letter in "qkv"))
+        self._o = pack("layers.0.self_attn.o_proj")
+        self._gate_up = pack("layers.0.mlp.gate_proj", "layers.0.mlp.up_proj")
+        self._down = pack("layers.0.mlp.down_proj")
+        self._post_norm = head.tensors["layers.0.post_attention_layernorm.weight"].float().to(ops.device)
+        ids = head.target_ids.numpy()
+        whole = len(ids) == head.config.vocab_size and bool((ids == np.arange(len(ids))).all())
+        self._lm_head = lm_head if whole else ops.pack(ops.embed(lm_head, ids).to(DTYPES[dtype]))
+
+    def features(self, hidden: HiddenRows) -> torch.Tensor:
+        """The target's final hidden states of rows, [R, H]. Raises ValueError when they were not asked for."""
+        if hidden.final is None:
+            raise ValueError("the target's final hidden states were not captured")
+        return hidden.final.to(self.ops.device)
+
+    def forward(self, batch: ForwardBatch, features: torch.Tensor, outputs: np.ndarray) -> torch.Tensor:
+        """Writes the draft KV rows of all R rows and returns the layer's output [len(outputs), H] of the rows named in
+        ``outputs``: a row's KV needs its input alone, so rows that only fill the cache skip attention and MLP."""
+        if batch.num_rows and int(batch.positions.max()) >= self.max_positions:
+            raise ValueError(f"draft position {int(batch.positions.max())} of {self.max_positions}")
+        ops, eps = self.ops, self.config.rms_norm_eps
+        x = ops.linear(torch.cat((ops.embed(self.embedding, batch.token_ids), features), 1), self._fc, self._fc_bias)
+        q = ops.rope_store(ops.linear(x, self._qkv), self._rope, batch, self._pages)
+        if len(outputs) < batch.num_rows:
+            rows = torch.from_numpy(outputs.astype(np.int64)).to(ops.device)
+            q, x, batch = q[rows], x[rows], take_rows(batch, outputs)
+        if batch.num_rows == 0:
+            return x
+        hidden = x + ops.linear(ops.attend(q, batch, self._pages), self._o)
+        gate_up = ops.linear(ops.rms_norm(hidden, self._post_norm, eps), self._gate_up)
+        return hidden + ops.linear(ops.silu_mul(gate_up), self._down)
+
+    def logits(self, outputs: torch.Tensor) -> torch.Tensor:
+        """[R, draft vocabulary] float32 of layer outputs [R, H]."""
+        return self.ops.linear(outputs, self._lm_head)

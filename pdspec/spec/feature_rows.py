@@ -1,0 +1,56 @@
+"""What ``FeatureDrafter`` works with: the model's protocol, and a sequence's state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from pdspec.model.batch import ForwardBatch
+from pdspec.spec.growth import Ranked
+from pdspec.spec.protocol import Candidates, HiddenRows
+from pdspec.spec.tree import TreeSpec
+
+_ROW_FIELDS = ("token_ids", "positions", "sequence", "slots", "prefix_len", "ancestors")
+
+
+class FeatureModel(Protocol):
+    """A head's forward pass over draft KV pages (``eagle3/head.py``). ``config`` has ``hidden_size`` H; the ``group``
+    holds its KV rows."""
+
+    ops: Any
+    config: Any
+    max_positions: int
+
+    def features(self, hidden: HiddenRows) -> torch.Tensor:
+        """What rows read of the target: [R, H]. Raises ValueError where it was not captured."""
+
+    def forward(self, batch: ForwardBatch, features: torch.Tensor, outputs: np.ndarray) -> torch.Tensor:
+        """Writes the KV rows of all R rows; the layer's output [len(outputs), H] of the rows ``outputs``."""
+
+    def logits(self, outputs: torch.Tensor) -> torch.Tensor:
+        """[R, draft vocabulary] float32 of outputs [R, H]."""
+
+
+@dataclass(kw_only=True)
+class FeatureState:
+    """A sequence's part. ``feature`` [1, H] is the output of the last committed row, ``waiting`` [1 or 0, H] the
+    features of the row whose token is not known yet. ``candidates`` are what crosses the handoff, ``first`` the first
+    children of the next tree; both are made when first needed. ``made`` has, where KV is unstable, the slot of each
+    expanded node of the last tree by the tokens that lead to it."""
+
+    spec: TreeSpec
+    rows: int  # committed draft rows
+    waiting: torch.Tensor | None = None
+    feature: torch.Tensor | None = None
+    candidates: Candidates | None = None
+    first: Ranked | None = None
+    made: dict[tuple[int, ...], int] = field(default_factory=dict)
+
+
+def take_rows(batch: ForwardBatch, rows: np.ndarray) -> ForwardBatch:
+    """Some rows of a batch, in the order named."""
+    taken: dict[str, Any] = {name: np.ascontiguousarray(getattr(batch, name)[rows]) for name in _ROW_FIELDS}
+    return replace(batch, **taken)

@@ -1,0 +1,49 @@
+"""EAGLE-3 for the training loop."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from pdspec.spec.eagle3.checkpoint import load_head
+from pdspec.spec.eagle3.config import Eagle3Config
+from pdspec.train.eagle3 import Eagle3Trainer, new_tensors
+from pdspec.train.recipe import Start, Weights, output_rows
+from pdspec.train.scoring import TargetParts
+from pdspec.train.vocab import move_rows
+
+TITLE = "EAGLE-3"
+DEPTH = 5
+_POSITIONS = 2048  # of an evaluation
+
+
+def new(start: Start) -> Eagle3Trainer:
+    """See Recipe; with ``recount`` the draft vocabulary of the head to start from is chosen anew."""
+    config, weights = start.config, start.weights
+    head = load_head(config.head) if config.head else None
+    if head is not None and config.recount:
+        target_ids = start.target_ids()
+        geometry = replace(head.config, draft_vocab_size=len(target_ids))
+        rows = move_rows(head.tensors["lm_head.weight"], head.target_ids, target_ids, output_rows(weights))
+        tensors = {**head.tensors, "lm_head.weight": rows}
+    elif head is not None:
+        target_ids, geometry, tensors = head.target_ids, head.config, head.tensors
+    else:
+        target_ids = start.target_ids()
+        geometry = Eagle3Config.for_target(start.files.config, len(target_ids), intermediate_size=config.intermediate)
+        tensors = new_tensors(geometry, weights, target_ids, start.files.config.num_layers, config.seed)
+    parts = _parts(weights, target_ids)
+    return Eagle3Trainer(geometry, start.parameters(tensors), target_ids, parts, start.positions)
+
+
+def load(folder: Path, weights: Weights) -> Eagle3Trainer:
+    """See Recipe."""
+    head = load_head(folder)
+    parameters = {name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in head.tensors.items()}
+    return Eagle3Trainer(head.config, parameters, head.target_ids, _parts(weights, head.target_ids), _POSITIONS)
+
+
+def _parts(weights: Weights, target_ids: torch.Tensor) -> TargetParts:
+    return TargetParts(weights["model.embed_tokens.weight"], output_rows(weights)[target_ids].clone())
