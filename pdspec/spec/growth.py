@@ -65,12 +65,14 @@ def rank_children(
     )
 
 
-def first_children(candidates: Candidates, drawing: Drawing | None = None, law: Law | None = None) -> Ranked:
-    """First draft tokens as one row, in their order; drawn anew from ``law``, which has their ids, where it is given
-    with a ``drawing``."""
+def first_children(
+    candidates: Candidates, drawing: Drawing | None = None, law: Law | None = None, count: int = 0
+) -> Ranked:
+    """First draft tokens as one row, in their order; or ``count`` of them (at most), drawn anew from ``law``, which has
+    their ids, where it is given with a ``drawing``."""
     if law is None or drawing is None:
         return Ranked(token_ids=candidates.token_ids[None], log_q=candidates.log_q[None], score=candidates.score[None])
-    order = drawing.order(law.token_ids, law.log_q, len(law.log_q))
+    order = drawing.order(law.token_ids, law.log_q, min(count, len(law.log_q)))
     return Ranked(
         token_ids=candidates.token_ids[order][None], log_q=law.log_q[order][None], score=law.log_q[order][None],
         laws=(law,),

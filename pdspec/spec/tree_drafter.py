@@ -70,12 +70,14 @@ class TreeDrafter:
         noise = position_noise(ctx, spec, 1, self._target_ids)
         if not isinstance(noise, Drawing):
             return first_children(candidates)
-        return first_children(candidates, noise, cut_law(candidates))
+        return first_children(candidates, noise, cut_law(candidates), width(spec))
 
     def _rank(self, ctx: DraftContext, logits: torch.Tensor, depth: int, count: int) -> Ranked:
-        """The best ``count`` children at ``depth`` of each node, by the noise of their position."""
+        """The best ``count`` children at ``depth`` of each node, by the noise of their position; where they are drawn,
+        as many as the tree has."""
         spec: TreeSpec = ctx.state.spec
         noise = position_noise(ctx, spec, depth, self._target_ids)
+        count = min(count, width(spec)) if isinstance(noise, Drawing) else count
         return rank_children(logits, ctx.sampling.temperature, noise, self._ids, min(count, len(self._ids)),
                              drawn=draws_from_q(ctx, spec))
 

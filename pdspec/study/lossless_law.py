@@ -82,7 +82,7 @@ class Enumeration:
     steps: int = 0
     drafts: int = 0
     worst_total: float = 0.0  # distance of any sum of probabilities from 1
-    accepted: float = 0.0  # expected in the first verification
+    accepted: float = 0.0  # expected in one verification, at most
     _known: dict[Tokens, Law] = field(default_factory=dict)
 
     def run(self, request: GenerateRequest) -> tuple[Tokens, Law]:
@@ -113,6 +113,7 @@ class Enumeration:
         """The chance of every output of one verification, and the choices that led to it first."""
         engine, resources = self.local.decode, self.local.resources
         chances: Law = {}
+        accepted = 0.0
         ways: dict[Tokens, list[int]] = {}
 
         def propose(chooser: Enumerating) -> tuple[Draft, list[int]]:
@@ -125,7 +126,8 @@ class Enumeration:
             drafts[_key(draft)] = draft, first, before + chance
         for draft, drawn, drawn_chance in drafts.values():
             self.drafts += draft.num_nodes > 0
-            logits = resources.runner.forward(engine.pack([sequence], [draft]), resources.cache).logits
+            output = resources.runner.forward(engine.pack([sequence], [draft]), resources.cache)
+            logits = output.logits[: 1 + draft.num_nodes]
 
             def judge(
                 chooser: Enumerating, draft: Draft = draft, logits: Any = logits
@@ -135,10 +137,11 @@ class Enumeration:
                 found = engine.judge(seen, draft, logits)
                 return found.verdict.output_ids, chooser.taken
 
-            for (output, judged), chance in outcomes_of(judge):
-                chances[output] = chances.get(output, 0.0) + drawn_chance * chance
-                ways.setdefault(output, [*drawn, *judged])
-                self.accepted += (len(output) - 1) * drawn_chance * chance * (self.steps == 0)
+            for (tokens, judged), chance in outcomes_of(judge):
+                chances[tokens] = chances.get(tokens, 0.0) + drawn_chance * chance
+                ways.setdefault(tokens, [*drawn, *judged])
+                accepted += (len(tokens) - 1) * drawn_chance * chance
+        self.accepted = max(self.accepted, accepted)
         return chances, ways
 
     def _continued(self, sequence: DecodeSequence, output: Tokens, choices: list[int]) -> DecodeSequence:
@@ -165,7 +168,7 @@ def law_case(
     first, served = enumeration.run(request)
     difference = largest_difference(served, Target(local, request.sampling, PROMPT).law(tokens - 1, first))
     ok = difference <= LARGEST_DIFFERENCE and enumeration.worst_total <= 1e-12
-    ok = ok and (enumeration.drafts > 0) == (drafter != "none")
+    ok = ok and (enumeration.accepted > 0.0) == (drafter != "none")
     return {
         "ok": ok, "drafter": drafter, "tree": tree, "verify": verify, "temperature": params.temperature,
         "max_abs_difference": difference, "outcomes": len(served), "drafts": enumeration.drafts,

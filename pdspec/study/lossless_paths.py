@@ -26,7 +26,7 @@ from pdspec.spec.verify import verify
 from pdspec.study.audit import forced_logits
 from pdspec.study.chi_square import ALPHA, fit
 from pdspec.study.lossless_law import PLAIN, PROCESSED, PROMPT, Target
-from pdspec.study.toy import LARGE_TREES, TREES, VOCABULARY
+from pdspec.study.toy import VOCABULARY, toy_tree
 from pdspec.types import GenerateRequest, SamplingParams
 
 Result = dict[str, Any]
@@ -42,7 +42,7 @@ def cases(drafters: Sequence[str], large: bool = False) -> Iterator[tuple[str, s
     """(family, tree) of each kind of tree that a family has."""
     for name in drafters:
         for kind in family(name).DESCRIPTION.trees or ("",):
-            yield name, (LARGE_TREES if large else TREES).get(kind, "")
+            yield name, toy_tree(name, kind, large=large)
 
 
 def asked(drafter: str, tree: str, params: SamplingParams, seed: int, tokens: int, **changes: Any) -> GenerateRequest:

@@ -48,10 +48,10 @@ class Enumerating:
         outcomes = []
         possible = [index for index, mass in enumerate(q) if mass > 0.0]
         for drawn in permutations(possible, min(count, len(possible))):
-            chance, left = 1.0, 1.0
+            chance, left = 1.0, q.copy()
             for index in drawn:
-                chance *= float(q[index]) / left
-                left -= float(q[index])
+                chance *= float(left[index] / left.sum())
+                left[index] = 0.0
             outcomes.append((drawn, chance))
         return np.array(self._follow(outcomes), np.int64)
 
@@ -61,7 +61,7 @@ class Enumerating:
         self.taken.append(self.script[place] if place < len(self.script) else 0)
         self.options.append(len(outcomes))
         outcome, chance = outcomes[self.taken[-1]]
-        self.weight *= chance
+        self.weight *= float(chance)
         return outcome
 
 

@@ -31,8 +31,12 @@ _GAINS = {"q_proj": 2.0, "k_proj": 2.0, "lm_head": 1.5}
 # What a family drafts on the toy, by kind of tree, and what it drafts where there is time for more.
 TREES = {"chain": "chain(2)", "static": "static(2x1)", "dynamic": "dynamic(2,2,3)"}
 LARGE_TREES = {"chain": "chain(3)", "static": "static(2x2)", "dynamic": "dynamic(3,2,5)"}
+# Families that draft from all six tokens: a level less, or there are too many drafts to count.
+WIDE = ("draft_model", "sparse")
+WIDE_STATIC, WIDE_LARGE_STATIC = "static(2)", "static(2x1)"
 # Heads that are no ``random:SEED``; {} stands for the folder of the toys.
 HEADS = {"draft_model": "{}/drafter"}
+OPTIONS = {"sparse:sink": "1", "sparse:window": "4"}  # less than a prompt
 
 
 def write_toys(folder: Path) -> None:
@@ -47,9 +51,16 @@ def toy_config(folder: Path, drafters: Sequence[str] = NAMES, **changes: object)
     heads = {name: HEADS.get(name, "random:7").format(folder) for name in drafters if name != "none"}
     values = {
         "model": str(folder / "target"), "dtype": "float32", "drafters": list(drafters), "drafter": drafters[0],
-        "heads": heads, "cache_tokens": 8192, "threads": 1, "chunk": 4, "poison": True,
+        "heads": heads, "options": OPTIONS, "cache_tokens": 8192, "threads": 1, "chunk": 4, "poison": True,
     }  # fmt: skip
     return WorkerConfig.from_mapping({**values, **changes})
+
+
+def toy_tree(name: str, kind: str, *, large: bool) -> str:
+    """What family ``name`` drafts for a kind of tree; empty for a family that drafts nothing."""
+    if name in WIDE and kind == "static":
+        return WIDE_LARGE_STATIC if large else WIDE_STATIC
+    return (LARGE_TREES if large else TREES).get(kind, "")
 
 
 def _write(folder: Path, seed: int) -> None:
