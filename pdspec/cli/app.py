@@ -34,7 +34,7 @@ def build_app() -> typer.Typer:
     app.command("drafters")(drafters.drafters)
     app.add_typer(_group("Train draft heads.", {"eagle3": train.eagle3}), name="train")
     app.add_typer(_group("Public prompt sets.", {"fetch": data.fetch}), name="data")
-    proofs = {"parity": check.parity, "handoff": check.handoff}
+    proofs = {"parity": check.parity, "handoff": check.handoff, "lossless": check.lossless}
     app.add_typer(_group("Proofs, run on this machine.", proofs), name="check")
     app.add_typer(_group("Measurements.", {"decode": bench.decode}), name="bench")
     compared = {name: study.comparison(name, *rest) for name, rest in study.COMPARISONS.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, Any
 
 import typer
@@ -60,6 +61,37 @@ def handoff(
                 prompts=prompts, num_prompts=num_prompts, max_tokens=max_tokens, tokens=acceptance_tokens
             ),
             parts=[part.strip() for part in parts.split(",") if part.strip()], progress=notes().print,
+        )  # fmt: skip
+    _finish(result, json)
+
+
+def lossless(
+    quick: Annotated[bool, typer.Option("--quick", help="Less of everything, on the tiny model: 2 minutes.")] = False,
+    model: Model = None,
+    dtype: Dtype = None,
+    numerics: Numerics = None,
+    head: Heads = None,
+    prompts: Prompts = None,
+    parts: Annotated[str, typer.Option(help="Some of law,paths,joint,answers (default: all).")] = "",
+    seeds: Annotated[int, typer.Option(help="Of the drafts that mean harm (default: 100000; quick: 2000).")] = 0,
+    joint_seeds: Annotated[int, typer.Option(help="Samples of two tokens of the model (default: 4000; quick: 0).")] = 0,
+    num_prompts: Annotated[int, typer.Option(help="Prompts of part answers (default: 20; quick: 2).")] = 0,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each answer (default: 128; quick: 16).")] = 0,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """No drafter, tree or verification changes the output: exact laws, equal paths, sampled pairs, whole answers."""
+    with only_json(json):
+        from pdspec.study import lossless as study
+
+        asked: dict[str, Any] = {"harmful_seeds": seeds, "joint_seeds": joint_seeds, "num_prompts": num_prompts,
+                 "max_tokens": max_tokens}  # fmt: skip
+        sizes = dataclasses.replace(study.QUICK if quick else study.Sizes(), **{k: v for k, v in asked.items() if v})
+        worker = _given(model=model or ("tiny" if quick else None), dtype=dtype, numerics=numerics, heads=head,
+                        threads=threads)  # fmt: skip
+        result = study.run(
+            worker=worker, sizes=sizes, parts=[part.strip() for part in parts.split(",") if part.strip()],
+            prompts=prompts, progress=notes().print,
         )  # fmt: skip
     _finish(result, json)
 

@@ -3,7 +3,8 @@
     propose → pack → forward → verify → commit → observe → emit
 
 Every sequence brings its own rows and keeps its own accepted length. Rolling back is lowering a length: the rows of
-rejected nodes are simply not part of the sequence any more (in debug mode they are filled with NaN).
+rejected nodes are simply not part of the sequence any more (in debug mode all rows behind the last committed one are
+filled with NaN after each step).
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from pdspec.engine.prefill import hidden_wanted, page_table
+from pdspec.engine.prefill import hidden_rows, hidden_wanted, page_table
 from pdspec.engine.resources import Resources, tree_spec
 from pdspec.errors import PdspecError
 from pdspec.model.batch import ForwardBatch, ForwardOutput
@@ -92,34 +93,39 @@ class DecodeEngine:
     def step(self, sequences: Sequence[DecodeSequence]) -> list[StepResult]:
         """One verification for each sequence. A sequence whose scores are damaged gets its error, the others go on."""
         began = time.perf_counter()
-        drafts = self._propose(sequences)
+        drafts = self.propose(sequences)
         proposed = time.perf_counter()
-        batch = self._pack(sequences, drafts)
+        batch = self.pack(sequences, drafts)
         output = self.resources.runner.forward(batch, self.resources.cache)
         forwarded = time.perf_counter()
         results: list[StepResult] = []
         observations: dict[str, list] = defaultdict(list)
-        row = 0
+        row = logit = 0
         for sequence, draft in zip(sequences, drafts, strict=True):
-            rows = slice(row, row + 1 + draft.num_nodes)
-            row = rows.stop
+            rows, judged = slice(row, row + 1 + len(draft.rows[0])), slice(logit, logit + 1 + draft.num_nodes)
+            told = slice(judged.stop, judged.stop + (0 if draft.branch is None else len(draft.branch.asked)))
+            row, logit = rows.stop, told.stop
             try:
-                found = self._verify(sequence, draft, output.logits[rows])
+                found = self.judge(sequence, draft, output.logits[judged])
             except PdspecError as error:
                 sequence.finish = FinishReason.ERROR
                 results.append((sequence, error))
                 continue
             hidden = self._commit(sequence, draft, found, output, rows)
+            if draft.branch is not None:
+                hidden = replace(hidden, branch_ids=output.logits[told].argmax(-1).cpu().numpy())
             if sequence.finish is None:
                 observations[sequence.drafter.name].append((sequence.ctx, found.verdict, hidden))
             results.append((sequence, self._chunk(sequence, draft, found)))
         verified = time.perf_counter()
         for name, group in observations.items():
             self.resources.drafters[name].observe(group)
+        if self.resources.config.poison:
+            self._poison([sequence for sequence in sequences if sequence.finish is None])
         self._count(sequences, began, proposed, forwarded, verified)
         return results
 
-    def _propose(self, sequences: Sequence[DecodeSequence]) -> list[Draft]:
+    def propose(self, sequences: Sequence[DecodeSequence]) -> list[Draft]:
         """Drafts by family, trimmed to what the answer can still use."""
         drafts: dict[int, Draft] = {}
         groups: dict[str, list[DecodeSequence]] = defaultdict(list)
@@ -136,12 +142,14 @@ class DecodeEngine:
                 drafts[id(sequence)] = _shallow(draft, sequence.remaining - 1)
         return [drafts[id(sequence)] for sequence in sequences]
 
-    def _pack(self, sequences: Sequence[DecodeSequence], drafts: Sequence[Draft]) -> ForwardBatch:
+    def pack(self, sequences: Sequence[DecodeSequence], drafts: Sequence[Draft]) -> ForwardBatch:
+        """The target rows of all sequences: each its root, then its nodes."""
         parts = [tree_rows(d, s.num_rows, s.ctx.root_position) for s, d in zip(sequences, drafts, strict=True)]
         widest = max(part.ancestors.shape[1] for part in parts)
         padded = [np.pad(p.ancestors, ((0, 0), (0, widest - p.ancestors.shape[1])), constant_values=-1) for p in parts]
-        tokens = [np.concatenate(([s.ctx.token_ids[-1]], d.token_ids)) for s, d in zip(sequences, drafts, strict=True)]
+        tokens = [np.concatenate(([s.ctx.token_ids[-1]], d.rows[0])) for s, d in zip(sequences, drafts, strict=True)]
         count = [len(part.slots) for part in parts]
+        starts = np.cumsum([0, *count[:-1]], dtype=np.int32)
         return ForwardBatch(
             token_ids=np.concatenate(tokens).astype(np.int32),
             positions=np.concatenate([p.positions for p in parts]),
@@ -150,11 +158,12 @@ class DecodeEngine:
             prefix_len=np.concatenate([p.prefix_len for p in parts]),
             ancestors=np.ascontiguousarray(np.concatenate(padded)),
             page_table=page_table([s.ctx.pages for s in sequences]),
-            logit_rows=np.arange(sum(count), dtype=np.int32),
+            logit_rows=np.concatenate([first + _asked(d) for first, d in zip(starts, drafts, strict=True)]),
             **hidden_wanted([s.drafter for s in sequences]),
         )
 
-    def _verify(self, sequence: DecodeSequence, draft: Draft, logits: torch.Tensor) -> VerdictResult:
+    def judge(self, sequence: DecodeSequence, draft: Draft, logits: torch.Tensor) -> VerdictResult:
+        """``verify`` with what the engine knows; ``logits`` [1 + N, V]. Changes nothing."""
         params = sequence.request.sampling
         return verify(
             draft,
@@ -172,16 +181,14 @@ class DecodeEngine:
         self, sequence: DecodeSequence, draft: Draft, found: VerdictResult, output: ForwardOutput, rows: slice
     ) -> HiddenRows:
         """Append the outputs, make the accepted rows contiguous, and hand on the hidden states of the accepted path."""
-        verdict, ctx, base, drafter = found.verdict, sequence.ctx, sequence.num_rows, sequence.drafter
+        verdict, ctx, base = found.verdict, sequence.ctx, sequence.num_rows
         target = self.resources.runner.group.name
         source = [base + 1 + node for node in verdict.path]
         wanted = list(range(base + 1, base + 1 + len(source)))
         if source != wanted:
             self.resources.cache.copy_rows(target, ctx.pages, source, wanted)
-        if self.resources.config.poison:
-            self.resources.cache.poison(target, ctx.pages, base + 1 + len(source), base + 1 + draft.num_nodes)
         _tally(sequence, draft, verdict.num_accepted)
-        hidden_rows = [rows.start, *(rows.start + 1 + node for node in verdict.path)]
+        seen = [rows.start, *(rows.start + 1 + node for node in verdict.path)]
         ctx.token_ids.extend(verdict.output_ids)
         sequence.history = sequence.history.extended(verdict.output_ids)
         sequence.num_output += len(verdict.output_ids)
@@ -189,12 +196,17 @@ class DecodeEngine:
             sequence.finish = FinishReason.STOP
         elif sequence.remaining <= 0:
             sequence.finish = FinishReason.LENGTH
-        return HiddenRows(
-            start=base,
-            captured=output.captured[hidden_rows] if output.captured is not None and drafter.capture else None,
-            final=output.final[hidden_rows] if output.final is not None and drafter.want_final else None,
-            count=len(hidden_rows),
-        )
+        return hidden_rows(sequence.drafter, output, base, seen)
+
+    def _poison(self, sequences: Sequence[DecodeSequence]) -> None:
+        """NaN into every row behind the committed ones, in all cache groups: rejected nodes, scratch of the drafters,
+        and whatever an earlier owner left."""
+        cache = self.resources.cache
+        for sequence in sequences:
+            pages, committed = sequence.ctx.pages, {self.resources.runner.group.name: sequence.num_rows}
+            committed.update(sequence.drafter.rows_at(sequence.ctx.root_position))
+            for group in cache.groups:
+                cache.poison(group.name, pages, committed.get(group.name, 0), len(pages) * cache.page_size)
 
     def _chunk(self, sequence: DecodeSequence, draft: Draft, found: VerdictResult) -> TokenChunk:
         verdict, trace = found.verdict, None
@@ -236,6 +248,12 @@ def _shallow(draft: Draft, depth: int) -> Draft:
         return draft
     keep = depths(draft.parents) <= depth
     return draft if keep.all() else draft.part(np.flatnonzero(keep))
+
+
+def _asked(draft: Draft) -> np.ndarray:
+    """Rows of one verification whose logits are wanted, int32: the root's, the nodes', those the branch asks about."""
+    judged = np.arange(1 + draft.num_nodes, dtype=np.int32)
+    return judged if draft.branch is None else np.concatenate((judged, draft.branch.asked + np.int32(len(judged))))
 
 
 def _tally(sequence: DecodeSequence, draft: Draft, accepted: int) -> None:

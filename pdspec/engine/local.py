@@ -94,7 +94,7 @@ class LocalGenerator:
         running: dict[int, DecodeSequence] = {}
         try:
             for index, request in enumerate(requests):
-                sequence, chunk = self._begin(request, held)
+                sequence, chunk = self.begin(request, held)
                 if sequence.finish is None:
                     running[index] = sequence
                 yield index, chunk
@@ -110,7 +110,8 @@ class LocalGenerator:
             for pages in held:
                 self.resources.pool.release(pages)
 
-    def _begin(self, request: GenerateRequest, held: list[list[int]]) -> tuple[DecodeSequence, TokenChunk]:
+    def begin(self, request: GenerateRequest, held: list[list[int]]) -> tuple[DecodeSequence, TokenChunk]:
+        """A prompt, prefilled, and its first chunk; its pages are added to ``held``, for the caller to release."""
         began = time.perf_counter()
         check(self.resources, request)
         drafter = self.resources.drafter(request.drafter)

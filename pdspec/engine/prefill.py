@@ -102,7 +102,7 @@ class PrefillEngine:
             sequence.started_at = sequence.started_at or began
             rows = slice(row, row + count)
             last = count == sequence.remaining
-            hidden = self._hidden(sequence, output, rows)
+            hidden = hidden_rows(sequence.drafter, output, sequence.num_computed, rows)
             sequence.num_computed += count
             self._advance(sequence, hidden, output.logits[logit] if last else None)
             row, logit = row + count, logit + last
@@ -139,16 +139,6 @@ class PrefillEngine:
         for sequence, count in work:
             if sequence.ship_rows:
                 sequence.events.rows(group, layer, sequence.num_computed, sequence.num_computed + count)
-
-    def _hidden(self, sequence: PrefillSequence, output: ForwardOutput, rows: slice) -> HiddenRows:
-        """What this sequence's drafter reads; others in the batch may read more."""
-        drafter = sequence.drafter
-        return HiddenRows(
-            start=sequence.num_computed,
-            final=output.final[rows] if output.final is not None and drafter.want_final else None,
-            captured=output.captured[rows] if output.captured is not None and drafter.capture else None,
-            count=rows.stop - rows.start,
-        )
 
     def _advance(self, sequence: PrefillSequence, hidden: HiddenRows, logits: torch.Tensor | None) -> None:
         if logits is not None:
@@ -207,3 +197,13 @@ def hidden_wanted(drafters: Sequence[Drafter]) -> dict:
     if len(captures) > 1:
         raise ValueError(f"one forward cannot capture {captures}")
     return {"capture": next(iter(captures), ()), "want_final": any(drafter.want_final for drafter in drafters)}
+
+
+def hidden_rows(drafter: Drafter, output: ForwardOutput, start: int, rows: slice | list[int]) -> HiddenRows:
+    """What ``drafter`` asks for of these rows of a forward, which may have served drafters that ask for more."""
+    return HiddenRows(
+        start=start,
+        captured=output.captured[rows] if output.captured is not None and drafter.capture else None,
+        final=output.final[rows] if output.final is not None and drafter.want_final else None,
+        count=rows.stop - rows.start if isinstance(rows, slice) else len(rows),
+    )

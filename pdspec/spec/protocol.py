@@ -30,6 +30,16 @@ class Law:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Branch:
+    """M rows below the root that a drafter wants in the verification's forward to learn what the target would say
+    after K of them (lookahead decoding). A tree of its own beside the draft's: never verified, nor accepted."""
+
+    token_ids: np.ndarray  # [M] int32
+    parents: np.ndarray  # [M] int32, -1 for the root
+    asked: np.ndarray  # [K] int32, indices of rows
+
+
+@dataclass(frozen=True, kw_only=True)
 class Draft:
     """A tree of N nodes below the root, parents before children.
 
@@ -44,11 +54,20 @@ class Draft:
     log_q: np.ndarray  # [N] float32
     survival: np.ndarray  # [N] float32, never above the parent's
     laws: Mapping[int, Law] = field(default_factory=dict)
+    branch: Branch | None = None
 
     @property
     def num_nodes(self) -> int:
         """N."""
         return len(self.token_ids)
+
+    @property
+    def rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """(token ids, parents) [N + M] int32 of all that stands below the root in one forward: nodes, then branch."""
+        if self.branch is None:
+            return self.token_ids, self.parents
+        beside = np.where(self.branch.parents < 0, np.int32(-1), self.branch.parents + np.int32(self.num_nodes))
+        return np.concatenate((self.token_ids, self.branch.token_ids)), np.concatenate((self.parents, beside))
 
     def part(self, kept: np.ndarray) -> Draft:
         """The draft of the nodes ``kept`` [M] (ascending, closed under parents)."""
@@ -59,6 +78,7 @@ class Draft:
         return Draft(
             token_ids=self.token_ids[kept], parents=parents, log_q=self.log_q[kept], survival=self.survival[kept],
             laws={int(renumbered[node]): law for node, law in self.laws.items() if node in inner},
+            branch=self.branch,
         )
 
 
@@ -126,12 +146,14 @@ class DraftContext:
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenRows:
-    """Target hidden states of consecutive positions ``start .. start+num_rows-1`` of one sequence."""
+    """Target hidden states of consecutive positions ``start .. start+num_rows-1`` of one sequence; after a verification
+    also what the target's best token is after each row that the draft's branch asked about."""
 
     start: int
     captured: torch.Tensor | None  # [rows, C, H] float32
     final: torch.Tensor | None  # [rows, H] float32
     count: int = 0  # of rows, where no hidden state was asked for: a drafter may go by tokens alone
+    branch_ids: np.ndarray | None = None  # [K] int64
 
     @property
     def num_rows(self) -> int:
@@ -170,7 +192,7 @@ class Drafter(Protocol):
     groups: tuple[CacheGroup, ...]
     capture: tuple[int, ...]
     want_final: bool
-    max_nodes: int  # extra KV slots a proposal may need
+    max_nodes: int  # extra KV slots a proposal, its branch included, may need
     default_tree: str  # of requests that name none; empty: this family drafts nothing
 
     def fingerprint(self) -> str:

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from pdspec.spec.protocol import Drafter
 
 # One folder of pdspec/spec each.
-NAMES = ("none", "ngram", "suffix", "medusa", "eagle1", "eagle2", "eagle3", "draft_model", "sparse")
+NAMES = (
+    "none", "ngram", "suffix", "lookahead", "medusa", "eagle1", "eagle2", "eagle3", "mtp", "draft_model", "sparse",
+    "combined",
+)  # fmt: skip
 
 
 def family(name: str) -> Family:

@@ -150,20 +150,22 @@ def ancestor_lists(parents: Ints) -> Ints:
 
 @dataclass(frozen=True, kw_only=True)
 class TreeRows:
-    """The target rows of one verification, row 0 the root's, row 1 + i node i's; int32, as ForwardBatch wants them."""
+    """The target rows of one verification, row 0 the root's, row 1 + i node i's, the branch's last; int32, as
+    ForwardBatch wants them. R = 1 + N + M."""
 
-    positions: Ints  # [1 + N]
-    slots: Ints  # [1 + N]
-    prefix_len: Ints  # [1 + N]
-    ancestors: Ints  # [1 + N, A] KV slots, -1 pads; A is the tree's depth
+    positions: Ints  # [R]
+    slots: Ints  # [R]
+    prefix_len: Ints  # [R]
+    ancestors: Ints  # [R, A] KV slots, -1 pads; A is the deeper tree's depth
 
 
 def tree_rows(draft: Draft, base_slot: int, root_position: int) -> TreeRows:
     """Where the rows stand: the root, a plain decode row, writes slot ``base_slot``; node i writes base_slot + 1 + i,
     and sees the slots up to the root's and then its own path."""
-    rows = np.arange(1 + draft.num_nodes, dtype=np.int32)
-    levels = np.concatenate([np.zeros(1, np.int32), depths(draft.parents)])
-    paths = ancestor_lists(draft.parents)
+    _, parents = draft.rows
+    rows = np.arange(1 + len(parents), dtype=np.int32)
+    levels = np.concatenate([np.zeros(1, np.int32), depths(parents)])
+    paths = ancestor_lists(parents)
     ancestors = np.full((len(rows), paths.shape[1]), -1, np.int32)
     ancestors[1:] = np.where(paths < 0, -1, paths + np.int32(base_slot + 1))
     return TreeRows(

@@ -22,11 +22,12 @@ T = TypeVar("T")
 
 @dataclass
 class Enumerating:
-    """A Chooser that follows ``script`` and records how many outcomes each choice had. ``weight`` is the probability of
-    the run so far."""
+    """A Chooser that follows ``script`` and records how many outcomes each choice had and which was ``taken``.
+    ``weight`` is the probability of the run so far."""
 
     script: list[int]
     options: list[int] = field(default_factory=list)
+    taken: list[int] = field(default_factory=list)
     weight: float = 1.0
 
     def noise(self, position: int, ids: Ids) -> Floats:
@@ -57,9 +58,9 @@ class Enumerating:
     def _follow(self, outcomes: list[tuple[T, float]]) -> T:
         outcomes = [(outcome, chance) for outcome, chance in outcomes if chance > 0.0]
         place = len(self.options)
-        taken = self.script[place] if place < len(self.script) else 0
+        self.taken.append(self.script[place] if place < len(self.script) else 0)
         self.options.append(len(outcomes))
-        outcome, chance = outcomes[taken]
+        outcome, chance = outcomes[self.taken[-1]]
         self.weight *= chance
         return outcome
 
@@ -70,7 +71,7 @@ def outcomes_of(run: Callable[[Enumerating], T]) -> Iterator[tuple[T, float]]:
     while True:
         chooser = Enumerating(script)
         yield run(chooser), chooser.weight
-        taken = script + [0] * (len(chooser.options) - len(script))
+        taken = list(chooser.taken)
         while taken and taken[-1] + 1 == chooser.options[len(taken) - 1]:
             taken.pop()
         if not taken:

@@ -112,7 +112,7 @@ def _one(
                     different = [i for i, answer in enumerate(answers) if answer != expected[i]]
                     mismatched, cases = mismatched + len(different), cases + len(answers)
                     for index in different:
-                        found += _audit(local, requests[index], answers[index], tau)
+                        found += audited(local, requests[index], answers[index], tau)
                     progress(f"  {drafter} {tree} {handoff}: {len(different)} of {len(answers)} answers differ")
         mode = "exact" if exact else "fast"
         result: dict[str, Any] = {"numerics": mode, "tau": tau, "cases": cases, "mismatched": mismatched}
@@ -126,7 +126,8 @@ def _one(
     return {**result, "ok": ok, "ties": found.ties, "unaudited": found.unaudited}
 
 
-def _audit(local: LocalGenerator, request: GenerateRequest, answer: Sequence[int], tau: float) -> Audit:
+def audited(local: LocalGenerator, request: GenerateRequest, answer: Sequence[int], tau: float) -> Audit:
+    """The answer teacher-forced through the plain target, one row at a time."""
     tokens = [*request.prompt_ids, *answer[:-1]]
     logits = forced_logits(local.resources, tokens, len(request.prompt_ids) - 1, rows=1)
     return judge(logits, request, answer, local.resources.end_ids, tau)

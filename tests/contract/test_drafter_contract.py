@@ -32,7 +32,7 @@ from pdspec.types import SamplingParams
 TARGET = tiny_config("tiny")
 FILES = ModelFiles(name="tiny-0", path=None, config=TARGET, content_hash="c0", tokenizer_hash="t0")
 OPS = TorchOps(torch.device("cpu"))
-HEADS = ("medusa", "eagle1", "eagle2", "eagle3", "draft_model")
+HEADS = ("medusa", "eagle1", "eagle2", "eagle3", "mtp", "draft_model", "combined")
 RANDOM = dict.fromkeys(HEADS, "random:3")
 ALPHABET = 6  # so that n-grams repeat
 
@@ -85,6 +85,8 @@ class Sequence:
             node = int(draft.parents[node])
         outputs = [int(draft.token_ids[node]) for node in path] + self.tokens(1)
         hidden = self.hidden(drafter, self.ctx.root_position, len(outputs))
+        if draft.branch is not None:
+            hidden = replace(hidden, branch_ids=np.array(self.tokens(len(draft.branch.asked))))
         self.ctx.token_ids += outputs
         return self.ctx, Verdict(path=tuple(path), output_ids=tuple(outputs)), hidden
 
@@ -110,7 +112,7 @@ def begin(drafter, seed, length, temperature=0.0, tree="", cuts=()):
 
 def check_draft(draft, budget, drafter):
     nodes = draft.num_nodes
-    assert nodes <= budget and nodes <= drafter.max_nodes
+    assert nodes <= budget and len(draft.rows[0]) <= drafter.max_nodes
     assert [a.shape for a in (draft.parents, draft.log_q, draft.survival)] == [(nodes,)] * 3
     assert (draft.token_ids.dtype, draft.parents.dtype) == (np.int32, np.int32)
     assert (draft.log_q.dtype, draft.survival.dtype) == (np.float32, np.float32)

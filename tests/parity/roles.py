@@ -30,13 +30,14 @@ TINY: dict[str, Any] = {
 # Every family that can be made for the tiny model. The draft model is the target itself: much is accepted, and where
 # penalties move the target away from it much is not. The sparse view has about half of a prompt.
 EAGLES = ("eagle1", "eagle2", "eagle3")
-READS_HIDDEN = ("medusa", *EAGLES)
+READS_HIDDEN = ("medusa", *EAGLES, "mtp", "combined")
 LEARNED = (*READS_HIDDEN, "draft_model", "sparse")
 EVERY: dict[str, Any] = {
     "drafters": NAMES,
     "heads": {**dict.fromkeys(READS_HIDDEN, "random:0"), "draft_model": "tiny"},
-    "options": {"sparse:sink": "2", "sparse:window": "12"},
+    "options": {"sparse:sink": "2", "sparse:window": "12", "mtp:modules": "3"},
 }
+WITH_MEMORY = ("suffix", "combined")  # draft by what the worker served before: the same only in the same order
 
 
 # One event loop for every client of a test run: gRPC's poller is shared by all loops of a process, and one that was

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
 
 from pdspec.types import Handoff
 from tests.parity.roles import EVERY, Answer, Roles, request, running
+from tests.tiny_folder import save_tiny
 
 TOKENS = 41  # the first, and eight verifications of a chain of 4 that is accepted whole
 PURE: dict[str, dict[str, Any]] = {"greedy": {}, "sampled": {"temperature": 1.0}}
@@ -96,3 +98,18 @@ def test_draft_rows_of_another_position_are_noticed(roles):
         del cache.read_rows
     assert answer.stats.accepted_tokens < answer.stats.drafted_tokens
     assert answer.tokens == roles.ask_local(dataclasses.replace(asked, drafter="none", tree="")).tokens
+
+
+def test_a_draft_model_of_a_shorter_context_is_handed_over_as_far_as_it_reaches(tmp_path):
+    """Draft rows end at position 63; the answer goes on with empty drafts."""
+    heads = {"eagle3": "random:0", "draft_model": save_tiny(tmp_path, context=64)}
+    with running(dtype="float32", prefill={"page_size": 8}, **{**EVERY, "heads": heads}) as roles:
+        row = roles.local.resources.cache.layout("draft/model").row_bytes * 4
+        for n, mode in product((50, 63, 64, 100), ("prefill", "decode")):
+            asked = request("draft_model", "chain(4)", n=n, draft_prefill=mode)
+            (answer,) = roles.ask(asked)
+            local = roles.ask_local(asked)
+            assert (answer.tokens, answer.traces) == (local.tokens, local.traces) and len(answer.tokens) == 40
+            assert answer.tokens == roles.ask_local(dataclasses.replace(asked, drafter="none", tree="")).tokens
+            assert answer.stats.draft_kv_bytes == (min(n + 1, 64) * row if mode == "prefill" else 0)
+            assert (answer.stats.drafted_tokens > 0) == (n < 64) and answer.stats.draft_rebuilds == 0

@@ -3,7 +3,6 @@ kept and what is computed anew, its trees, its vocabulary and its end of context
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -14,22 +13,23 @@ from dense_llama import DenseLlama, child_scores, paths
 
 from pdspec.cache.paged import PagedCache
 from pdspec.config import WorkerConfig
-from pdspec.engine.local import LocalGenerator
+from pdspec.engine.local import LocalGenerator, new_context
+from pdspec.engine.prefill import PrefillSequence
 from pdspec.errors import ConfigError, Incompatible, TransferDamaged
 from pdspec.model.files import ModelFiles
 from pdspec.model.loader import load_weights
 from pdspec.model.native import NativeOps
 from pdspec.model.ops import TorchOps
 from pdspec.model.runner import Runner
-from pdspec.model.tensorfile import write_tensors
-from pdspec.model.tiny import byte_tokenizer, tiny_config, tiny_tensors
+from pdspec.model.tiny import byte_tokenizer, tiny_config
 from pdspec.sampling import History
 from pdspec.spec.chooser import Seeded
 from pdspec.spec.draft_model.config import GROUP
 from pdspec.spec.draft_model.drafter import BEYOND, ModelDrafter
 from pdspec.spec.protocol import DraftContext, HiddenRows, Verdict
 from pdspec.spec.verify import verify
-from pdspec.types import GenerateRequest, SamplingParams
+from pdspec.types import DraftPrefill, GenerateRequest, SamplingParams
+from tests.tiny_folder import save_tiny
 
 CONFIG = tiny_config("tiny-3")
 FILES = ModelFiles(name="tiny-3", path=None, config=CONFIG, content_hash="c3", tokenizer_hash="t")
@@ -329,22 +329,6 @@ def test_drawn_children_have_the_law_they_were_drawn_from(native, tree, shipped)
 # --- models of other vocabularies and contexts -----------------------------------------------------------------------
 
 
-def save_draft(folder, *, vocab_size=272, context=2048, tokenizer=None):
-    """The tiny target's own weights as a folder, with some rows fewer or more and another context."""
-    config = {
-        "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128, "vocab_size": vocab_size,
-        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": context, "eos_token_id": 257,
-    }
-    tensors = dict(tiny_tensors(0))
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        tensors[name] = np.ascontiguousarray(np.resize(tensors[name], (vocab_size, 64)))
-    write_tensors(folder / "model.safetensors", tensors)
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer or byte_tokenizer()))
-    return str(folder)
-
-
 def generator(where, **changes):
     return LocalGenerator(WorkerConfig(
         model="tiny", dtype="float32", drafters=("none", "draft_model"), drafter="draft_model", cache_tokens=2048,
@@ -360,18 +344,48 @@ def answer(local, drafter, n=40, tokens=40, **sampling):
     return [token for chunk in chunks for token in chunk.token_ids], chunks[-1].stats
 
 
+class Told:
+    """Prefill events as they come."""
+
+    def __init__(self):
+        self.events = []
+
+    def __getattr__(self, name):
+        return lambda *values: self.events.append((name, *values))
+
+
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_the_engine_tells_n_plus_1_rows_of_each_layer_and_the_last_after_t_n(chunk):
+    local, told = generator("random:5"), Told()
+    resources, n = local.resources, 20
+    asked = GenerateRequest(request_id="a", prompt_ids=tuple(range(60, 60 + n)), sampling=SamplingParams(seed=1))
+    ctx = new_context(resources, asked, resources.pool.allocate(8))
+    prompt = PrefillSequence(request=asked, ctx=ctx, drafter=resources.drafter(""), events=told,
+                             draft_prefill=DraftPrefill.PREFILL)
+    while not prompt.finished:
+        local.prefill.step([(prompt, min(chunk, prompt.remaining))])
+    rows = [event for event in told.events if event[:2] == ("rows", GROUP)]
+    assert {event[2] for event in rows} == {0}  # random:5 has one layer
+    assert [row for event in rows for row in range(*event[3:])] == list(range(n + 1))
+    kinds = [event[0] for event in told.events]
+    assert kinds.index("first") < told.events.index(rows[-1]) < kinds.index("start") < kinds.index("done")
+    assert "hidden" not in kinds
+    resources.pool.release(ctx.pages)
+    local.resources.close()
+
+
 def test_another_tokenizer_is_refused_with_the_first_token_that_differs(tmp_path):
     other = byte_tokenizer()
     vocabulary = other["model"]["vocab"]
     vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
     with pytest.raises(Incompatible, match=r"heads\.draft_model: token 65 is 'A' in tiny and 'B' in") as refusal:
-        generator(save_draft(tmp_path, tokenizer=other))
+        generator(save_tiny(tmp_path, tokenizer=other))
     assert refusal.value.field == "heads.draft_model"
     shorter = byte_tokenizer()
     shorter["added_tokens"] = shorter["added_tokens"][:2]
     del shorter["model"]["vocab"]["<|pad|>"]
     with pytest.raises(Incompatible, match=r"token 258 is '<\|pad\|>' in tiny and absent in"):
-        generator(save_draft(tmp_path, tokenizer=shorter))
+        generator(save_tiny(tmp_path, tokenizer=shorter))
 
 
 def test_without_a_name_there_is_no_draft_model():
@@ -382,7 +396,7 @@ def test_without_a_name_there_is_no_draft_model():
 @pytest.mark.parametrize("vocab_size", [260, 300])
 def test_vocabularies_may_be_padded_differently(tmp_path, vocab_size):
     """The target writes ids that the smaller draft model has no row for; both go on."""
-    local = generator(save_draft(tmp_path, vocab_size=vocab_size))
+    local = generator(save_tiny(tmp_path, vocab_size=vocab_size))
     bias = tuple((token, 30.0) for token in (*range(262, 272), 40))
     tokens, stats = answer(local, "draft_model", temperature=1.0, logit_bias=bias)
     assert max(tokens) >= 262 and tokens == answer(local, "none", temperature=1.0, logit_bias=bias)[0]
@@ -393,7 +407,7 @@ def test_vocabularies_may_be_padded_differently(tmp_path, vocab_size):
 
 @pytest.mark.parametrize(("n", "tokens"), [(40, 60), (62, 20), (63, 20), (64, 20), (65, 20), (120, 20)])
 def test_beyond_its_context_it_drafts_nothing_and_says_so(tmp_path, n, tokens):
-    local = generator(save_draft(tmp_path, context=64))
+    local = generator(save_tiny(tmp_path, context=64))
     drafter, contexts = local.resources.drafters["draft_model"], {}
     real = drafter.propose
 

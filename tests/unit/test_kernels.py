@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -123,6 +125,28 @@ def test_a_tree_path_has_the_bits_of_the_same_chain(ops):
     )
     for row in range(3):
         assert torch.equal(ops.attend(q, pick(chain, [row]), layer), ops.attend(q, pick(tree, [row]), layer))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_thousands_of_ancestors_have_the_bits_of_a_prefix_and_may_skip_rows(ops, dtype):
+    """A sparse view names every row it sees behind its sink; 3 rows and then 1 of two sequences, pages in any order."""
+    keys, rng = 2900, np.random.default_rng(4)
+    layer, q = torch.randn(400, 16, 2, 2, 32).to(dtype), torch.randn(4, 6, 32)
+    zeros, none = np.zeros(4, np.int32), np.empty((4, 0), np.int32)
+    pages = rng.permutation(400).astype(np.int32).reshape(2, 200)
+    dense = ForwardBatch(
+        token_ids=zeros, positions=zeros, slots=zeros, sequence=np.array([0, 0, 0, 1], np.int32), page_table=pages,
+        prefix_len=np.array([keys, keys, keys - 7, keys], np.int32), ancestors=none, logit_rows=zeros[:0],
+    )
+    named = np.full((4, keys - 4), -1, np.int32)
+    for row, length in enumerate(dense.prefix_len):
+        named[row, : length - 4] = np.arange(4, length)
+    sparse = dataclasses.replace(dense, prefix_len=zeros + np.int32(4), ancestors=named)
+    assert torch.equal(ops.attend(q, sparse, layer), ops.attend(q, dense, layer))
+    some = np.sort(rng.permutation(np.arange(4, 3200))[:2500]).astype(np.int32)
+    skipping = dataclasses.replace(dense, prefix_len=zeros + np.int32(4), ancestors=np.tile(some, (4, 1)))
+    expected = TorchOps(torch.device("cpu")).attend(q, skipping, layer)
+    torch.testing.assert_close(ops.attend(q, skipping, layer), expected, rtol=1e-4, atol=1e-5)
 
 
 def random_rows(rng: np.random.Generator) -> list[tuple[int, int, list[int]]]:

@@ -24,7 +24,7 @@ from pdspec.errors import TransferDamaged
 from pdspec.model.fingerprint import content_fingerprint
 from pdspec.model.runner import Runner
 from pdspec.spec.draft_rows import DraftRows, pack_rows
-from pdspec.spec.growth import Growth, Ranked
+from pdspec.spec.growth import Growth, Ranked, width
 from pdspec.spec.protocol import Candidates, Draft, DraftContext, HiddenRows, Verdict
 from pdspec.spec.tree import TreeSpec
 from pdspec.spec.tree_drafter import TreeDrafter
@@ -188,7 +188,7 @@ class ModelDrafter(TreeDrafter):
             if state.candidates is not None:
                 state.first = self._shipped(ctx, state.spec, state.candidates)
             elif state.logits is not None:
-                state.first = self._rank(ctx, state.logits, 1, self._width(state.spec))
+                state.first = self._rank(ctx, state.logits, 1, width(state.spec))
 
     def _nodes(self, ctx: DraftContext, growth: Growth, nodes: Sequence[int], depth: int) -> DraftRows:
         state: ModelState = ctx.state

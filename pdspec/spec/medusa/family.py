@@ -41,7 +41,7 @@ def make(setting: Setting, parts: Parts) -> Drafter:
     where = find_head(DESCRIPTION.name, setting.heads, setting.identity)
     heads = open_heads(where, setting)
     matches = check_target(heads, setting.identity, where, strict=setting.strict)
-    model = MedusaHeads(heads, ops=parts.ops, target=parts.runner, dtype=setting.dtype)
+    model = MedusaHeads(heads, ops=parts.ops, lm_head=parts.runner.lm_head, dtype=setting.dtype)
     tree = _TREE if parts.ops.device.type == "cpu" else _TREE_GPU
     return MedusaDrafter(heads, model, dtype=setting.dtype, tree=tree, target_matches=matches)
 

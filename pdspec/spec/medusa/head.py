@@ -7,19 +7,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from pdspec.cache.paged import DTYPES
 from pdspec.model.ops import Ops
-from pdspec.model.runner import Runner
 from pdspec.spec.medusa.checkpoint import Heads
 
 
 class MedusaHeads:
     """Packed weights. Heads without an output matrix of their own use the rows of the draft vocabulary out of the
-    lm_head of ``target``, which is packed by the same ``ops``."""
+    target's ``lm_head``, which is packed by the same ``ops``."""
 
-    def __init__(self, heads: Heads, *, ops: Ops, target: Runner, dtype: str) -> None:
+    def __init__(self, heads: Heads, *, ops: Ops, lm_head: Any, dtype: str) -> None:
         self.ops, self.config = ops, heads.config
         kind, tensors, blocks = DTYPES[dtype], heads.tensors, range(heads.config.num_layers)
         self._blocks = [
@@ -31,7 +32,7 @@ class MedusaHeads:
             names = [f"{k}.{heads.config.num_layers}.weight" for k in range(heads.config.num_heads)]
             self._outputs = [ops.pack(tensors[name].to(kind)) for name in names]
         else:
-            rows = ops.embed(target.lm_head, heads.target_ids.numpy())
+            rows = ops.embed(lm_head, heads.target_ids.numpy())
             self._outputs = [ops.pack(rows.to(kind))] * heads.config.num_heads
 
     def logits(self, hidden: torch.Tensor, head: int) -> torch.Tensor:

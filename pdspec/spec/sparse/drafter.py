@@ -25,7 +25,7 @@ from pdspec.cache.paged import PagedCache
 from pdspec.errors import TransferDamaged
 from pdspec.model.runner import Runner
 from pdspec.spec.draft_rows import DraftRows, pack_rows
-from pdspec.spec.growth import Growth, Ranked
+from pdspec.spec.growth import Growth, Ranked, width
 from pdspec.spec.protocol import Candidates, Draft, DraftContext, HiddenRows, Verdict
 from pdspec.spec.sparse.config import Ints, View
 from pdspec.spec.sparse.select import choose_rows
@@ -108,7 +108,7 @@ class SparseDrafter(TreeDrafter):
             if active:
                 logits = self._forward([self._root(ctx) for ctx in active])
                 for ctx, row in zip(active, logits.split(1), strict=True):
-                    ctx.state.first = self._rank(ctx, row, 1, self._width(ctx.state.spec))
+                    ctx.state.first = self._rank(ctx, row, 1, width(ctx.state.spec))
             limit = self.runner.config.max_context
             growths = [
                 self._growth(ctx, budget, limit - ctx.root_position) for ctx, budget in zip(batch, budgets, strict=True)

@@ -1,0 +1,161 @@
+"""Two drafters as one: a credible suffix match drafts, and where there is none the head does.
+
+    propose    suffix for all ──▶ expected length ≥ the head's? ──▶ its draft
+                                          └─ no ──▶ head for those sequences, in one batch
+    observe    both, always: the head's state is rebuilt from the target's rows whoever drafted
+
+Expected is what evidence of this sequence says: tokens accepted per unit of survival that suffix promised, against
+tokens accepted per draft of the head. Only earlier verifications decide, never what the head drew: under ``rejection``
+a choice that looked at the draw would bias it.
+
+Where a request names no tree, suffix drafts this family's and the head its own default; a named one holds for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from pdspec.spec.protocol import Candidates, Draft, DraftContext, Drafter, HiddenRows, Verdict
+from pdspec.spec.suffix.drafter import SuffixDrafter
+from pdspec.spec.tree import ChainTree, DynamicTree, parse_tree
+from pdspec.types import CacheGroup
+
+# Before there is evidence: suffix's survival sums to about four times what is accepted (``suffix/drafter.py``), and a
+# small head's draft of two has half a token accepted.
+_SUFFIX_PRIOR, _HEAD_PRIOR, _PRIOR_WEIGHT = 0.25, 0.5, 4.0
+
+
+@dataclass(kw_only=True)
+class CombinedState:
+    """One sequence: the state of either drafter, whose draft is under verification, and what became of earlier ones."""
+
+    head: Any = None
+    suffix: Any = None
+    promised: float = 0.0  # survival of the suffix's draft under verification; 0: it is not suffix's
+    head_drafted: bool = False
+    suffix_promised: float = _PRIOR_WEIGHT
+    suffix_accepted: float = _PRIOR_WEIGHT * _SUFFIX_PRIOR
+    head_drafts: float = _PRIOR_WEIGHT
+    head_accepted: float = _PRIOR_WEIGHT * _HEAD_PRIOR
+
+    def credible(self, promised: float) -> bool:
+        """Whether a suffix draft of this survival is expected to have more tokens accepted than one of the head."""
+        expected = promised * self.suffix_accepted / self.suffix_promised
+        return promised > 0 and expected >= self.head_accepted / self.head_drafts
+
+
+class CombinedDrafter:
+    """``head`` and ``suffix`` for the same sequences. ``ctx.metrics`` counts the drafts of each
+    (``combined_suffix``, ``combined_head``). The head must rebuild its state from hidden rows alone: what it is told
+    was accepted may be of a draft that it never made."""
+
+    name = "combined"
+
+    def __init__(self, head: Drafter, suffix: SuffixDrafter, *, tree: str) -> None:
+        self.head, self.suffix = head, suffix
+        self.groups: tuple[CacheGroup, ...] = head.groups
+        self.capture, self.want_final = head.capture, head.want_final
+        self.max_nodes = max(head.max_nodes, suffix.max_nodes)
+        self.default_tree = tree
+        self.target_matches = bool(getattr(head, "target_matches", True))
+
+    def fingerprint(self) -> str:
+        """The head's: suffix ships nothing."""
+        return f"combined/1 {self.head.name} {self.head.fingerprint()}"
+
+    def depth(self, tree: str) -> int:
+        """The deeper of the two. Raises UnknownName or InvalidRequest for a tree that the head cannot draft."""
+        return max(self.head.depth(self._head_tree(tree)), self.suffix.depth(self._suffix_tree(tree)))
+
+    def rows_at(self, num_tokens: int) -> dict[str, int]:
+        """The head's."""
+        return self.head.rows_at(num_tokens)
+
+    def prefill(self, ctx: DraftContext, hidden: HiddenRows) -> None:
+        """The head's."""
+        state = self._state(ctx)
+        view = self._head_view(ctx)
+        self.head.prefill(view, hidden)
+        state.head = view.state
+
+    def start(self, ctx: DraftContext) -> tuple[Candidates | None, dict[str, torch.Tensor]]:
+        """The head's."""
+        view = self._head_view(ctx)
+        started = self.head.start(view)
+        self._state(ctx).head = view.state
+        return started
+
+    def resume(self, ctx: DraftContext, candidates: Candidates | None, rows: dict[str, torch.Tensor]) -> None:
+        """The head takes over what ``start`` gave, and suffix makes its tree. Raises as the head."""
+        head = self._head_view(ctx)
+        self.head.resume(head, candidates, rows)
+        ctx.state = CombinedState(head=head.state)
+        suffix = self._suffix_view(ctx)
+        self.suffix.resume(suffix, None, {})
+        ctx.state.suffix = suffix.state
+
+    def propose(self, batch: Sequence[DraftContext], budgets: Sequence[int]) -> list[Draft]:
+        """Suffix's drafts where they are credible, the head's in their place elsewhere."""
+        views = [self._suffix_view(ctx) for ctx in batch]
+        drafts = self.suffix.propose(views, budgets)
+        for ctx, view, draft in zip(batch, views, drafts, strict=True):
+            state = self._state(ctx)
+            state.suffix = view.state
+            promised = float(draft.survival.sum())
+            state.promised = promised if state.credible(promised) else 0.0
+        left = [i for i, ctx in enumerate(batch) if ctx.state.promised == 0.0]
+        heads = [self._head_view(batch[i]) for i in left]
+        for i, view, draft in zip(left, heads, self.head.propose(heads, [budgets[i] for i in left]), strict=True):
+            batch[i].state.head, drafts[i] = view.state, draft
+        for ctx, draft in zip(batch, drafts, strict=True):
+            ctx.state.head_drafted = draft.num_nodes > 0 and ctx.state.promised == 0.0
+            for name, drafted in (("suffix", ctx.state.promised > 0), ("head", ctx.state.head_drafted)):
+                ctx.metrics[f"combined_{name}"] = ctx.metrics.get(f"combined_{name}", 0.0) + drafted
+        return drafts
+
+    def observe(self, batch: Sequence[tuple[DraftContext, Verdict, HiddenRows]]) -> None:
+        """Both learn, and whoever drafted is judged."""
+        for ctx, verdict, _ in batch:
+            state = self._state(ctx)
+            if state.promised > 0:
+                state.suffix_promised += state.promised
+                state.suffix_accepted += verdict.num_accepted
+            elif state.head_drafted:
+                state.head_drafts += 1
+                state.head_accepted += verdict.num_accepted
+            state.promised, state.head_drafted = 0.0, False
+        heads = [(self._head_view(ctx), verdict, hidden) for ctx, verdict, hidden in batch]
+        self.head.observe(heads)
+        others = [(self._suffix_view(ctx), verdict, hidden) for ctx, verdict, hidden in batch]
+        self.suffix.observe(others)
+        for (ctx, _, _), (head, _, _), (suffix, _, _) in zip(batch, heads, others, strict=True):
+            ctx.state.head, ctx.state.suffix = head.state, suffix.state
+
+    def _state(self, ctx: DraftContext) -> CombinedState:
+        if ctx.state is None:
+            ctx.state = CombinedState()
+        state: CombinedState = ctx.state
+        return state
+
+    def _head_view(self, ctx: DraftContext) -> DraftContext:
+        """The sequence as the head knows it: same tokens, pages and metrics, a state of its own."""
+        return replace(ctx, state=self._state(ctx).head, tree=self._head_tree(ctx.tree))
+
+    def _suffix_view(self, ctx: DraftContext) -> DraftContext:
+        return replace(ctx, state=self._state(ctx).suffix, tree=self._suffix_tree(ctx.tree))
+
+    def _head_tree(self, tree: str) -> str:
+        return self.head.default_tree if tree in ("", self.default_tree) else tree
+
+    def _suffix_tree(self, tree: str) -> str:
+        """As many nodes as the request's tree, in a shape that suffix drafts."""
+        spec = parse_tree(tree or self.default_tree)
+        nodes = min(spec.max_nodes, self.suffix.max_nodes)
+        if isinstance(spec, ChainTree):
+            return f"chain({nodes})"
+        top_k = spec.top_k if isinstance(spec, DynamicTree) else max(spec.ranks) + 1
+        return f"dynamic({min(spec.depth, nodes)},{min(top_k, nodes)},{nodes})"

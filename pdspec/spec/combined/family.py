@@ -1,0 +1,49 @@
+"""The combination of suffix with a learned head."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pdspec.errors import ConfigError
+from pdspec.spec import registry
+from pdspec.spec.family import Description, Family, Parts, Setting
+from pdspec.types import CacheGroup
+
+if TYPE_CHECKING:
+    from pdspec.spec.protocol import Drafter
+
+DESCRIPTION = Description(
+    name="combined", summary="suffix where a match is credible, a learned head otherwise, at every verification",
+    needs="the head of the family that combined:head names (heads.combined, or what serves that family)",
+    ships="what the head ships", trees=("chain", "static", "dynamic"), default_tree="dynamic(8,4,8)",
+    source="Oliaro et al. 2024, SuffixDecoding, arXiv 2411.04975: its hybrid with a head", options={"head": "eagle3"},
+)
+_NO_HEADS = ("none", "suffix", DESCRIPTION.name)
+
+
+def groups(setting: Setting) -> tuple[CacheGroup, ...]:
+    """The head's."""
+    family, inner = _head(setting)
+    return family.groups(inner)
+
+
+def make(setting: Setting, parts: Parts) -> Drafter:
+    """A suffix drafter of its own beside a head of its own."""
+    from pdspec.spec.combined.drafter import CombinedDrafter
+    from pdspec.spec.suffix.drafter import SuffixDrafter
+
+    family, inner = _head(setting)
+    return CombinedDrafter(family.make(inner, parts), SuffixDrafter(), tree=DESCRIPTION.default_tree)
+
+
+def _head(setting: Setting) -> tuple[Family, Setting]:
+    """The head's family and what it is to be made with. Raises ConfigError for a family that is no head."""
+    name = setting.option(DESCRIPTION, "head")
+    if name not in registry.NAMES or name in _NO_HEADS:
+        raise ConfigError(f"{name!r} is no head to combine suffix with", field="options.combined:head",
+                          remedy="use one of " + ", ".join(one for one in registry.NAMES if one not in _NO_HEADS))
+    heads = dict(setting.heads)
+    if own := heads.pop(DESCRIPTION.name, ""):
+        heads[name] = own
+    return registry.family(name), replace(setting, heads=heads)

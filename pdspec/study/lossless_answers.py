@@ -1,0 +1,102 @@
+"""``pdspec check lossless``, part *answers*: on a real model every family and tree gives plain decoding's answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from pdspec.config import WorkerConfig
+from pdspec.engine.local import LocalGenerator
+from pdspec.errors import ConfigError
+from pdspec.spec.registry import NAMES, family
+from pdspec.study.audit import Audit, tolerance
+from pdspec.study.lossless_joint import joint
+from pdspec.study.parity import CONCURRENT, audited, reference, requests_for
+from pdspec.types import SamplingParams
+
+# Heads that are no ``random:SEED`` where the model has none of its own.
+HEADS = {"draft_model": "tiny-1"}
+JOINT = SamplingParams(temperature=0.8, top_k=20)
+
+
+def with_heads(config: WorkerConfig) -> WorkerConfig:
+    """The same worker with every family: one that has no head for this model drafts with a random one."""
+    names = tuple(name for name in NAMES if name != "none")
+    shipped = config.replace(drafters=("none", *names), drafter="none")
+    heads = dict(config.heads)
+    for name in names:
+        if name not in heads and not _has_head(shipped, name):
+            heads[name] = HEADS.get(name, "random:7")
+    return shipped.replace(heads=heads)
+
+
+def answers(
+    local: LocalGenerator, *, num_prompts: int, max_tokens: int, prompts: str | None, progress: Callable[[str], object]
+) -> dict[str, Any]:  # fmt: skip
+    """``num_prompts`` prompts, each greedy and at temperature 0.8: token for token in exact numerics, else audited."""
+    resources = local.resources
+    requests = requests_for(resources.config, prompts, num_prompts, max_tokens)
+    expected = reference(local, requests)
+    exact = resources.fingerprint["numerics"] != "fast"
+    tau = tolerance(resources, requests[0].prompt_ids, expected[0])
+    found, different, count = Audit(), {}, 0
+    for name in NAMES:
+        if name == "none":
+            continue
+        for tree in _trees(name):
+            wrong = 0
+            asked = [replace(request, drafter=name, tree=tree) for request in requests]
+            for start in range(0, len(asked), CONCURRENT):
+                given: dict[int, list[int]] = {}
+                for index, chunk in local.generate_batch(asked[start : start + CONCURRENT]):
+                    given.setdefault(index, []).extend(chunk.token_ids)
+                for index, answer in given.items():
+                    if tuple(answer) != expected[start + index]:
+                        wrong += 1
+                        found += audited(local, asked[start + index], answer, tau)
+            different[f"{name} {tree}"] = wrong
+            count += len(asked)
+            progress(f"  {name} {tree}: {wrong} of {len(asked)} answers differ")
+    ok = found.unaudited == 0 and not (exact and any(different.values()))
+    return {
+        "ok": ok, "numerics": "exact" if exact else "fast", "tau": tau, "answers": count, "different": different,
+        "ties": found.ties, "unaudited": found.unaudited, "tokens": max_tokens,
+    }  # fmt: skip
+
+
+def joints(
+    local: LocalGenerator, *, prompts: str | None, seeds: int, progress: Callable[[str], object]
+) -> dict[str, Any]:  # fmt: skip
+    """(t1, t2) of eagle3, coupled and by the ratio rule."""
+    request = requests_for(local.resources.config, prompts, 1, 3)[0]
+    parts = [
+        joint(local, drafter="eagle3", verify=way, prompt=request.prompt_ids, params=JOINT, seeds=seeds,
+              progress=progress)
+        for way in ("coupled", "rejection")
+    ]  # fmt: skip
+    return {"ok": all(part["ok"] for part in parts), "parts": parts}
+
+
+def _trees(name: str) -> list[str]:
+    """The default tree, and one of every other kind."""
+    described = family(name).DESCRIPTION
+    others = {"chain": "chain(3)", "static": "static(2x2)", "dynamic": "dynamic(3,3,6)"}
+    default = described.default_tree
+    return [default, *(others[kind] for kind in described.trees if not default.startswith(kind))]
+
+
+def _has_head(config: WorkerConfig, name: str) -> bool:
+    from pdspec.model.loader import resolve
+    from pdspec.spec.family import Setting
+
+    files = resolve(config.model, config.cache_dir or None)
+    setting = Setting(target=files, dtype=config.dtype, heads=config.heads, cache_dir=config.cache_dir,
+                      options=config.options)
+    try:
+        family(name).groups(setting)
+    except ConfigError as error:
+        if error.field != f"heads.{name}":
+            raise
+        return False
+    return True
