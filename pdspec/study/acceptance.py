@@ -76,9 +76,9 @@ class Overlapping(DecodeEngine):
         super().__init__(resources)
         self.sums = sums
 
-    def _verify(self, sequence: DecodeSequence, draft: Draft, logits: torch.Tensor) -> VerdictResult:
+    def judge(self, sequence: DecodeSequence, draft: Draft, logits: torch.Tensor) -> VerdictResult:
         if sequence.ctx.tree == ONE and (law := draft.laws.get(-1)):
             allowed = support(logits[0], sequence.request.sampling, sequence.history, end_ids=self.resources.end_ids)
             p, q = Masses.of(allowed), masses_of(law)
             self.sums.append(float(sum(np.minimum([p.at(token) for token in law.token_ids.tolist()], q))))
-        return super()._verify(sequence, draft, logits)
+        return super().judge(sequence, draft, logits)
