@@ -32,7 +32,8 @@ def build_app() -> typer.Typer:
     app.command("demo")(demo.demo)
     app.command("models")(models.models)
     app.command("drafters")(drafters.drafters)
-    app.add_typer(_group("Train draft heads.", {"eagle3": train.eagle3}), name="train")
+    heads = {name: train.head(name, summary) for name, summary in train.FAMILIES.items()}
+    app.add_typer(_group("Train draft heads on answers that the target itself writes.", heads), name="train")
     app.add_typer(_group("Public prompt sets.", {"fetch": data.fetch}), name="data")
     proofs = {"parity": check.parity, "handoff": check.handoff, "lossless": check.lossless}
     app.add_typer(_group("Proofs, run on this machine.", proofs), name="check")

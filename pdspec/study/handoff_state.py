@@ -2,7 +2,7 @@
 logits of its next draft token equal a recompute from the committed tokens alone.
 
 The recompute shares no code with what it checks: target features come from transformers, the head is the dense one of
-``eagle3_reference``, both in float64.
+``eagle1_reference`` or ``eagle3_reference``, both in float64. Rows are stable and not padded.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from pdspec.engine.decode import DecodeSequence
 from pdspec.engine.serving import RunningWorker
 from pdspec.model.loader import load_weights, resolve
 from pdspec.model.reference import reference_model
-from pdspec.spec.eagle3.config import GROUP
-from pdspec.spec.eagle3.family import open_head
+from pdspec.spec.eagle1 import family as eagle1
+from pdspec.spec.eagle3 import family as eagle3
 from pdspec.spec.family import Setting
 from pdspec.spec.heads import find_head
+from pdspec.study.eagle1_reference import PaperEagle1
 from pdspec.study.eagle3_reference import PaperHead
 from pdspec.study.pair import Pair
 from pdspec.telemetry import usable_cores
@@ -66,14 +67,22 @@ class Difference:
 
 
 class Reference:
-    """Target and head by other code. ``config`` names model and head. Raises what ``find_head`` raises."""
+    """Target and head by other code. ``config`` names model and head of ``drafter`` (eagle1 or eagle3). Raises what
+    ``find_head`` raises."""
 
-    def __init__(self, config: WorkerConfig) -> None:
+    def __init__(self, config: WorkerConfig, drafter: str = DRAFTER) -> None:
         files = resolve(config.model, config.cache_dir or None)
         setting = Setting(target=files, dtype=config.dtype, heads=config.heads)
-        head = open_head(find_head(DRAFTER, config.heads, setting.identity), setting)
-        self._fused = head.config.fused_layers
-        self._paper = PaperHead(head, load_weights(files, "float32")["model.embed_tokens.weight"])
+        where, weights = find_head(drafter, config.heads, setting.identity), load_weights(files, "float32")
+        embedding = weights["model.embed_tokens.weight"]
+        self._fused: tuple[int, ...] = ()  # none: the head reads the final state
+        self._paper: PaperHead | PaperEagle1
+        if drafter == "eagle3":
+            head = eagle3.open_head(where, setting)
+            self._fused, self._paper = head.config.fused_layers, PaperHead(head, embedding)
+        else:
+            lm_head = weights.get("lm_head.weight", embedding)
+            self._paper = PaperEagle1(eagle1.open_head(where, setting), embedding, lm_head)
         self._target = reference_model(files, "float32").double()
 
     @torch.inference_mode()
@@ -82,12 +91,12 @@ class Reference:
         number of rows."""
         tokens = list(snapshot.tokens)
         states = self._target(torch.tensor([tokens[:-1]]), output_hidden_states=True).hidden_states
-        captured = torch.stack([states[layer][0] for layer in self._fused], 1)
-        wanted, _ = self._paper.committed(tokens, captured)
+        hidden = torch.stack([states[layer][0] for layer in self._fused], 1) if self._fused else states[-1][0]
+        wanted, _ = self._paper.committed(tokens, hidden)
         got = torch.frombuffer(bytearray(snapshot.kv), dtype=torch.float32)
         if got.numel() != wanted.numel():
             raise ValueError(f"{got.numel()} numbers of draft KV, {wanted.numel()} are due after {len(tokens)} tokens")
-        logits = self._paper.log_q(tokens, captured, ())
+        logits = self._paper.log_q(tokens, hidden, ())
         first = 0.0
         if snapshot.first_ids is not None:
             best = logits.topk(len(snapshot.first_ids)).values
@@ -126,8 +135,9 @@ def _take(cache: Any, sequence: DecodeSequence) -> Snapshot:
     candidates, feature = ctx.state.candidates, ctx.state.feature
     with torch.inference_mode():
         logits = drafter.model.logits(feature)[0].clone()  # type: ignore[attr-defined]
+    group = drafter.groups[0].name
     return Snapshot(
-        tokens=tuple(ctx.token_ids), kv=bytes(cache.read_rows(GROUP, 0, list(ctx.pages), 0, ctx.root_position)),
+        tokens=tuple(ctx.token_ids), kv=bytes(cache.read_rows(group, 0, list(ctx.pages), 0, ctx.root_position)),
         logits=logits, first_ids=None if candidates is None else tuple(candidates.token_ids.tolist()),
     )  # fmt: skip
 

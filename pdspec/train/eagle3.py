@@ -11,7 +11,6 @@ token lies outside that vocabulary are masked; step j counts 0.8^j. One target f
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,21 +18,12 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from pdspec.model.ops import Rope, make_rope
 from pdspec.spec.eagle3.checkpoint import Head, save_head
 from pdspec.spec.eagle3.config import Eagle3Config
 from pdspec.spec.heads import TargetIdentity
-from pdspec.train.packing import Example, Keys, Packed, alive_in
-from pdspec.train.scoring import (
-    StepScores,
-    TargetParts,
-    draft_ids_of,
-    rms,
-    rotate,
-    score,
-    teacher,
-    weighted,
-)
+from pdspec.train.chain import ChainTrainer
+from pdspec.train.packing import Example, Packed
+from pdspec.train.scoring import StepScores, TargetParts, rms, weighted
 
 DECAY = 0.8
 
@@ -70,22 +60,15 @@ def new_tensors(
     return tensors
 
 
-class Eagle3Trainer:
+class Eagle3Trainer(ChainTrainer):
     """The head as torch autograd sees it. ``parameters`` have SafeAILab's keys, float32."""
 
     def __init__(
-        self,
-        config: Eagle3Config,
-        parameters: dict[str, torch.nn.Parameter],
-        target_ids: torch.Tensor,
-        parts: TargetParts,
-        max_positions: int,
-    ) -> None:
-        self.config, self.parameters, self.target_ids, self.parts = config, parameters, target_ids, parts
-        self.rope: Rope = make_rope(
-            head_dim=config.head_dim, theta=config.rope_theta, max_positions=max_positions, scaling=config.rope_scaling
-        )
-        self.draft_ids = draft_ids_of(target_ids, config.vocab_size)
+        self, config: Eagle3Config, parameters: dict[str, torch.nn.Parameter], target_ids: torch.Tensor,
+        parts: TargetParts, max_positions: int,
+    ) -> None:  # fmt: skip
+        super().__init__(config, parameters, target_ids, parts, "midlayer", max_positions)
+        self.config = config
 
     def head(self, target: TargetIdentity | None = None, card: dict[str, Any] | None = None) -> Head:
         """The current weights as a head that can be saved."""
@@ -101,77 +84,22 @@ class Eagle3Trainer:
         layers = ", ".join(map(str, self.config.fused_layers))
         return f"draft vocabulary {self.config.draft_vocab_size}; reads the inputs of layers {layers}."
 
-    def steps(self, examples: Sequence[Example], num_steps: int, *, rank: int = 0) -> list[StepScores]:
-        """All training-time-test steps over a packed batch. ``rank``: how many best draft ids to return per row."""
-        packed = Packed(examples)
-        w, eps = self.parameters, self.config.rms_norm_eps
-        features = F.linear(packed.captured, w["fc.weight"])
-        q, k, v = self._qkv(packed.next_ids, features, packed.positions)
-        keys = Keys(k, v)
-        x, q = features[packed.query], q[packed.query]
-        alive = torch.arange(len(packed.query))  # queries of the last step that take part in this one
-        teacher_p = teacher(packed, self.parts)
-        scores = []
-        for step in range(num_steps):
-            if step:
-                alive = packed.alive(step)
-                position = alive_in(packed.alive(step - 1), alive)
-                rows = packed.query[alive]
-                x = x[position]
-                q, k, v = self._qkv(packed.ids_after(rows, step), x, packed.positions[rows] + step)
-                keys.extend(k, v, alive, len(packed.query))
-            x = x + F.linear(self._attend(q, keys, packed, alive), w["midlayer.self_attn.o_proj.weight"])
-            x = x + self._mlp(rms(x, w["midlayer.post_attention_layernorm.weight"], eps))
-            normed = rms(x, w["norm.weight"], eps)
-            scores.append(score(
-                normed, w["lm_head.weight"], packed, packed.query[alive], step, teacher_p=teacher_p,
-                draft_ids=self.draft_ids, rank=rank,
-            ))  # fmt: skip
-        return scores
-
     def loss(self, examples: Sequence[Example], num_steps: int) -> tuple[torch.Tensor, list[StepScores]]:
         """Σ_j 0.8^j loss_j / Σ_j 0.8^j, and the steps."""
         scores = self.steps(examples, num_steps)
         return weighted(scores, DECAY), scores
 
-    def _qkv(self, ids: torch.Tensor, features: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        w, eps, config = self.parameters, self.config.rms_norm_eps, self.config
+    def features(self, packed: Packed, examples: Sequence[Example]) -> torch.Tensor:
+        """Three levels, fused."""
+        return F.linear(packed.captured, self.parameters["fc.weight"])
+
+    def inputs(self, ids: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The feature before its norm, and both norms side by side."""
+        w, eps = self.parameters, self.config.rms_norm_eps
         embedded = rms(self.parts.embedding[ids], w["midlayer.input_layernorm.weight"], eps)
-        x = torch.cat((embedded, rms(features, w["midlayer.hidden_norm.weight"], eps)), 1)
-        fused = torch.cat([w[f"midlayer.self_attn.{letter}_proj.weight"] for letter in "qkv"])
-        heads = F.linear(x, fused).unflatten(1, (-1, config.head_dim))
-        cos, sin = self.rope.cos[positions][:, None], self.rope.sin[positions][:, None]
-        q, k, v = heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), 1)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        return features, torch.cat((embedded, rms(features, w["midlayer.hidden_norm.weight"], eps)), 1)
 
-    def _attend(self, q: torch.Tensor, keys: Keys, packed: Packed, alive: torch.Tensor) -> torch.Tensor:
-        """[M, Hq*D]: each sequence on its own; own rows of later steps enter as single columns."""
-        config, out = self.config, []
-        groups = config.num_heads // config.num_kv_heads
-        q = (q / math.sqrt(config.head_dim)).unflatten(1, (config.num_kv_heads, groups))  # [M, G, g, D]
-        own_k = [k[alive] for k in keys.own_k]
-        own_v = [v[alive] for v in keys.own_v]
-        own = [torch.einsum("mhgd,mhd->hgm", q, k) for k in own_k]
-        start = 0
-        for sequence, count in enumerate(packed.counts(alive)):
-            stop = start + count
-            first, last = packed.bounds[sequence], packed.bounds[sequence + 1]
-            k, v = keys.k[first:last], keys.v[first:last]
-            scores = torch.einsum("mhgd,nhd->hgmn", q[start:stop], k)
-            rows = packed.query[alive[start:stop]] - first
-            scores = scores.masked_fill(torch.arange(last - first)[None] > rows[:, None], -math.inf)
-            extra = [s[:, :, start:stop, None] for s in own]
-            p = torch.cat([scores, *extra], -1).softmax(-1)
-            mixed = torch.einsum("hgmn,nhd->mhgd", p[..., : last - first], v)
-            for j, value in enumerate(own_v):
-                mixed = mixed + torch.einsum("hgm,mhd->mhgd", p[..., last - first + j], value[start:stop])
-            out.append(mixed.flatten(1))
-            start = stop
-        return torch.cat(out)
-
-    def _mlp(self, x: torch.Tensor) -> torch.Tensor:
+    def scored(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Through its own norm and output rows."""
         w = self.parameters
-        gate = F.linear(x, w["midlayer.mlp.gate_proj.weight"])
-        return F.linear(
-            F.silu(gate) * F.linear(x, w["midlayer.mlp.up_proj.weight"]), w["midlayer.mlp.down_proj.weight"]
-        )
+        return rms(output, w["norm.weight"], self.config.rms_norm_eps), w["lm_head.weight"]

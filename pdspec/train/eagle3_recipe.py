@@ -10,8 +10,7 @@ import torch
 from pdspec.spec.eagle3.checkpoint import load_head
 from pdspec.spec.eagle3.config import Eagle3Config
 from pdspec.train.eagle3 import Eagle3Trainer, new_tensors
-from pdspec.train.recipe import Start, Weights, output_rows
-from pdspec.train.scoring import TargetParts
+from pdspec.train.recipe import Start, Weights, output_rows, target_parts
 from pdspec.train.vocab import move_rows
 
 TITLE = "EAGLE-3"
@@ -34,7 +33,7 @@ def new(start: Start) -> Eagle3Trainer:
         target_ids = start.target_ids()
         geometry = Eagle3Config.for_target(start.files.config, len(target_ids), intermediate_size=config.intermediate)
         tensors = new_tensors(geometry, weights, target_ids, start.files.config.num_layers, config.seed)
-    parts = _parts(weights, target_ids)
+    parts = target_parts(weights, target_ids)
     return Eagle3Trainer(geometry, start.parameters(tensors), target_ids, parts, start.positions)
 
 
@@ -42,8 +41,4 @@ def load(folder: Path, weights: Weights) -> Eagle3Trainer:
     """See Recipe."""
     head = load_head(folder)
     parameters = {name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in head.tensors.items()}
-    return Eagle3Trainer(head.config, parameters, head.target_ids, _parts(weights, head.target_ids), _POSITIONS)
-
-
-def _parts(weights: Weights, target_ids: torch.Tensor) -> TargetParts:
-    return TargetParts(weights["model.embed_tokens.weight"], output_rows(weights)[target_ids].clone())
+    return Eagle3Trainer(head.config, parameters, head.target_ids, target_parts(weights, head.target_ids), _POSITIONS)

@@ -46,6 +46,11 @@ class Packed:
         self._token_row += torch.cat([torch.full((len(e.tokens) - 2,), self.bounds[n]) for n, e in enumerate(examples)])
         self.next_ids = self._tokens[self._token_row + 1]
 
+    @staticmethod
+    def own(examples: Sequence[Example]) -> torch.Tensor:
+        """[F, H]: each flat row's own hidden state after the final norm."""
+        return torch.cat([example.hidden[: len(example.tokens) - 2, -1] for example in examples])
+
     def ids_after(self, rows: torch.Tensor, step: int) -> torch.Tensor:
         """t_{i+1+step} of flat rows."""
         return self._tokens[self._token_row[rows] + 1 + step]

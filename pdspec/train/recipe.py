@@ -22,16 +22,21 @@ from pdspec.model.files import ModelFiles
 from pdspec.spec.heads import TargetIdentity
 from pdspec.train.config import TrainConfig
 from pdspec.train.packing import Example
-from pdspec.train.scoring import StepScores
+from pdspec.train.scoring import StepScores, TargetParts
 from pdspec.train.vocab import draft_vocabulary
 
-RECIPES = ("eagle3",)
+RECIPES = ("eagle3", "eagle1", "medusa", "mtp")
 Weights = Mapping[str, torch.Tensor]
 
 
 def output_rows(weights: Weights) -> torch.Tensor:
     """The target's output matrix [V, H], tied or not."""
     return weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+
+
+def target_parts(weights: Weights, target_ids: torch.Tensor) -> TargetParts:
+    """Embedding and the output rows of a draft vocabulary."""
+    return TargetParts(weights["model.embed_tokens.weight"], output_rows(weights)[target_ids].clone())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,6 +73,7 @@ OTHERS = [
     ({"model": "tiny-1"}, "target"),
     ({"dtype": "float32"}, "target"),
     ({"heads": {"eagle3": "random:9"}}, "drafter/eagle3"),
+    ({"options": {"eagle3:first_token_padding": "true"}}, "drafter/eagle3"),
 ]
 
 

@@ -35,7 +35,7 @@ LEARNED = (*READS_HIDDEN, "draft_model", "sparse")
 EVERY: dict[str, Any] = {
     "drafters": NAMES,
     "heads": {**dict.fromkeys(READS_HIDDEN, "random:0"), "draft_model": "tiny"},
-    "options": {"sparse:sink": "2", "sparse:window": "12"},
+    "options": {"sparse:sink": "2", "sparse:window": "12", "mtp:modules": "3"},
 }
 WITH_MEMORY = ("suffix", "combined")  # draft by what the worker served before: the same only in the same order
 

@@ -13,28 +13,37 @@ from pdspec.config import WorkerConfig
 from pdspec.study.handoff_state import BAR, VERIFICATIONS, Difference, Reference, draft_state, verdict, watching
 from tests.parity.roles import TINY, Roles, request, running
 
+DRAFTERS = ("eagle1", "eagle3")
+WORKER = {**TINY, "drafters": DRAFTERS, "heads": {"eagle1": "random:2", "eagle3": "random:0"}}
+
 
 @pytest.fixture(scope="module")
-def reference() -> Reference:
-    return Reference(WorkerConfig(**TINY))
+def references() -> dict[str, Reference]:
+    return {drafter: Reference(WorkerConfig(**WORKER), drafter) for drafter in DRAFTERS}
+
+
+@pytest.fixture
+def reference(references) -> Reference:
+    return references["eagle3"]
 
 
 @pytest.fixture(scope="module")
 def roles() -> Iterator[Roles]:
     changes = {"prefill": {"chunk": 7, "page_size": 4}, "decode": {"page_size": 16}}
-    with running(dtype="float32", heads={"eagle3": "random:0"}, **changes) as roles:
+    with running(**{**WORKER, "dtype": "float32"}, **changes) as roles:
         yield roles
 
 
+@pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize("mode", ["prefill", "decode", "alone"])
-def test_draft_kv_and_next_logits_equal_a_recompute_after_every_verification(roles, reference, mode):
+def test_draft_kv_and_next_logits_equal_a_recompute_after_every_verification(roles, references, mode, drafter):
     sampling = {"max_tokens": 60}
     route = roles.route()
     if mode == "alone":
         mode, route = "", dataclasses.replace(route, prefill=())
     asked = [
         dataclasses.replace(
-            request("eagle3", tree, n=n, seed=n, sampling=sampling, draft_prefill=mode), request_id=tree
+            request(drafter, tree, n=n, seed=n, sampling=sampling, draft_prefill=mode), request_id=tree
         )
         for tree, n in (("chain(4)", 29), ("dynamic(3,3,6)", 1), ("static(3x2)", 50))
     ]
@@ -45,7 +54,7 @@ def test_draft_kv_and_next_logits_equal_a_recompute_after_every_verification(rol
         assert len(snapshots) == VERIFICATIONS + 1 <= answer.stats.verifications
         assert snapshots[0].tokens == (*one.prompt_ids, answer.tokens[0])
         for snapshot in snapshots:
-            assert reference.compare(snapshot).largest <= BAR
+            assert references[drafter].compare(snapshot).largest <= BAR
     assert sum(answer.stats.accepted_tokens for answer in answers) > 0
 
 

@@ -35,6 +35,7 @@ CASES = [
     ("eagle3", "chain(3)"),
     ("eagle3", "dynamic(4,4,8)"),
     ("eagle3", "static(3x2)"),
+    ("mtp", "static(2x2x1)"),
     ("draft_model", "chain(4)"),
     ("sparse", "static(2x2)"),
     ("combined", "dynamic(4,4,8)"),
@@ -113,11 +114,12 @@ def test_samples_of_one_prompt_differ_by_their_index_alone(roles):
 
 @pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 16, 17])
 def test_prompts_around_the_edges_of_chunks_and_pages(roles, n):
-    for drafter, mode in product(("eagle3", "draft_model", "sparse"), ("prefill", "decode")):
+    for drafter, mode in product(("eagle3", "mtp", "draft_model", "sparse"), ("prefill", "decode")):
         asked = request(drafter, "dynamic(3,3,6)", n=n, seed=n, sampling={"max_tokens": 20}, draft_prefill=mode)
         (answer,) = roles.ask(asked)
         local = roles.ask_local(asked)
         assert (answer.tokens, answer.traces) == (local.tokens, local.traces)
+        assert answer.stats.draft_rebuilds == 0
 
 
 @pytest.mark.parametrize("drafter", ["eagle3", "draft_model", "sparse"])

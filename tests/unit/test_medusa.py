@@ -8,6 +8,7 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 import torch
+from eagle3_reference import paths
 
 from pdspec.errors import InvalidRequest, TransferDamaged
 from pdspec.model.native import NativeOps
@@ -115,13 +116,6 @@ class Story:
             return log_q, log_q
         noise = gumbel_noise(*self.ctx.noise_key, self.ctx.root_position + depth, token_ids=heads.target_ids)
         return log_q, (log_q + noise).log_softmax(-1)
-
-
-def paths(draft) -> list[tuple[int, ...]]:
-    found: list[tuple[int, ...]] = []
-    for token, parent in zip(draft.token_ids.tolist(), draft.parents.tolist(), strict=True):
-        found.append((*found[parent], token) if parent >= 0 else (token,))
-    return found
 
 
 def best(story: Story, depth: int, count: int, heads: Heads = SHARED) -> list[tuple[int, float]]:

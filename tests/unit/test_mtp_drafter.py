@@ -8,15 +8,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from mtp_reference import EMBEDDING, LM_HEAD, TARGET, PaperMtp, Story, child_scores, make_world, paths
+from mtp_reference import EMBEDDING, LM_HEAD, TARGET, Story, child_scores, make_world, paths
 
 from pdspec.errors import InvalidRequest, TransferDamaged
 from pdspec.model.native import NativeOps
 from pdspec.model.ops import TorchOps
 from pdspec.sampling import History
 from pdspec.spec.chooser import Seeded
+from pdspec.spec.mtp.drafter import MtpDrafter
 from pdspec.spec.protocol import HiddenRows, Verdict
 from pdspec.spec.verify import verify
+from pdspec.study.mtp_reference import PaperMtp
 from pdspec.types import SamplingParams, Verify
 
 GREEDY, SAMPLED = SamplingParams(temperature=0.0), SamplingParams(temperature=0.8)
@@ -99,6 +101,45 @@ def test_after_the_prefill_and_each_of_20_verifications_state_equals_a_recompute
         accepted |= {verdict.num_accepted for _, verdict, _ in news}
         world.drafter.observe(news)
     assert deepest == modules and accepted == set(range(modules + 1))
+
+
+def _unshifted(self, ctx, m, count, real=MtpDrafter._committed_rows):
+    rows = real(self, ctx, m, count)
+    return replace(rows, token_ids=ctx.token_ids[rows.slots.start + m - 1 : rows.slots.stop + m - 1])
+
+
+def _one_position_on(self, ctx, m, count, real=MtpDrafter._committed_rows):
+    rows = real(self, ctx, m, count)
+    return replace(rows, positions=[position + 1 for position in rows.positions])
+
+
+def _previous_token(self, ctx, growth, frontier, depth, real=MtpDrafter._nodes):
+    rows = real(self, ctx, growth, frontier, depth)
+    return replace(rows, token_ids=[ctx.token_ids[-1]] * len(rows.slots))
+
+
+def _without_ancestors(self, ctx, growth, frontier, depth, real=MtpDrafter._nodes):
+    rows = real(self, ctx, growth, frontier, depth)
+    return replace(rows, paths=[path[-1:] for path in rows.paths])
+
+
+@pytest.mark.parametrize(("method", "mutation", "seen_in"), [
+    ("_committed_rows", _unshifted, "state"), ("_committed_rows", _one_position_on, "state"),
+    ("_nodes", _previous_token, "trees"), ("_nodes", _without_ancestors, "trees"), ("", None, "nothing"),
+])
+def test_what_is_wrong_by_one_is_caught(native, monkeypatch, method, mutation, seen_in):
+    if mutation:
+        monkeypatch.setattr(MtpDrafter, method, mutation)
+    world = make_world(native, 3)
+    paper = paper_of(world)
+    story = Story(world=world, seed=3, length=21, tree="chain(3)").prefill()
+    assert (difference(story, paper) > 100 * BAR) == (seen_in == "state")
+    (draft,) = world.drafter.propose([story.ctx], [3])
+    if seen_in == "nothing":
+        assert check_log_q(story, draft, paper.logits) == 3
+    else:
+        with pytest.raises(AssertionError):
+            check_log_q(story, draft, paper.logits)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5])

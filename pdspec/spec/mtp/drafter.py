@@ -52,10 +52,8 @@ from pdspec.spec.tree import TreeSpec
 
 @dataclass(frozen=True, kw_only=True)
 class _Nodes(DraftRows):
-    """Tree nodes of one depth, whatever the module, of a sequence with rows of ``base`` tokens; their tree ends at
-    depth ``deepest``."""
+    """Tree nodes of one depth, whatever the module; their tree ends at depth ``deepest``."""
 
-    base: int
     depth: int
     deepest: int
 
@@ -191,16 +189,16 @@ class MtpDrafter(FeatureDrafter):
 
     def _committed_rows(self, ctx: DraftContext, m: int, count: int) -> DraftRows:
         """Module m's rows of the next ``count`` tokens."""
-        made = ctx.state.rows
-        rows = range(max(0, made + 1 - m), max(0, made + 1 - m + count))
-        return DraftRows.committed(ctx, ctx.token_ids[rows.start + m : rows.stop + m], rows.start)
+        first = ctx.state.rows + 1 - m
+        start, stop = max(0, first), max(0, first + count)
+        return DraftRows.committed(ctx, ctx.token_ids[start + m : stop + m], start)
 
     def _nodes(self, ctx: DraftContext, growth: Growth, frontier: Sequence[int], depth: int) -> _Nodes:
         base, spec = ctx.state.rows, ctx.state.spec
         paths = [[base + number for number in growth.path(node)] for node in frontier]
         return _Nodes(
-            ctx=ctx, slots=[path[-1] for path in paths], positions=(), prefix=(), paths=paths, base=base, depth=depth,
-            token_ids=[growth.token(node) for node in frontier], deepest=min(spec.depth, growth.budget),
+            ctx=ctx, token_ids=[growth.token(node) for node in frontier], positions=(), prefix=(), paths=paths,
+            slots=[path[-1] for path in paths], depth=depth, deepest=min(spec.depth, growth.budget),
         )
 
     def _forward(self, rows: Sequence[DraftRows], features: torch.Tensor, outputs: np.ndarray) -> torch.Tensor:
@@ -211,7 +209,7 @@ class MtpDrafter(FeatureDrafter):
         stack, ends = self._nothing(len(features), len(self._modules) - depth), np.cumsum(counts)
         for module in self._modules[depth:]:
             m = module.module
-            active = [i for i, one in enumerate(nodes) if m <= one.deepest and one.base + depth >= m]
+            active = [i for i, one in enumerate(nodes) if m <= one.deepest and one.ctx.state.rows + depth >= m]
             if not active:
                 continue
             taken = np.concatenate([np.arange(ends[i] - counts[i], ends[i]) for i in active])
@@ -246,8 +244,8 @@ class MtpDrafter(FeatureDrafter):
 
 def _in_module(nodes: _Nodes, m: int) -> DraftRows:
     """The rows of ``nodes`` in module m: those of ancestors before row 0 do not exist."""
-    base, count = nodes.base, len(nodes.slots)
+    root, count = nodes.ctx.state.rows, len(nodes.slots)
     return replace(
-        nodes, prefix=[max(0, base + 1 - m)] * count, positions=[base + nodes.depth - m] * count,
-        paths=[path[max(0, m - base - 1) :] for path in nodes.paths],
+        nodes, prefix=[max(0, root + 1 - m)] * count, positions=[root + nodes.depth - m] * count,
+        paths=[path[max(0, m - root - 1) :] for path in nodes.paths],
     )
