@@ -105,7 +105,6 @@ def _turn(generator: LocalGenerator, prepared: Sequence[Prepared], drafter: str,
     for sequence, kept in prepared:
         ctx = copy.copy(sequence.ctx)
         ctx.token_ids, ctx.tree, ctx.state = list(ctx.token_ids), tree, None
-        ctx.chooser = sequence.ctx.chooser
         chosen = resources.drafter(drafter)
         request = dataclasses.replace(sequence.request, drafter=drafter, tree=tree)
         one = DecodeSequence(request=request, ctx=ctx, drafter=chosen, history=sequence.history)
