@@ -73,7 +73,7 @@ def lossless(
     head: Heads = None,
     prompts: Prompts = None,
     parts: Annotated[str, typer.Option(help="Some of law,paths,joint,answers (default: all).")] = "",
-    seeds: Annotated[int, typer.Option(help="Of the drafts that mean harm (default: 100000; quick: 2000).")] = 0,
+    seeds: Annotated[int, typer.Option(help="Of the drafts that mean harm (default: 100000; quick: 1500).")] = 0,
     joint_seeds: Annotated[int, typer.Option(help="Samples of two tokens of the model (default: 4000; quick: 0).")] = 0,
     num_prompts: Annotated[int, typer.Option(help="Prompts of part answers (default: 20; quick: 2).")] = 0,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each answer (default: 128; quick: 16).")] = 0,

@@ -92,6 +92,39 @@ COMPARISONS = {
     "trees": ("Chain, static and dynamic trees of equal nodes.", "eagle3"),
 }
 
+def sparse(
+    sequences: Annotated[int, typer.Option(min=1, help="Decoded together.")] = 8,
+    context: Annotated[int, typer.Option(min=64, help="Prompt tokens of each.")] = 6000,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens written to each, in each round and way.")] = 33,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved; the median counts.")] = 3,
+    trees: Annotated[str, typer.Option(help="Of the drafts, semicolon separated.")] = "chain(2);chain(3);chain(4)",
+    model: Model = None,
+    dtype: Dtype = None,
+    option: Options = None,
+    threads: Threads = None,
+    prompts: Prompts = None,
+    json: Json = False,
+) -> None:
+    """Long contexts in a batch: the target's drafts over a part of its own KV against plain decoding."""
+    flags = worker_flags(model=model, dtype=dtype, options=option, threads=threads)
+    with only_json(json):
+        from pdspec.study import sparse as study
+
+        result = study.run(
+            worker={name: value for name, value in flags.items() if value is not None},
+            sequences=sequences, context=context, tokens=tokens, rounds=rounds,
+            trees=[text.strip() for text in trees.split(";") if text.strip()], prompts=prompts,
+            progress=notes().print,
+        )  # fmt: skip
+    if json:
+        print_json(result)
+    else:
+        for row in result["rows"]:
+            _print_row(row, ("drafter", "tree", "tokens_per_second", "acceptance_length", "speedup_over_none"))
+    if not result["ok"]:
+        raise typer.Exit(1)
+
+
 _SHOWN = (
     "drafter", "tree", "verify", "temperature", "acceptance_length", "local_acceptance_length", "draft_ms",
     "verify_ms", "tokens_per_second",

@@ -121,8 +121,8 @@ class Candidates:
 @dataclass(kw_only=True)
 class DraftContext:
     """What a drafter may know of one running sequence. Owned by the engine; the drafter keeps its own part
-    in ``state`` and nowhere else, so that dropping the context drops everything. All randomness of the answer comes
-    from ``chooser``: ``Seeded(*noise_key)``, unless a check puts another in its place."""
+    in ``state`` and nowhere else, so that dropping the context drops everything. Its noise is
+    ``Seeded(*noise_key)``, unless a check puts ``other_chooser`` in its place."""
 
     request_id: str
     sampling: SamplingParams
@@ -133,10 +133,12 @@ class DraftContext:
     tree: str  # tree specification of this request
     state: Any = None  # the drafter's own per-sequence state
     metrics: dict[str, float] = field(default_factory=dict)
-    chooser: Chooser = field(init=False, repr=False)
+    other_chooser: Chooser | None = None
 
-    def __post_init__(self) -> None:
-        self.chooser = Seeded(*self.noise_key)
+    @property
+    def chooser(self) -> Chooser:
+        """Where all randomness of the answer comes from."""
+        return self.other_chooser or Seeded(*self.noise_key)
 
     @property
     def root_position(self) -> int:

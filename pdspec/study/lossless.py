@@ -51,7 +51,7 @@ class Sizes:
 
 
 QUICK = Sizes(
-    law_large=False, harmful_seeds=2_000, family_seeds=18, family_tokens=16, fit_seeds=1_000, sample_seeds=300,
+    law_large=False, harmful_seeds=1_500, family_seeds=12, family_tokens=12, fit_seeds=600, sample_seeds=300,
     replay_seeds=2, batch_rounds=1, tie_seeds=10, coupling_seeds=10, independence_seeds=150, toy_joint_seeds=250,
     joint_seeds=0, num_prompts=2, max_tokens=16,
 )  # fmt: skip

@@ -15,8 +15,6 @@ from pdspec.study.lossless_joint import joint
 from pdspec.study.parity import CONCURRENT, audited, reference, requests_for
 from pdspec.types import SamplingParams
 
-# Heads that are no ``random:SEED`` where the model has none of its own.
-HEADS = {"draft_model": "tiny-1"}
 JOINT = SamplingParams(temperature=0.8, top_k=20)
 
 
@@ -27,7 +25,7 @@ def with_heads(config: WorkerConfig) -> WorkerConfig:
     heads = dict(config.heads)
     for name in names:
         if name not in heads and not _has_head(shipped, name):
-            heads[name] = HEADS.get(name, "random:7")
+            heads[name] = "random:7"
     return shipped.replace(heads=heads)
 
 
@@ -81,7 +79,7 @@ def joints(
 def _trees(name: str) -> list[str]:
     """The default tree, and one of every other kind."""
     described = family(name).DESCRIPTION
-    others = {"chain": "chain(3)", "static": "static(2x2)", "dynamic": "dynamic(3,3,6)"}
+    others = {"chain": "chain(2)", "static": "static(2x2)", "dynamic": "dynamic(2,3,6)"}
     default = described.default_tree
     return [default, *(others[kind] for kind in described.trees if not default.startswith(kind))]
 
@@ -96,7 +94,7 @@ def _has_head(config: WorkerConfig, name: str) -> bool:
     try:
         family(name).groups(setting)
     except ConfigError as error:
-        if error.field != f"heads.{name}":
+        if not (error.field or "").startswith("heads."):
             raise
         return False
     return True

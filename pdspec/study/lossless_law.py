@@ -133,7 +133,7 @@ class Enumeration:
                 chooser: Enumerating, draft: Draft = draft, logits: Any = logits
             ) -> tuple[Tokens, list[int]]:
                 seen = replace(sequence, ctx=copy.copy(sequence.ctx))
-                seen.ctx.chooser = chooser
+                seen.ctx.other_chooser = chooser
                 found = engine.judge(seen, draft, logits)
                 return found.verdict.output_ids, chooser.taken
 
@@ -146,14 +146,18 @@ class Enumeration:
 
     def _continued(self, sequence: DecodeSequence, output: Tokens, choices: list[int]) -> DecodeSequence:
         """After a whole engine step in which these choices were made. Raises PdspecError when it puts out another
-        ``output``."""
-        chooser = Enumerating(list(choices))
-        following = _copied(sequence, chooser)
-        ((_, chunk),) = self.local.decode.step([following])
-        found = chunk if isinstance(chunk, PdspecError) else chunk.token_ids
-        if found != output or chooser.taken != choices:
-            raise PdspecError(f"a step that repeats {choices} put out {found}, not {output}")
-        return following
+        ``output``, also after a second look: a drafter that remembers other answers may draft differently by now."""
+        found: Any = None
+        for again in (False, True):
+            if again:
+                choices = self._step(sequence)[1][output]
+            chooser = Enumerating(list(choices))
+            following = _copied(sequence, chooser)
+            ((_, chunk),) = self.local.decode.step([following])
+            found = chunk if isinstance(chunk, PdspecError) else chunk.token_ids
+            if found == output and chooser.taken == choices:
+                return following
+        raise PdspecError(f"a step that repeats {choices} put out {found}, not {output}")
 
 
 def law_case(
@@ -179,7 +183,7 @@ def law_case(
 def _copied(sequence: DecodeSequence, chooser: Enumerating) -> DecodeSequence:
     """The sequence as it is, with what a step changes its own. KV behind the root is scratch, and shared."""
     ctx = copy.copy(sequence.ctx)
-    ctx.token_ids, ctx.state, ctx.chooser = list(ctx.token_ids), copy.deepcopy(ctx.state), chooser
+    ctx.token_ids, ctx.state, ctx.other_chooser = list(ctx.token_ids), copy.deepcopy(ctx.state), chooser
     return replace(sequence, ctx=ctx)
 
 

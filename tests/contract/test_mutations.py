@@ -134,7 +134,7 @@ BUGS = (
         old="drafts = self.propose(sequences)",
         new="drafts = self.propose(sequences); changed = self.__dict__.get('size', len(sequences)) != len(sequences);"
             " self.size = len(sequences);"
-            " [setattr(s.ctx, 'chooser', sequences[0].ctx.chooser) for s in sequences if changed]",
+            " [setattr(s.ctx, 'other_chooser', sequences[0].ctx.chooser) for s in sequences if changed]",
     ),
     Bug(
         name="penalties computed once per batch", function=DecodeEngine.step, check="paths.batches",
