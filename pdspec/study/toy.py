@@ -36,7 +36,7 @@ WIDE = ("draft_model", "sparse")
 WIDE_STATIC, WIDE_LARGE_STATIC = "static(2)", "static(2x1)"
 # Heads that are no ``random:SEED``; {} stands for the folder of the toys.
 HEADS = {"draft_model": "{}/drafter"}
-OPTIONS = {"sparse:sink": "1", "sparse:window": "4"}  # less than a prompt
+OPTIONS = {"sparse:sink": "1", "sparse:window": "4", "mtp:modules": "3"}  # less than a prompt; as deep as trees
 
 
 def write_toys(folder: Path) -> None:

@@ -11,22 +11,30 @@ from types import FunctionType
 from typing import Any
 
 import pytest
+import torch
 
+from pdspec.config import WorkerConfig
 from pdspec.engine.decode import DecodeEngine
 from pdspec.engine.local import LocalGenerator
 from pdspec.engine.prefill import PrefillEngine
 from pdspec.errors import PdspecError
+from pdspec.model.loader import load_weights
 from pdspec.sampling import pick
 from pdspec.spec.chooser import Seeded
 from pdspec.spec.draws import candidate_noise
 from pdspec.spec.growth import rank_children
+from pdspec.spec.mtp.checkpoint import random_head
+from pdspec.spec.mtp.config import MtpConfig
+from pdspec.spec.mtp.drafter import MtpDrafter
+from pdspec.spec.protocol import DraftContext, HiddenRows
 from pdspec.spec.ratio import judge
-from pdspec.spec.registry import NAMES
 from pdspec.spec.verify import _Verification
 from pdspec.study import lossless_paths as paths
 from pdspec.study.lossless_joint import joint
 from pdspec.study.lossless_law import PROCESSED, PROMPT, law_case
+from pdspec.study.mtp_reference import PaperMtp
 from pdspec.study.toy import toy_config, write_toys
+from pdspec.types import SamplingParams
 
 DRAFTERS = ("none", "ngram", "eagle3")
 
@@ -181,7 +189,45 @@ def test_the_check_named_beside_a_bug_finds_it(bug, local, monkeypatch):
     assert not passes(bug.check, local)
 
 
-@pytest.mark.skipif("mtp" not in NAMES, reason="the family mtp is not there yet")
-def test_an_mtp_input_unshifted_by_one_is_found():
-    """To be filled with the family: module m must read token i + m; its proposals are then not those of a recompute."""
-    raise NotImplementedError("put the bug into pdspec/spec/mtp and name the check that finds it")
+UNSHIFTED = Bug(
+    name="MTP input unshifted by one", function=MtpDrafter._committed_rows, check="recomputed",
+    old="start + m : stop + m", new="start + m - 1 : stop + m - 1",
+)
+
+
+def recomputed(local: LocalGenerator) -> bool:
+    """Whether every MTP module's KV of 20 random rows, and its proposal, are those of the report."""
+    resources, tokens = local.resources, [(7 * i * i + 3) % 256 for i in range(21)]
+    drafter, files = resources.drafter("mtp"), resources.files
+    final = torch.randn(20, files.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    pages = resources.pool.allocate(8)
+    ctx = DraftContext(request_id="r", sampling=SamplingParams(temperature=0.0), noise_key=(1, 0), token_ids=tokens,
+                       pages=pages, prompt_len=20, tree="chain(1)")
+    drafter.prefill(ctx, HiddenRows(start=0, captured=None, final=final))
+    (draft,) = drafter.propose([ctx], [1])
+    resources.pool.release(pages)
+    head = random_head(MtpConfig.for_target(files.config, files.config.vocab_size // 2, 3), 5)
+    weights = load_weights(files, "float32")
+    paper = PaperMtp(head, weights["model.embed_tokens.weight"], weights["lm_head.weight"])
+    same = int(draft.token_ids[0]) == int(head.target_ids[paper.logits(tokens, final, ()).argmax()])
+    for (name, count), wanted in zip(drafter.rows_at(20).items(), paper.committed(tokens, final), strict=True):
+        data = bytearray(resources.cache.read_rows(name, 0, pages, 0, count))
+        found = torch.frombuffer(data, dtype=torch.float32).view(wanted.shape).double()
+        same = same and bool((found - wanted).abs().max() <= 1e-4)
+    return same
+
+
+@pytest.mark.parametrize("bug", [None, UNSHIFTED], ids=["without", "with"])
+def test_an_mtp_input_unshifted_by_one_is_found(bug, monkeypatch):
+    """Module m reads token i + m in row i."""
+    config = WorkerConfig(
+        model="tiny", dtype="float32", drafter="mtp", drafters=("mtp",), heads={"mtp": "random:5"}, threads=1,
+        options={"mtp:modules": "3"}, cache_tokens=512,
+    )  # fmt: skip
+    local = LocalGenerator(config)
+    try:
+        if bug:
+            mutate(monkeypatch, bug)
+        assert recomputed(local) == (bug is None)
+    finally:
+        local.resources.close()
