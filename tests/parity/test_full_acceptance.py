@@ -102,7 +102,7 @@ def test_draft_rows_of_another_position_are_noticed(roles):
 
 def test_a_draft_model_of_a_shorter_context_is_handed_over_as_far_as_it_reaches(tmp_path):
     """Draft rows end at position 63; the answer goes on with empty drafts."""
-    heads = {"eagle3": "random:0", "draft_model": save_tiny(tmp_path, context=64)}
+    heads = {**EVERY["heads"], "draft_model": save_tiny(tmp_path, context=64)}
     with running(dtype="float32", prefill={"page_size": 8}, **{**EVERY, "heads": heads}) as roles:
         row = roles.local.resources.cache.layout("draft/model").row_bytes * 4
         for n, mode in product((50, 63, 64, 100), ("prefill", "decode")):
