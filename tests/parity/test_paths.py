@@ -77,8 +77,11 @@ def test_paged_decoding_is_a_dense_recompute_by_other_code(roles, sampling):
             assert answer.tokens == logits.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("sampling", [{}, SAMPLED, EVERYTHING], ids=["greedy", "sampled", "everything"])
-@pytest.mark.parametrize("handoff", list(Handoff))
+@pytest.mark.parametrize(
+    ("handoff", "sampling"),
+    [(Handoff.DIRECT, {}), (Handoff.RELAY, SAMPLED), (Handoff.DIRECT, EVERYTHING), (Handoff.RELAY, EVERYTHING)],
+    ids=["direct-greedy", "relay-sampled", "direct-everything", "relay-everything"],
+)
 def test_both_handoffs_give_plain_decodings_tokens_and_the_local_proposals(roles, passing, handoff, sampling):
     route = roles.route(handoff=handoff, relay=passing.address if handoff is Handoff.RELAY else "")
     asked = [

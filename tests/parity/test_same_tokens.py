@@ -52,6 +52,8 @@ def roles(request):
 @pytest.mark.parametrize(("drafter", "tree"), CASES)
 @pytest.mark.parametrize("sampling", SAMPLING)
 def test_every_path_gives_plain_decodings_tokens_and_the_local_drafters_proposals(roles, sampling, drafter, tree, mode):
+    if mode == "decode" and roles.local.resources.config.dtype == "bfloat16" and sampling != "sampled":
+        pytest.skip("who prefills the drafter and how tokens are chosen are crossed in float32")
     asked = request(drafter, tree, sampling=SAMPLING[sampling], draft_prefill=mode)
     plain = roles.ask_local(dataclasses.replace(asked, drafter="none", tree=""))
     local = roles.ask_local(asked)

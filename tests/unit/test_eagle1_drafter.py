@@ -256,7 +256,7 @@ def test_the_ratio_rule_over_drawn_drafts_gives_exactly_the_target_s_law(native,
     firsts: dict[int, float] = {}
 
     def run(chooser):
-        story.ctx.chooser, story.ctx.state.first = chooser, None
+        story.ctx.other_chooser, story.ctx.state.first = chooser, None
         (draft,) = world.drafter.propose([story.ctx], [2])
         logits = torch.full((1 + draft.num_nodes, TARGET.vocab_size), -torch.inf)
         for row, token in zip(logits, [-1, *draft.token_ids.tolist()], strict=True):
