@@ -1,40 +1,22 @@
 """The draft model against a dense float64 recompute: KV and logits after the prefill and after verifications, what is
-kept and what is computed anew, its trees, its vocabulary and its end of context."""
+kept and what is computed anew, and its trees."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from dense_llama import DenseLlama, child_scores, paths
+from dense_llama import child_scores, paths
+from draft_model_world import CONFIG, DENSE, Story, assert_as_recomputed, make_world, same_drafts
 
-from pdspec.cache.paged import PagedCache
-from pdspec.config import WorkerConfig
-from pdspec.engine.local import LocalGenerator, new_context
-from pdspec.engine.prefill import PrefillSequence
-from pdspec.errors import ConfigError, Incompatible, TransferDamaged
-from pdspec.model.files import ModelFiles
-from pdspec.model.loader import load_weights
+from pdspec.errors import TransferDamaged
 from pdspec.model.native import NativeOps
 from pdspec.model.ops import TorchOps
-from pdspec.model.runner import Runner
-from pdspec.model.tiny import byte_tokenizer, tiny_config
 from pdspec.sampling import History
 from pdspec.spec.chooser import Seeded
 from pdspec.spec.draft_model.config import GROUP
-from pdspec.spec.draft_model.drafter import BEYOND, ModelDrafter
-from pdspec.spec.protocol import DraftContext, HiddenRows, Verdict
+from pdspec.spec.protocol import HiddenRows, Verdict
 from pdspec.spec.verify import verify
-from pdspec.types import DraftPrefill, GenerateRequest, SamplingParams
-from tests.tiny_folder import save_tiny
-
-CONFIG = tiny_config("tiny-3")
-FILES = ModelFiles(name="tiny-3", path=None, config=CONFIG, content_hash="c3", tokenizer_hash="t")
-DENSE = DenseLlama(CONFIG, load_weights(FILES, "float32"))
-NUM_PAGES, ROWS = 256, 160  # of a world; of a story
 
 
 @pytest.fixture(scope="module")
@@ -48,96 +30,6 @@ def native():
 @pytest.fixture(params=["native", "torch"])
 def ops(request, native):
     return native if request.param == "native" else TorchOps(torch.device("cpu"))
-
-
-@dataclass
-class World:
-    """A drafter with pages of its own, full of NaN: what is read was written."""
-
-    drafter: ModelDrafter
-    cache: PagedCache
-    taken: int = 0
-    computed: list[int] = field(default_factory=list)  # rows of each forward
-
-
-def make_world(ops, *, page_size=8, **changes):
-    runner = Runner(CONFIG, load_weights(FILES, "float32"), ops=ops, dtype="float32", group=GROUP)
-    cache = PagedCache((CONFIG.cache_group(GROUP, "float32"),), NUM_PAGES, page_size)
-    cache.poison(None, list(range(NUM_PAGES)), 0, NUM_PAGES * page_size)
-    settings = {"vocab_size": CONFIG.vocab_size, "content_hash": "c3", "tree": "dynamic(3,3,6)", **changes}
-    world = World(ModelDrafter(runner, cache, **settings), cache)
-    real = runner.forward
-
-    def counted(batch, *rest):
-        world.computed.append(batch.num_rows)
-        return real(batch, *rest)
-
-    runner.forward = counted
-    return world
-
-
-class Story:
-    """One sequence: random tokens and random acceptance, the same for the same seed."""
-
-    def __init__(self, world, seed, length, *, temperature=0.0, tree="", **sampling):
-        self.world, self.random = world, np.random.default_rng(seed)
-        count = ROWS // world.cache.page_size
-        pages = np.random.default_rng(seed).permutation(np.arange(world.taken, world.taken + count))
-        world.taken += count
-        self.ctx = DraftContext(
-            request_id=f"story-{seed}", sampling=SamplingParams(temperature=temperature, **sampling),
-            noise_key=(seed, 0), token_ids=self.tokens(length), pages=pages.tolist(), prompt_len=length, tree=tree,
-        )
-
-    def tokens(self, count):
-        return self.random.integers(0, CONFIG.vocab_size, count).tolist()
-
-    def prefill(self, cuts=(), *, early_last=False):
-        length = self.ctx.prompt_len
-        for a, b in pairwise([0, *cuts, length]):
-            if b == length and not early_last:
-                self.ctx.token_ids += self.tokens(1)
-            self.world.drafter.prefill(self.ctx, HiddenRows(start=a, captured=None, final=None, count=b - a))
-        if early_last:
-            self.ctx.token_ids += self.tokens(1)
-            self.world.drafter.prefill(self.ctx, HiddenRows(start=length, captured=None, final=None))
-        return self
-
-    def verdict(self, draft, node=None):
-        """The path down to ``node`` (None: a random one, or none) is accepted, a random token follows."""
-        node = int(self.random.integers(-1, draft.num_nodes)) if node is None else node
-        path = []
-        while node >= 0:
-            path.insert(0, node)
-            node = int(draft.parents[node])
-        outputs = [int(draft.token_ids[node]) for node in path] + self.tokens(1)
-        self.ctx.token_ids += outputs
-        return self.ctx, Verdict(path=tuple(path), output_ids=tuple(outputs)), HiddenRows(
-            start=self.ctx.root_position - len(outputs), captured=None, final=None, count=len(outputs)
-        )
-
-    def kv_rows(self):
-        """All rows up to the root's: [layers, n+1, 2, kv heads, D]."""
-        count = self.ctx.root_position + 1
-        layers = [self.world.cache.read_rows(GROUP, layer, self.ctx.pages, 0, count) for layer in range(4)]
-        rows = torch.stack([torch.frombuffer(bytearray(layer), dtype=torch.float32) for layer in layers])
-        return rows.view(4, count, 2, CONFIG.num_kv_heads, CONFIG.head_dim)
-
-    def poison_scratch(self):
-        self.world.cache.poison(GROUP, self.ctx.pages, self.ctx.root_position + 1, ROWS)
-
-
-def assert_as_recomputed(story):
-    """Row i reads t_i at position i, the root's included; its logits are those of the dense model."""
-    kv, logits = DENSE(story.ctx.token_ids)
-    assert story.ctx.state.rows == len(story.ctx.token_ids) == kv.shape[1]
-    torch.testing.assert_close(story.kv_rows().double(), kv, atol=1e-4, rtol=0)
-    torch.testing.assert_close(story.ctx.state.logits[0].double(), logits[-1], atol=1e-3, rtol=0)
-
-
-def same_drafts(a, b):
-    names = ("token_ids", "parents", "log_q", "survival")
-    return all(np.array_equal(getattr(x, n), getattr(y, n)) for x, y in zip(a, b, strict=True) for n in names)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -324,106 +216,3 @@ def test_drawn_children_have_the_law_they_were_drawn_from(native, tree, shipped)
     found = verify(draft, logits, story.ctx.sampling, History.of(story.ctx.token_ids), Seeded(1, 0),
                    root_position=story.ctx.root_position, end_ids=(), max_new=10)
     assert len(found.verdict.output_ids) == found.verdict.num_accepted + 1
-
-
-# --- models of other vocabularies and contexts -----------------------------------------------------------------------
-
-
-def generator(where, **changes):
-    return LocalGenerator(WorkerConfig(
-        model="tiny", dtype="float32", drafters=("none", "draft_model"), drafter="draft_model", cache_tokens=2048,
-        heads={"draft_model": where}, threads=1, chunk=16, **changes,
-    ))
-
-
-def answer(local, drafter, n=40, tokens=40, **sampling):
-    params = SamplingParams(max_tokens=tokens, seed=2, ignore_eos=True, **sampling)
-    ids = tuple((5 * i * i + 3) % 256 for i in range(n))
-    asked = GenerateRequest(request_id="a", prompt_ids=ids, drafter=drafter, sampling=params, trace=True)
-    chunks = list(local.generate(asked))
-    return [token for chunk in chunks for token in chunk.token_ids], chunks[-1].stats
-
-
-class Told:
-    """Prefill events as they come."""
-
-    def __init__(self):
-        self.events = []
-
-    def __getattr__(self, name):
-        return lambda *values: self.events.append((name, *values))
-
-
-@pytest.mark.parametrize("chunk", [7, 64])
-def test_the_engine_tells_n_plus_1_rows_of_each_layer_and_the_last_after_t_n(chunk):
-    local, told = generator("random:5"), Told()
-    resources, n = local.resources, 20
-    asked = GenerateRequest(request_id="a", prompt_ids=tuple(range(60, 60 + n)), sampling=SamplingParams(seed=1))
-    ctx = new_context(resources, asked, resources.pool.allocate(8))
-    prompt = PrefillSequence(request=asked, ctx=ctx, drafter=resources.drafter(""), events=told,
-                             draft_prefill=DraftPrefill.PREFILL)
-    while not prompt.finished:
-        local.prefill.step([(prompt, min(chunk, prompt.remaining))])
-    rows = [event for event in told.events if event[:2] == ("rows", GROUP)]
-    assert {event[2] for event in rows} == {0}  # random:5 has one layer
-    assert [row for event in rows for row in range(*event[3:])] == list(range(n + 1))
-    kinds = [event[0] for event in told.events]
-    assert kinds.index("first") < told.events.index(rows[-1]) < kinds.index("start") < kinds.index("done")
-    assert "hidden" not in kinds
-    resources.pool.release(ctx.pages)
-    local.resources.close()
-
-
-def test_another_tokenizer_is_refused_with_the_first_token_that_differs(tmp_path):
-    other = byte_tokenizer()
-    vocabulary = other["model"]["vocab"]
-    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
-    with pytest.raises(Incompatible, match=r"heads\.draft_model: token 65 is 'A' in tiny and 'B' in") as refusal:
-        generator(save_tiny(tmp_path, tokenizer=other))
-    assert refusal.value.field == "heads.draft_model"
-    shorter = byte_tokenizer()
-    shorter["added_tokens"] = shorter["added_tokens"][:2]
-    del shorter["model"]["vocab"]["<|pad|>"]
-    with pytest.raises(Incompatible, match=r"token 258 is '<\|pad\|>' in tiny and absent in"):
-        generator(save_tiny(tmp_path, tokenizer=shorter))
-
-
-def test_without_a_name_there_is_no_draft_model():
-    with pytest.raises(ConfigError, match=r"heads\.draft_model"):
-        LocalGenerator(WorkerConfig(model="tiny", drafters=("none", "draft_model"), drafter="none"))
-
-
-@pytest.mark.parametrize("vocab_size", [260, 300])
-def test_vocabularies_may_be_padded_differently(tmp_path, vocab_size):
-    """The target writes ids that the smaller draft model has no row for; both go on."""
-    local = generator(save_tiny(tmp_path, vocab_size=vocab_size))
-    bias = tuple((token, 30.0) for token in (*range(262, 272), 40))
-    tokens, stats = answer(local, "draft_model", temperature=1.0, logit_bias=bias)
-    assert max(tokens) >= 262 and tokens == answer(local, "none", temperature=1.0, logit_bias=bias)[0]
-    tokens, stats = answer(local, "draft_model")
-    assert stats.accepted_tokens > 0 and tokens == answer(local, "none")[0]
-    local.resources.close()
-
-
-@pytest.mark.parametrize(("n", "tokens"), [(40, 60), (62, 20), (63, 20), (64, 20), (65, 20), (120, 20)])
-def test_beyond_its_context_it_drafts_nothing_and_says_so(tmp_path, n, tokens):
-    local = generator(save_tiny(tmp_path, context=64))
-    drafter, contexts = local.resources.drafters["draft_model"], {}
-    real = drafter.propose
-
-    def propose(batch, budgets):
-        contexts.update({ctx.request_id: ctx for ctx in batch})
-        drafts = real(batch, budgets)
-        for ctx, draft in zip(batch, drafts, strict=True):
-            if draft.num_nodes:  # as deep as positions 0..63 lead
-                assert ctx.root_position + draft.num_nodes <= 64
-            assert (draft.num_nodes == 0) == (ctx.root_position >= 64)
-        return drafts
-
-    drafter.propose = propose
-    assert drafter.rows_at(n) == {GROUP: min(n + 1, 64)}
-    out, stats = answer(local, "draft_model", n, tokens)
-    assert out == answer(local, "none", n, tokens)[0] and stats.output_tokens == tokens
-    assert contexts["a"].metrics[BEYOND] > 0
-    assert (stats.drafted_tokens > 0) == (n < 64)
-    local.resources.close()

@@ -1,36 +1,21 @@
 """Self-drafting over sparse KV against a dense float64 recompute under the same mask; that it reads no more than its
-view, that no verification reads its rows, and the choice of prompt rows."""
+view, and that no verification reads its rows."""
 
 from __future__ import annotations
-
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from dense_llama import DenseLlama, child_scores, paths
+from dense_llama import child_scores, paths
+from sparse_world import ROWS, begin, extend, make_world, sparse_logits, view
 
-from pdspec.cache.paged import PagedCache
 from pdspec.config import WorkerConfig
 from pdspec.engine.local import LocalGenerator
-from pdspec.errors import ConfigError, PdspecError, TransferDamaged
-from pdspec.model.batch import ForwardBatch
-from pdspec.model.files import ModelFiles
-from pdspec.model.loader import load_weights
+from pdspec.errors import ConfigError, PdspecError
 from pdspec.model.native import NativeOps
 from pdspec.model.ops import TorchOps
-from pdspec.model.runner import Runner
-from pdspec.model.tiny import tiny_config
-from pdspec.spec.protocol import DraftContext
-from pdspec.spec.sparse.config import OBSERVED, View
-from pdspec.spec.sparse.drafter import SparseDrafter
-from pdspec.spec.sparse.select import attention_mass, choose_rows
+from pdspec.spec.sparse.config import View
 from pdspec.types import GenerateRequest, SamplingParams
-
-CONFIG = tiny_config("tiny-1")
-FILES = ModelFiles(name="tiny-1", path=None, config=CONFIG, content_hash="c1", tokenizer_hash="t")
-DENSE = DenseLlama(CONFIG, load_weights(FILES, "float32"))
-ROWS, PAGE = 192, 8
 
 
 @pytest.fixture(scope="module")
@@ -44,55 +29,6 @@ def native():
 @pytest.fixture(params=["native", "torch"])
 def ops(request, native):
     return native if request.param == "native" else TorchOps(torch.device("cpu"))
-
-
-def view(sink=3, window=5, select="window", budget=OBSERVED):
-    return View(sink=sink, window=window, select=select, budget=budget)
-
-
-def make_world(ops, **changes):
-    runner = Runner(CONFIG, load_weights(FILES, "float32"), ops=ops, dtype="float32")
-    cache = PagedCache((runner.group,), 4 * ROWS // PAGE, PAGE)
-    cache.poison(None, list(range(4 * ROWS // PAGE)), 0, 4 * ROWS)
-    drafter = SparseDrafter(runner, cache, view(**changes))
-    return SimpleNamespace(runner=runner, cache=cache, drafter=drafter, taken=0)
-
-
-def begin(world, seed, length, *, temperature=0.0, tree="chain(4)", **sampling):
-    """A sequence whose prompt is in the target's KV; the root is a random token."""
-    random = np.random.default_rng(seed)
-    pages = random.permutation(np.arange(world.taken, world.taken + ROWS // PAGE)).tolist()
-    world.taken += ROWS // PAGE
-    ctx = DraftContext(
-        request_id=f"s{seed}", sampling=SamplingParams(temperature=temperature, **sampling), noise_key=(seed, 0),
-        token_ids=random.integers(0, 256, length + 1).tolist(), pages=pages, prompt_len=length, tree=tree,
-    )
-    extend(world, ctx, 0)
-    world.drafter.resume(ctx, *world.drafter.start(ctx))
-    return ctx
-
-
-def extend(world, ctx, start):
-    """The target's rows from ``start`` up to the one before the root."""
-    slots = np.arange(start, ctx.root_position, dtype=np.int32)
-    world.runner.forward(ForwardBatch(
-        token_ids=np.array(ctx.token_ids[start:-1], np.int32), positions=slots, slots=slots, prefix_len=slots + 1,
-        sequence=np.zeros(len(slots), np.int32), ancestors=np.empty((len(slots), 0), np.int32),
-        page_table=np.array([ctx.pages], np.int32), logit_rows=np.empty(0, np.int32),
-    ), world.cache)
-
-
-def sparse_logits(ctx, path, seen):
-    """Dense logits after the root and ``path``: rows from the root on see the rows ``seen`` and one another."""
-    tokens, root = [*ctx.token_ids, *path], ctx.root_position
-    mask = torch.ones(len(tokens), len(tokens)).tril().bool()
-    mask[root:, :root] = False
-    mask[root:, torch.tensor(sorted(seen), dtype=torch.int64)] = True
-    return DENSE(tokens, mask)[1][-1]
-
-
-def target_rows(world, ctx, start, stop):
-    return b"".join(world.cache.read_rows("target", layer, ctx.pages, start, stop) for layer in range(4))
 
 
 @pytest.mark.parametrize(
@@ -250,70 +186,3 @@ def test_a_committed_row_that_was_damaged_is_noticed(local, monkeypatch):
     monkeypatch.setattr(drafter, "propose", propose)
     with pytest.raises(PdspecError):
         answer(local)
-
-
-# --- the choice of prompt rows ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("length", [5, 32, 33, 90])
-def test_attention_mass_is_that_of_a_dense_recompute_and_only_scratch_is_written(ops, length):
-    world = make_world(ops)
-    ctx = begin(world, 7, length)
-    world.cache.poison(None, ctx.pages, length, ROWS)
-    before = target_rows(world, ctx, 0, length), target_rows(world, ctx, length + OBSERVED, ROWS)
-    mass = attention_mass(world.runner, world.cache, ctx)
-    assert before == (target_rows(world, ctx, 0, length), target_rows(world, ctx, length + OBSERVED, ROWS))
-    torch.testing.assert_close(mass.double(), dense_mass(ctx.token_ids[:length]), atol=1e-2, rtol=1e-4)
-    assert float(mass.sum()) == pytest.approx(min(length, OBSERVED) * 4 * CONFIG.num_heads, rel=1e-4)
-
-
-def dense_mass(tokens):
-    """Attention of the last 32 rows, from the KV and hidden states of the dense decoder."""
-    total, count = torch.zeros(len(tokens), dtype=torch.float64), len(tokens)
-    real = torch.Tensor.softmax
-
-    def softmax(scores, dim):
-        p = real(scores, dim)
-        total.add_(p[:, max(0, count - OBSERVED) :].sum((0, 1)))
-        return p
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "softmax", softmax)
-        DENSE(tokens)
-    return total
-
-
-def test_the_rows_chosen_are_the_most_attended_with_their_neighbours_and_the_end(ops):
-    world = make_world(ops)
-    ctx = begin(world, 8, 90)
-    chosen = choose_rows(world.runner, world.cache, ctx, 40)
-    assert chosen.dtype == np.int32 and (np.diff(chosen) > 0).all() and len(chosen) == 40
-    assert set(range(90 - OBSERVED, 90)) <= set(chosen.tolist())
-    mass = dense_mass(ctx.token_ids[:90]).numpy()
-    spread = np.array([mass[max(0, i - 3) : i + 4].max() for i in range(90)])[: 90 - OBSERVED]
-    assert set(chosen[:8].tolist()) == set(np.argsort(-spread, kind="stable")[:8].tolist())
-    assert choose_rows(world.runner, world.cache, begin(world, 9, 33), 40).tolist() == list(range(33))
-
-
-def test_chosen_rows_are_shipped_seen_and_checked(native):
-    world = make_world(native, select="snapkv", budget=34)
-    ctx = begin(world, 8, 90)
-    candidates, rows = world.drafter.start(ctx)
-    selected = rows["selected"]
-    assert candidates is None and selected.shape == (1, 34) and selected.dtype == torch.float32
-    (draft,) = world.drafter.propose([ctx], [4])
-    seen = {*range(3), *selected[0].int().tolist(), *range(85, 90)}
-    assert int(draft.token_ids[0]) == int(sparse_logits(ctx, (), seen).argmax())
-    shuffled, beyond, broken = selected.flip(1), selected + 1, selected + 0.5
-    for damaged in ({}, {"selected": selected[:, 1:]}, {"selected": shuffled}, {"selected": beyond},
-                    {"selected": broken}, {"selected": selected * torch.nan}):
-        with pytest.raises(TransferDamaged, match="draft_start"):
-            world.drafter.resume(ctx, None, damaged)
-
-
-def test_what_is_shipped_is_in_the_fingerprint_and_what_is_not_is_not(native):
-    def fingerprint(**changes):
-        return make_world(native, **changes).drafter.fingerprint()
-
-    assert fingerprint(sink=1, window=9) == fingerprint()
-    assert len({fingerprint(), fingerprint(select="snapkv"), fingerprint(select="snapkv", budget=99)}) == 3
