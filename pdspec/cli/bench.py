@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pdspec.cli.options import Dtype, HandoffPath, Heads, Json, Model, Numerics, Prompts, Threads, worker_flags
+from pdspec.cli.options import Dtype, HandoffPath, Heads, Json, Model, Numerics, Prompts, Threads, given_flags
 from pdspec.cli.output import notes, only_json, print_json
 
 
@@ -29,14 +29,14 @@ def decode(
     json: Json = False,
 ) -> None:
     """Tokens per second and acceptance length of drafters at an equal node budget, through router and workers."""
-    flags = worker_flags(model=model, dtype=dtype, numerics=numerics, heads=head, threads=threads)
+    worker = given_flags(model=model, dtype=dtype, numerics=numerics, heads=head, threads=threads)
     with only_json(json):
         from pdspec.study import bench_decode as study
 
         result = study.run(
             drafters=tuple(name.strip() for name in drafters.split(",") if name.strip()),
             vs_transformers=vs_transformers,
-            worker={name: value for name, value in flags.items() if value is not None},
+            worker=worker,
             handoff=handoff or "direct",
             prompts=prompts, num_prompts=num_prompts, max_tokens=max_tokens, nodes=nodes, runs=runs,
             progress=notes().print,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pdspec.cli.options import Dtype, Heads, Json, Model, Numerics, Prompts, Threads, worker_flags
+from pdspec.cli.options import Dtype, Heads, Json, Model, Numerics, Prompts, Threads, given_flags
 from pdspec.cli.output import notes, only_json, print_json
 
 
@@ -27,7 +27,7 @@ def parity(
         from pdspec.study import parity as study
 
         result = study.run(
-            worker=_given(model=model, dtype=dtype, numerics=numerics, heads=head),
+            worker=given_flags(model=model, dtype=dtype, numerics=numerics, heads=head),
             prompts=prompts, num_prompts=num_prompts, max_tokens=max_tokens, transformers=transformers,
             progress=notes().print,
         )  # fmt: skip
@@ -56,7 +56,7 @@ def handoff(
         from pdspec.study import handoff_check as study
 
         result = study.run(
-            worker=_given(model=model, dtype=dtype, numerics=numerics, heads=head, threads=threads),
+            worker=given_flags(model=model, dtype=dtype, numerics=numerics, heads=head, threads=threads),
             asked=study.Asked(
                 prompts=prompts, num_prompts=num_prompts, max_tokens=max_tokens, tokens=acceptance_tokens
             ),
@@ -87,17 +87,13 @@ def lossless(
         asked: dict[str, Any] = {"harmful_seeds": seeds, "joint_seeds": joint_seeds, "num_prompts": num_prompts,
                  "max_tokens": max_tokens}  # fmt: skip
         sizes = dataclasses.replace(study.QUICK if quick else study.Sizes(), **{k: v for k, v in asked.items() if v})
-        worker = _given(model=model or ("tiny" if quick else None), dtype=dtype, numerics=numerics, heads=head,
+        worker = given_flags(model=model or ("tiny" if quick else None), dtype=dtype, numerics=numerics, heads=head,
                         threads=threads)  # fmt: skip
         result = study.run(
             worker=worker, sizes=sizes, parts=[part.strip() for part in parts.split(",") if part.strip()],
             prompts=prompts, progress=notes().print,
         )  # fmt: skip
     _finish(result, json)
-
-
-def _given(**flags: Any) -> dict[str, Any]:
-    return {name: value for name, value in worker_flags(**flags).items() if value is not None}
 
 
 def _finish(result: dict[str, Any], json: bool) -> None:

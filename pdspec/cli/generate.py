@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -21,7 +21,7 @@ from pdspec.cli.options import (
     Numerics,
     Threads,
     Tree,
-    worker_flags,
+    given_flags,
 )
 from pdspec.cli.output import notes, only_json, print_json, size, spinner
 from pdspec.client import Answer, Piece, RouterClient, collect
@@ -80,8 +80,7 @@ def generate(
         with RouterClient(endpoint) as client:
             _answer(client.stream(request), json=json)
         return
-    flags = worker_flags(model=model, drafter=drafter, dtype=dtype, numerics=numerics, heads=head, threads=threads)
-    given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
+    given = given_flags(model=model, drafter=drafter, dtype=dtype, numerics=numerics, heads=head, threads=threads)
     if drafter:
         given["drafters"] = (drafter,)
     with only_json(json), spinner(notes(), "loading"):

@@ -90,6 +90,11 @@ def worker_flags(
     }
 
 
+def given_flags(**flags: Any) -> dict[str, Any]:
+    """``worker_flags`` without those that were not given: keys of a WorkerConfig."""
+    return _given(worker_flags(**flags))
+
+
 def _absolute(name: str) -> str:
     """A folder's whole path, since workers run in folders of their own; any other name as it is."""
     path = Path(name).expanduser()

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pdspec.cli.options import Dtype, Heads, Json, Model, Numerics, Options, Prompts, Threads, worker_flags
+from pdspec.cli.options import Dtype, Heads, Json, Model, Numerics, Options, Prompts, Threads, given_flags
 from pdspec.cli.output import notes, only_json, print_json
 from pdspec.errors import ConfigError
 
@@ -32,12 +32,12 @@ def acceptance(
     json: Json = False,
 ) -> None:
     """Acceptance length and per position, draft and verify times of every family, behind the handoff and without."""
-    flags = worker_flags(model=model, dtype=dtype, numerics=numerics, heads=head, options=option, threads=threads)
+    worker = given_flags(model=model, dtype=dtype, numerics=numerics, heads=head, options=option, threads=threads)
     with only_json(json):
         from pdspec.study import acceptance as study
 
         result = study.run(
-            worker={name: value for name, value in flags.items() if value is not None},
+            worker=worker,
             drafters=_names(drafters), trees=dict(_pair(text) for text in tree or []),
             temperatures=[float(text) for text in _names(temperatures)], judged=judged, nodes=nodes,
             prompts=prompts, num_prompts=num_prompts, max_tokens=max_tokens, progress=notes().print,
@@ -66,12 +66,12 @@ def comparison(name: str, summary: str, drafters: str) -> Callable[..., None]:
         max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
         json: Json = False,
     ) -> None:
-        flags = worker_flags(model=model, dtype=dtype, numerics=numerics, heads=head, options=option, threads=threads)
+        worker = given_flags(model=model, dtype=dtype, numerics=numerics, heads=head, options=option, threads=threads)
         with only_json(json):
             from pdspec.study import comparisons as study
 
             result = study.run(
-                name, worker={key: value for key, value in flags.items() if value is not None},
+                name, worker=worker,
                 drafters=_names(drafters), temperatures=[float(text) for text in _names(temperatures)],
                 prompts=prompts, num_prompts=num_prompts, max_tokens=max_tokens, progress=notes().print,
             )  # fmt: skip
@@ -92,6 +92,7 @@ COMPARISONS = {
     "trees": ("Chain, static and dynamic trees of equal nodes.", "eagle3"),
 }
 
+
 def sparse(
     sequences: Annotated[int, typer.Option(min=1, help="Decoded together.")] = 8,
     context: Annotated[int, typer.Option(min=64, help="Prompt tokens of each.")] = 6000,
@@ -106,12 +107,12 @@ def sparse(
     json: Json = False,
 ) -> None:
     """Long contexts in a batch: the target's drafts over a part of its own KV against plain decoding."""
-    flags = worker_flags(model=model, dtype=dtype, options=option, threads=threads)
+    worker = given_flags(model=model, dtype=dtype, options=option, threads=threads)
     with only_json(json):
         from pdspec.study import sparse as study
 
         result = study.run(
-            worker={name: value for name, value in flags.items() if value is not None},
+            worker=worker,
             sequences=sequences, context=context, tokens=tokens, rounds=rounds,
             trees=[text.strip() for text in trees.split(";") if text.strip()], prompts=prompts,
             progress=notes().print,

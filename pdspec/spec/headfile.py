@@ -11,8 +11,9 @@ import logging
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import xxhash
@@ -26,6 +27,25 @@ WEIGHTS = "model.safetensors"
 Shapes = Mapping[str, tuple[int, ...]]
 Tensors = Mapping[str, torch.Tensor]
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StoredHead:
+    """A head in memory: ``tensors`` float32 under the names that published heads of its family have, ``target_ids``
+    int64 [draft vocabulary] the target id of each draft id. ``target`` is None where the head does not say what it was
+    made for. ``config`` has ``hidden_size``, ``vocab_size`` and ``draft_vocab_size``."""
+
+    config: Any
+    tensors: dict[str, torch.Tensor]
+    target_ids: torch.Tensor
+    target: TargetIdentity | None = None
+    card: dict[str, Any] = field(default_factory=dict)
+
+    def fingerprint(self) -> str:
+        """Hash of geometry, vocabulary map and every weight as it is used (after dequantising)."""
+        digest = xxhash.xxh3_128(tensors_fingerprint(self.config, self.tensors).encode())
+        digest.update(self.target_ids.contiguous().numpy().data)
+        return digest.hexdigest()
 
 
 def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,6 +137,18 @@ def check_tensors(tensors: Tensors, shapes: Shapes, path: Path) -> None:
             raise CheckpointError(f"{name} in {path} is not finite", field="heads", remedy=HEAD_REMEDY)
 
 
+def random_vocabulary(vocab_size: int, draft_vocab_size: int, generator: torch.Generator) -> torch.Tensor:
+    """int64 [draft vocabulary]: target ids drawn without replacement, ascending."""
+    return torch.randperm(vocab_size, generator=generator)[:draft_vocab_size].sort().values
+
+
+def refuse_rest(stored: Tensors, what: str, path: Path) -> None:
+    """Raises CheckpointError for the first tensor that nobody took; ``what`` has no place for it."""
+    if stored:
+        raise CheckpointError(f"{sorted(stored)[0]} in {path} has no place in {what}", field="heads",
+                              remedy=HEAD_REMEDY)
+
+
 def vocabulary_tensors(target_ids: torch.Tensor, vocab_size: int) -> dict[str, torch.Tensor]:
     """A reduced vocabulary as heads store it: ``d2t`` int64 [draft vocabulary] *offsets* (target id = d + d2t[d]) and
     ``t2d`` bool [vocabulary]."""
@@ -148,16 +180,7 @@ def take_target_ids(
     return ids
 
 
-class AnyHead(Protocol):
-    """A head of any family: ``config`` has ``hidden_size`` and ``vocab_size``."""
-
-    @property
-    def config(self) -> Any: ...
-    @property
-    def target(self) -> TargetIdentity | None: ...
-
-
-def check_target(head: AnyHead, serving: TargetIdentity, where: str, *, strict: bool = False) -> bool:
+def check_target(head: StoredHead, serving: TargetIdentity, where: str, *, strict: bool = False) -> bool:
     """Whether a head was made for the very weights that are ``serving``; if not, warns, or refuses when ``strict``.
 
     Raises Incompatible for another geometry or tokenizer, naming the field and both values.

@@ -20,12 +20,11 @@ from pdspec.client import Answer, RouterClient
 from pdspec.config import WorkerConfig
 from pdspec.engine.local import LocalGenerator
 from pdspec.errors import PdspecError
-from pdspec.model.tokenizer import load_tokenizer
-from pdspec.study.machine import read_bandwidth
-from pdspec.study.prompts import study_prompts
+from pdspec.study.machine import read_bandwidth, weight_bytes
 from pdspec.study.repetition import repeated_share
 from pdspec.study.stack import Stack
 from pdspec.study.transformers_peer import TransformersPeer
+from pdspec.study.ways import prompt_ids
 from pdspec.telemetry import usable_cores
 from pdspec.types import GenerateRequest, SamplingParams, UserRequest
 
@@ -94,9 +93,7 @@ def run(
     """The whole benchmark. Raises ConfigError for settings that cannot work."""
     config = WorkerConfig.from_mapping({**worker, "drafters": tuple(dict.fromkeys(("none", *drafters)))} | (
         {} if "drafter" in worker else {"drafter": drafters[-1]}))  # fmt: skip
-    tokenizer = load_tokenizer(config.model, config.cache_dir or None)
-    texts = [prompt.text for prompt in study_prompts(prompts, num_prompts)]
-    ids = [tuple(tokenizer.apply_chat([{"role": "user", "content": text}])) for text in texts]
+    ids = prompt_ids(config, prompts, num_prompts)
     threads = config.threads or usable_cores()
     peer = TransformersPeer(config.model, config.dtype, threads, config.cache_dir or None) if vs_transformers else None
     with Stack(config, progress=progress) as stack, RouterClient(stack.endpoint) as client:
@@ -182,23 +179,14 @@ def _summary(
 
 def _floors(client: RouterClient, config: WorkerConfig, threads: int) -> dict[str, Any]:
     """The time that reading the weights once takes at the measured bandwidth: no plain step can be faster."""
-    from pdspec.model.config import weight_shapes
     from pdspec.model.files import resolve
 
-    shapes = weight_shapes(resolve(config.model, config.cache_dir or None).config)
-    weights = sum(_product(shape) for shape in shapes.values()) * (2 if config.dtype == "bfloat16" else 4)
+    weights = weight_bytes(resolve(config.model, config.cache_dir or None).config, config.dtype)
     bandwidth = read_bandwidth(threads)
     return {
         "weight_bytes": weights, "read_bytes_per_second": bandwidth, "step_ms": 1e3 * weights / bandwidth,
         "tokens_per_second": bandwidth / weights,
     }  # fmt: skip
-
-
-def _product(shape: Sequence[int]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result
 
 
 def _against(

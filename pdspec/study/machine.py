@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from math import prod
 
 import torch
+
+from pdspec.model.config import ModelConfig, weight_shapes
 
 
 def best_seconds(work: Callable[[], object], repeats: int = 5) -> float:
@@ -39,3 +42,8 @@ def matrix_rate(threads: int, size: int = 1024) -> float:
         return 2.0 * size**3 / best_seconds(lambda: a @ b)
     finally:
         torch.set_num_threads(before)
+
+
+def weight_bytes(model: ModelConfig, dtype: str) -> int:
+    """Of the whole target in ``dtype``: what a plain step reads at least."""
+    return sum(prod(shape) for shape in weight_shapes(model).values()) * (2 if dtype == "bfloat16" else 4)

@@ -11,7 +11,6 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 from pdspec.cache.pool import pages_for
@@ -20,8 +19,7 @@ from pdspec.engine.decode import DecodeEngine, DecodeSequence
 from pdspec.engine.local import Kept, LocalGenerator, new_context
 from pdspec.engine.prefill import PrefillSequence, prompt_history
 from pdspec.errors import PdspecError
-from pdspec.model.config import ModelConfig, weight_shapes
-from pdspec.study.machine import read_bandwidth
+from pdspec.study.machine import read_bandwidth, weight_bytes
 from pdspec.study.ways import Progress, prompt_ids
 from pdspec.telemetry import usable_cores
 from pdspec.types import DraftPrefill, GenerateRequest, SamplingParams
@@ -133,7 +131,7 @@ def _summary(
     plain = turns["none", ""]
     group, model = generator.resources.runner.group, generator.resources.files.config
     kv = sequences * context * group.row_bytes * group.num_layers
-    weights = _weight_bytes(model, config.dtype)
+    weights = weight_bytes(model, config.dtype)
     bandwidth = read_bandwidth(config.threads or usable_cores())
     rows: list[dict[str, Any]] = []
     for (drafter, tree), found in turns.items():
@@ -153,7 +151,3 @@ def _summary(
 
 
 _RATES = ("tokens_per_second", "acceptance_length", "step_ms")
-
-
-def _weight_bytes(model: ModelConfig, dtype: str) -> int:
-    return sum(prod(shape) for shape in weight_shapes(model).values()) * (2 if dtype == "bfloat16" else 4)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
-from pdspec.errors import ConfigError
 from pdspec.spec.eagle1.checkpoint import load_head
 from pdspec.spec.eagle1.config import Eagle1Config
 from pdspec.train.eagle1 import Eagle1Trainer, new_tensors
-from pdspec.train.recipe import Start, Weights, target_parts
+from pdspec.train.recipe import Start, Weights, frozen, refuse_recount, target_parts
 
 TITLE = "EAGLE-1"
 DEPTH = 5
@@ -20,8 +17,7 @@ _POSITIONS = 2048  # of an evaluation
 def new(start: Start) -> Eagle1Trainer:
     """See Recipe. Raises ConfigError for ``recount``: the output rows are the target's, start anew for others."""
     config = start.config
-    if config.recount:
-        raise ConfigError("these heads learn no output rows", field="recount", remedy="leave --recount out")
+    refuse_recount(config)
     head = load_head(config.head) if config.head else None
     target_ids = start.target_ids() if head is None else head.target_ids
     if head is None:
@@ -38,5 +34,5 @@ def new(start: Start) -> Eagle1Trainer:
 def load(folder: Path, weights: Weights) -> Eagle1Trainer:
     """See Recipe."""
     head = load_head(folder)
-    parameters = {name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in head.tensors.items()}
+    parameters = frozen(head.tensors)
     return Eagle1Trainer(head.config, parameters, head.target_ids, target_parts(weights, head.target_ids), _POSITIONS)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from pdspec.spec.eagle3.checkpoint import load_head
 from pdspec.spec.eagle3.config import Eagle3Config
 from pdspec.train.eagle3 import Eagle3Trainer, new_tensors
-from pdspec.train.recipe import Start, Weights, output_rows, target_parts
+from pdspec.train.recipe import Start, Weights, frozen, output_rows, target_parts
 from pdspec.train.vocab import move_rows
 
 TITLE = "EAGLE-3"
@@ -40,5 +38,5 @@ def new(start: Start) -> Eagle3Trainer:
 def load(folder: Path, weights: Weights) -> Eagle3Trainer:
     """See Recipe."""
     head = load_head(folder)
-    parameters = {name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in head.tensors.items()}
+    parameters = frozen(head.tensors)
     return Eagle3Trainer(head.config, parameters, head.target_ids, target_parts(weights, head.target_ids), _POSITIONS)

@@ -17,7 +17,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 
-from pdspec.errors import UnknownName
+from pdspec.errors import ConfigError, UnknownName
 from pdspec.model.files import ModelFiles
 from pdspec.spec.heads import TargetIdentity
 from pdspec.train.config import TrainConfig
@@ -32,6 +32,18 @@ Weights = Mapping[str, torch.Tensor]
 def output_rows(weights: Weights) -> torch.Tensor:
     """The target's output matrix [V, H], tied or not."""
     return weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+
+
+def frozen(tensors: Weights) -> dict[str, torch.nn.Parameter]:
+    """A saved head's tensors as a trainer holds them, to be evaluated."""
+    return {name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
+
+
+def refuse_recount(config: TrainConfig) -> None:
+    """Raises ConfigError where output rows are the target's: nothing learnt depends on the draft vocabulary."""
+    if config.recount:
+        raise ConfigError("these heads learn no output rows", field="recount",
+                          remedy="leave --recount out, or start new ones")
 
 
 def target_parts(weights: Weights, target_ids: torch.Tensor) -> TargetParts:

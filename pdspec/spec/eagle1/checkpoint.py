@@ -9,23 +9,23 @@ A public head may be a ``pytorch_model.bin`` instead.
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import xxhash
 
 from pdspec.errors import CheckpointError
 from pdspec.spec.eagle1.config import Eagle1Config, head_json, parse_head
 from pdspec.spec.headfile import (
     WEIGHTS,
+    StoredHead,
     check_tensors,
     random_tensors,
+    random_vocabulary,
     read_tensors,
+    refuse_rest,
     take_target_ids,
     take_tensors,
-    tensors_fingerprint,
     vocabulary_tensors,
     write_head,
 )
@@ -35,28 +35,17 @@ _PICKLED = "pytorch_model.bin"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Head:
-    """A head in memory: ``tensors`` float32 under SafeAILab's keys, ``target_ids`` int64 [draft vocabulary] the target
-    id of each draft id. ``target`` is None where the head does not say what it was made for."""
+class Head(StoredHead):
+    """Under SafeAILab's keys."""
 
     config: Eagle1Config
-    tensors: dict[str, torch.Tensor]
-    target_ids: torch.Tensor
-    target: TargetIdentity | None = None
-    card: dict[str, Any] = field(default_factory=dict)
-
-    def fingerprint(self) -> str:
-        """Hash of geometry, vocabulary map and every weight as it is used (after dequantising)."""
-        digest = xxhash.xxh3_128(tensors_fingerprint(self.config, self.tensors).encode())
-        digest.update(self.target_ids.contiguous().numpy().data)
-        return digest.hexdigest()
 
 
 def random_head(config: Eagle1Config, seed: int, target: TargetIdentity | None = None) -> Head:
     """A head of random weights and vocabulary map, the same for the same seed; its draft ids are ascending."""
     tensors, generator = random_tensors(config.shapes(), seed)
-    chosen = torch.randperm(config.vocab_size, generator=generator)[: config.draft_vocab_size]
-    return Head(config=config, tensors=tensors, target_ids=chosen.sort().values, target=target)
+    chosen = random_vocabulary(config.vocab_size, config.draft_vocab_size, generator)
+    return Head(config=config, tensors=tensors, target_ids=chosen, target=target)
 
 
 def save_head(folder: Path, head: Head, *, int8: bool = False) -> None:
@@ -78,9 +67,7 @@ def load_head(folder: Path) -> Head:
     target_ids = take_target_ids(stored, config.draft_vocab_size, config.vocab_size, path)
     stored.pop("embed_tokens.weight", None)
     tensors = take_tensors(stored, config.shapes(), path)
-    if stored:
-        raise CheckpointError(f"{sorted(stored)[0]} in {path} has no place in an EAGLE-1 head", field="heads",
-                              remedy=HEAD_REMEDY)
+    refuse_rest(stored, "an EAGLE-1 head", path)
     return Head(config=config, tensors=tensors, target_ids=target_ids, target=target, card=card)
 
 

@@ -6,52 +6,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-import xxhash
-
-from pdspec.errors import CheckpointError
 from pdspec.spec.eagle3.config import Eagle3Config, head_json, parse_head
 from pdspec.spec.headfile import (
     WEIGHTS,
+    StoredHead,
     check_tensors,
     random_tensors,
+    random_vocabulary,
     read_tensors,
+    refuse_rest,
     take_target_ids,
     take_tensors,
-    tensors_fingerprint,
     vocabulary_tensors,
     write_head,
 )
-from pdspec.spec.heads import HEAD_REMEDY, TargetIdentity, read_head_json
+from pdspec.spec.heads import TargetIdentity, read_head_json
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Head:
-    """A head in memory: ``tensors`` float32 under SafeAILab's keys, ``target_ids`` int64 [draft vocabulary] the target
-    id of each draft id. ``target`` is None where the head does not say what it was made for."""
+class Head(StoredHead):
+    """Under SafeAILab's keys."""
 
     config: Eagle3Config
-    tensors: dict[str, torch.Tensor]
-    target_ids: torch.Tensor
-    target: TargetIdentity | None = None
-    card: dict[str, Any] = field(default_factory=dict)
-
-    def fingerprint(self) -> str:
-        """Hash of geometry, vocabulary map and every weight as it is used (after dequantising)."""
-        digest = xxhash.xxh3_128(tensors_fingerprint(self.config, self.tensors).encode())
-        digest.update(self.target_ids.contiguous().numpy().data)
-        return digest.hexdigest()
 
 
 def random_head(config: Eagle3Config, seed: int, target: TargetIdentity | None = None) -> Head:
     """A head of random weights and vocabulary map, the same for the same seed; its draft ids are ascending."""
     tensors, generator = random_tensors(_shapes(config), seed)
-    chosen = torch.randperm(config.vocab_size, generator=generator)[: config.draft_vocab_size]
-    return Head(config=config, tensors=tensors, target_ids=chosen.sort().values, target=target)
+    chosen = random_vocabulary(config.vocab_size, config.draft_vocab_size, generator)
+    return Head(config=config, tensors=tensors, target_ids=chosen, target=target)
 
 
 def save_head(folder: Path, head: Head, *, int8: bool = False) -> None:
@@ -71,9 +57,7 @@ def load_head(folder: Path, target_layers: int = 0) -> Head:
     target_ids = take_target_ids(stored, config.draft_vocab_size, config.vocab_size, path)
     stored.pop("embed_tokens.weight", None)  # a copy of the target's
     tensors = take_tensors(stored, _shapes(config), path)
-    if stored:
-        raise CheckpointError(f"{sorted(stored)[0]} in {path} has no place in an EAGLE-3 head", field="heads",
-                              remedy=HEAD_REMEDY)
+    refuse_rest(stored, "an EAGLE-3 head", path)
     return Head(config=config, tensors=tensors, target_ids=target_ids, target=target, card=card)
 
 

@@ -9,46 +9,34 @@ Published heads have no map and one output matrix each; some put ``medusa_head.`
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-import xxhash
 
 from pdspec.errors import CheckpointError
 from pdspec.spec.headfile import (
     WEIGHTS,
+    StoredHead,
     check_tensors,
     random_tensors,
+    random_vocabulary,
     read_tensors,
+    refuse_rest,
     take_target_ids,
     take_tensors,
-    tensors_fingerprint,
     vocabulary_tensors,
     write_head,
 )
-from pdspec.spec.heads import HEAD_REMEDY, TargetIdentity, read_head_json
+from pdspec.spec.heads import TargetIdentity, read_head_json
 from pdspec.spec.medusa.config import MedusaConfig, head_json, parse_head
 
 _PUBLISHED = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Heads:
-    """Heads in memory: ``tensors`` float32 under Medusa's keys, ``target_ids`` int64 [draft vocabulary] the target id
-    of each draft id. ``target`` is None where the heads do not say what they were made for."""
+class Heads(StoredHead):
+    """Under Medusa's keys."""
 
     config: MedusaConfig
-    tensors: dict[str, torch.Tensor]
-    target_ids: torch.Tensor
-    target: TargetIdentity | None = None
-    card: dict[str, Any] = field(default_factory=dict)
-
-    def fingerprint(self) -> str:
-        """Hash of geometry, vocabulary map and every weight as it is used (after dequantising)."""
-        weights = tensors_fingerprint(self.config, self.tensors)
-        return xxhash.xxh3_128_hexdigest(weights.encode() + self.target_ids.contiguous().numpy().tobytes())
 
 
 def random_heads(config: MedusaConfig, seed: int, target: TargetIdentity | None = None) -> Heads:
@@ -57,8 +45,8 @@ def random_heads(config: MedusaConfig, seed: int, target: TargetIdentity | None 
     for name, tensor in tensors.items():
         if name.endswith(".bias"):
             tensor -= 1.0
-    chosen = torch.randperm(config.vocab_size, generator=generator)[: config.draft_vocab_size]
-    return Heads(config=config, tensors=tensors, target_ids=chosen.sort().values, target=target)
+    chosen = random_vocabulary(config.vocab_size, config.draft_vocab_size, generator)
+    return Heads(config=config, tensors=tensors, target_ids=chosen, target=target)
 
 
 def save_heads(folder: Path, heads: Heads, *, int8: bool = False) -> None:
@@ -80,7 +68,5 @@ def load_heads(folder: Path) -> Heads:
     config, target, card = parse_head(read_head_json(folder), shapes, folder)
     target_ids = take_target_ids(stored, config.draft_vocab_size, config.vocab_size, path)
     tensors = take_tensors(stored, config.shapes(), path)
-    if stored:
-        raise CheckpointError(f"{sorted(stored)[0]} in {path} has no place in Medusa heads", field="heads",
-                              remedy=HEAD_REMEDY)
+    refuse_rest(stored, "Medusa heads", path)
     return Heads(config=config, tensors=tensors, target_ids=target_ids, target=target, card=card)

@@ -9,24 +9,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-import xxhash
 
-from pdspec.errors import CheckpointError
 from pdspec.spec.headfile import (
     WEIGHTS,
+    StoredHead,
     check_tensors,
     random_tensors,
+    random_vocabulary,
     read_tensors,
+    refuse_rest,
     take_target_ids,
     take_tensors,
-    tensors_fingerprint,
     vocabulary_tensors,
     write_head,
 )
-from pdspec.spec.heads import HEAD_REMEDY, TargetIdentity, read_head_json
+from pdspec.spec.heads import TargetIdentity, read_head_json
 from pdspec.spec.mtp.config import MtpConfig, head_json, parse_head
 
 # What modules share with the target: DeepSeek repeats it in each.
@@ -34,31 +33,18 @@ EMBEDDING, LM_HEAD = "embed_tokens.weight", "shared_head.head.weight"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Head:
-    """All modules in memory: ``tensors`` float32 under DeepSeek's keys, ``target_ids`` int64 [draft vocabulary] the
-    target id of each draft id. ``shared`` has what the file repeats of the target, as it is stored. ``target`` is None
-    where the head does not say what it was made for."""
+class Head(StoredHead):
+    """All modules, under DeepSeek's keys. ``shared`` has what the file repeats of the target, as it is stored."""
 
     config: MtpConfig
-    tensors: dict[str, torch.Tensor]
-    target_ids: torch.Tensor
-    target: TargetIdentity | None = None
-    card: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def fingerprint(self) -> str:
-        """Hash of geometry, vocabulary map and every weight as it is used (after dequantising)."""
-        ours = tensors_fingerprint(self.config, self.tensors)
-        digest = xxhash.xxh3_128(ours.encode())
-        digest.update(self.target_ids.contiguous().numpy().data)
-        return digest.hexdigest()
 
 
 def random_head(config: MtpConfig, seed: int, target: TargetIdentity | None = None) -> Head:
     """Modules of random weights and vocabulary map, the same for the same seed; draft ids are ascending."""
     tensors, generator = random_tensors(config.shapes(), seed)
-    chosen = torch.randperm(config.vocab_size, generator=generator)[: config.draft_vocab_size]
-    return Head(config=config, tensors=tensors, target_ids=chosen.sort().values, target=target)
+    chosen = random_vocabulary(config.vocab_size, config.draft_vocab_size, generator)
+    return Head(config=config, tensors=tensors, target_ids=chosen, target=target)
 
 
 def save_head(folder: Path, head: Head, *, int8: bool = False) -> None:
@@ -85,7 +71,5 @@ def load_head(folder: Path) -> Head:
             if key in stored:
                 shared[key] = stored.pop(key)
     check_tensors(shared, dict.fromkeys(shared, (config.vocab_size, config.hidden_size)), path)
-    if stored:
-        raise CheckpointError(f"{sorted(stored)[0]} in {path} has no place in {config.num_modules} MTP modules",
-                              field="heads", remedy=HEAD_REMEDY)
+    refuse_rest(stored, f"{config.num_modules} MTP modules", path)
     return Head(config=config, tensors=tensors, target_ids=target_ids, target=target, card=card, shared=shared)
