@@ -1,6 +1,7 @@
 /* y = x W^T (+ bias) (+ y): W packed as [ceil(N/16)][K][16] in bf16 or float32, x and y float32.
  * Rows are taken in tiles of up to 6, blocks of 16 outputs one or two at a time; the order of operations for one
- * output is k = 0 .. K-1 in every tile shape. */
+ * output is the same in every tile shape: k = 0 .. K-1, with float32 weights summed in parts of PART first (half the
+ * rounding error of one long sum; weights in bf16 have more of their own). */
 #include "pdk.h"
 
 typedef struct {
@@ -19,11 +20,12 @@ void pd_pack(const void *weight, int N, int K, int bf16, void *out) {
             }
 }
 
+#define PART 96
 /* ``ahead``: the blocks to bring into the cache meanwhile, one per block of this tile, or NULL. */
 INLINE void tile(const Linear *t, int r0, int b0, const char *ahead, const int rows, const int blocks, const int bf16) {
-    vf acc[6][2 * NV];
+    vf acc[6][2 * NV], sum[6][2 * NV];
     for (int r = 0; r < rows; r++)
-        for (int v = 0; v < blocks * NV; v++) acc[r][v] = splat(0);
+        for (int v = 0; v < blocks * NV; v++) acc[r][v] = sum[r][v] = splat(0);
     const float *x[6];
     for (int r = 0; r < rows; r++) x[r] = t->x + (size_t)(r0 + r) * t->ldx;
     const size_t block = (size_t)t->K * 16, base = (size_t)b0 * block;
@@ -39,13 +41,19 @@ INLINE void tile(const Linear *t, int r0, int b0, const char *ahead, const int r
                 for (int v = 0; v < blocks * NV; v++) acc[r][v] = fma_add(xs, w[v], acc[r][v]);
             }
         }
+        if (!bf16 && ((k0 + line) % PART == 0 || k0 + line == t->K))
+            for (int r = 0; r < rows; r++)
+                for (int v = 0; v < blocks * NV; v++) {
+                    sum[r][v] += acc[r][v];
+                    acc[r][v] = splat(0);
+                }
     }
     for (int r = 0; r < rows; r++) {
         float *y = t->y + (size_t)(r0 + r) * t->ldy;
         for (int v = 0; v < blocks * NV; v++) {
             int n = b0 * 16 + v * LANES;
             for (int l = 0; l < LANES && n + l < t->N; l++) {
-                float s = acc[r][v][l];
+                float s = bf16 ? acc[r][v][l] : sum[r][v][l];
                 if (t->bias) s += t->bias[n + l];
                 y[n + l] = t->add ? y[n + l] + s : s;
             }
