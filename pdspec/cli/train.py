@@ -30,6 +30,9 @@ def head(family: str, summary: str) -> Callable[..., None]:
         minutes: Annotated[float, typer.Option(help="Of training, instead of --passes.")] = 0.0,
         ttt: Annotated[int, typer.Option(help="Steps of training-time test.")] = 4,
         draft_vocab: Annotated[int, typer.Option(help="Size of the draft vocabulary.")] = 4096,
+        tied_output: Annotated[
+            bool, typer.Option("--tied-output", help="eagle3: the target's output rows serve, none are learnt.")
+        ] = False,
         learning_rate: Annotated[float, typer.Option()] = 6e-4,
         batch: Annotated[int, typer.Option(help="Samples of one step.")] = 8,
         max_length: Annotated[int, typer.Option(help="Tokens of one sample.")] = 768,
@@ -53,7 +56,8 @@ def head(family: str, summary: str) -> Callable[..., None]:
                 model=model or default_model(), out=out, prompts=tuple(prompts or ()), holdout=holdout, tokens=tokens,
                 self_share=self_share, minutes=minutes,
                 passes=0.0 if minutes > 0 else 3.0 if passes is None else passes,
-                ttt=ttt, draft_vocab=draft_vocab, learning_rate=learning_rate, batch=batch, max_length=max_length,
+                ttt=ttt, draft_vocab=draft_vocab, tied_output=tied_output, learning_rate=learning_rate, batch=batch,
+                max_length=max_length,
                 seed=seed, threads=threads or 0, head=head, recount=recount, data=tuple(data or ()), work=work,
                 resume=resume,
             )  # fmt: skip

@@ -54,3 +54,14 @@ def take_rows(batch: ForwardBatch, rows: np.ndarray) -> ForwardBatch:
     """Some rows of a batch, in the order named."""
     taken: dict[str, Any] = {name: np.ascontiguousarray(getattr(batch, name)[rows]) for name in _ROW_FIELDS}
     return replace(batch, **taken)
+
+
+def output_rows(ops: Any, lm_head: Any, target_ids: torch.Tensor, dtype: torch.dtype) -> Any:
+    """The target's output rows of the draft ids, packed by ``ops``: ``lm_head`` [V, H] itself where these are all ids,
+    else a copy of its rows. Raises ValueError without ``lm_head``."""
+    if lm_head is None:
+        raise ValueError("this head has no output rows of its own, and no target's were given")
+    ids = target_ids.numpy()
+    vocabulary = lm_head.rows if hasattr(lm_head, "rows") else len(lm_head)
+    whole = len(ids) == vocabulary and bool((ids == np.arange(len(ids))).all())
+    return lm_head if whole else ops.pack(ops.embed(lm_head, ids).to(dtype))

@@ -11,9 +11,12 @@ from pdspec.spec.eagle3.checkpoint import Head
 class PaperHead:
     """The head over a whole token sequence at once."""
 
-    def __init__(self, head: Head, embedding: torch.Tensor) -> None:
+    def __init__(self, head: Head, embedding: torch.Tensor, lm_head: torch.Tensor | None = None) -> None:
+        """``lm_head`` [V, H] is the target's, for heads without one."""
         self.w = {name: tensor.double() for name, tensor in head.tensors.items()}
         self.c, self.embedding, self.target_ids = head.config, embedding.double(), head.target_ids
+        if head.config.tied_output and lm_head is not None:
+            self.w["lm_head.weight"] = lm_head[head.target_ids].double()
 
     def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return x / (x.square().mean(-1, keepdim=True) + self.c.rms_norm_eps).sqrt() * self.w[f"{name}.weight"]

@@ -75,13 +75,13 @@ class Reference:
         setting = Setting(target=files, dtype=config.dtype, heads=config.heads)
         where, weights = find_head(drafter, config.heads, setting.identity), load_weights(files, "float32")
         embedding = weights["model.embed_tokens.weight"]
+        lm_head = weights.get("lm_head.weight", embedding)
         self._fused: tuple[int, ...] = ()  # none: the head reads the final state
         self._paper: PaperHead | PaperEagle1
         if drafter == "eagle3":
             head = eagle3.open_head(where, setting)
-            self._fused, self._paper = head.config.fused_layers, PaperHead(head, embedding)
+            self._fused, self._paper = head.config.fused_layers, PaperHead(head, embedding, lm_head)
         else:
-            lm_head = weights.get("lm_head.weight", embedding)
             self._paper = PaperEagle1(eagle1.open_head(where, setting), embedding, lm_head)
         self._target = reference_model(files, "float32").double()
 

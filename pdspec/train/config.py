@@ -28,6 +28,7 @@ class TrainConfig:
     draft_vocab: int = 4096
     recount: bool = False  # with ``head``: choose its draft vocabulary anew, by ``draft_vocab`` and the data
     intermediate: int = 0  # 0: the target's
+    tied_output: bool = False  # eagle3: no output rows of its own, the target's serve; a larger draft vocabulary fits
     learning_rate: float = 6e-4
     warmup: float = 0.03  # share of the run
     batch: int = 8  # samples per step

@@ -49,8 +49,9 @@ def new_tensors(
         source = target[f"{last}mlp.{name}.weight"]
         if tuple(source.shape) == config.matrix_shapes()[f"midlayer.mlp.{name}.weight"]:
             tensors[f"midlayer.mlp.{name}.weight"] = source.float().clone()
-    output = target.get("lm_head.weight", target["model.embed_tokens.weight"])
-    tensors["lm_head.weight"] = output[target_ids].float()
+    if not config.tied_output:
+        output = target.get("lm_head.weight", target["model.embed_tokens.weight"])
+        tensors["lm_head.weight"] = output[target_ids].float()
     tensors["midlayer.hidden_norm.weight"] = target[f"{last}input_layernorm.weight"].float().clone()
     tensors["midlayer.post_attention_layernorm.weight"] = (
         target[f"{last}post_attention_layernorm.weight"].float().clone()
@@ -100,6 +101,7 @@ class Eagle3Trainer(ChainTrainer):
         return features, torch.cat((embedded, rms(features, w["midlayer.hidden_norm.weight"], eps)), 1)
 
     def scored(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Through its own norm and output rows."""
+        """Through its own norm and output rows (or the target's)."""
         w = self.parameters
-        return rms(output, w["norm.weight"], self.config.rms_norm_eps), w["lm_head.weight"]
+        rows = self.parts.output if self.config.tied_output else w["lm_head.weight"]
+        return rms(output, w["norm.weight"], self.config.rms_norm_eps), rows

@@ -20,16 +20,18 @@ def new(start: Start) -> Eagle3Trainer:
     """See Recipe; with ``recount`` the draft vocabulary of the head to start from is chosen anew."""
     config, weights = start.config, start.weights
     head = load_head(config.head) if config.head else None
-    if head is not None and config.recount:
-        target_ids = start.target_ids()
-        geometry = replace(head.config, draft_vocab_size=len(target_ids))
-        rows = move_rows(head.tensors["lm_head.weight"], head.target_ids, target_ids, output_rows(weights))
-        tensors = {**head.tensors, "lm_head.weight": rows}
-    elif head is not None:
-        target_ids, geometry, tensors = head.target_ids, head.config, head.tensors
+    if head is not None:
+        target_ids = start.target_ids() if config.recount else head.target_ids
+        tied = head.config.tied_output or config.tied_output
+        geometry = replace(head.config, draft_vocab_size=len(target_ids), tied_output=tied)
+        tensors = dict(head.tensors)
+        own = tensors.pop("lm_head.weight", None)
+        if not tied and own is not None:
+            tensors["lm_head.weight"] = move_rows(own, head.target_ids, target_ids, output_rows(weights))
     else:
         target_ids = start.target_ids()
-        geometry = Eagle3Config.for_target(start.files.config, len(target_ids), intermediate_size=config.intermediate)
+        geometry = Eagle3Config.for_target(start.files.config, len(target_ids),
+                                           intermediate_size=config.intermediate, tied_output=config.tied_output)
         tensors = new_tensors(geometry, weights, target_ids, start.files.config.num_layers, config.seed)
     parts = target_parts(weights, target_ids)
     return Eagle3Trainer(geometry, start.parameters(tensors), target_ids, parts, start.positions)

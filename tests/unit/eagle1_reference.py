@@ -38,6 +38,7 @@ HEADS = {
     "eagle3": random_head3(Eagle3Config.for_target(TARGET, 60), 1),
     "fc_norm": random_head3(Eagle3Config.for_target(TARGET, 60, fc_norm=True), 1),
     "norm_output": random_head3(Eagle3Config.for_target(TARGET, 60, norm_output=True), 1),
+    "tied": random_head3(Eagle3Config.for_target(TARGET, 60, tied_output=True), 1),
     "eagle3.1": random_head3(Eagle3Config.for_target(TARGET, 60, fc_norm=True, norm_output=True), 3),
 }
 
@@ -68,7 +69,8 @@ def make_world(ops: Ops, kind: str = "eagle1", *, page_size: int = 8, tree: str 
     paper: Any
     drafter: FeatureDrafter
     if third:
-        paper, drafter = PaperHead(head, EMBEDDING), Eagle3Drafter(head, Eagle3Head(head, **common), cache, **options)
+        paper = PaperHead(head, EMBEDDING, LM_HEAD)
+        drafter = Eagle3Drafter(head, Eagle3Head(head, lm_head=ops.pack(LM_HEAD), **common), cache, **options)
     else:
         paper = PaperEagle1(head, EMBEDDING, LM_HEAD)
         model = Eagle1Head(head, lm_head=ops.pack(LM_HEAD), group=group.name, **common)

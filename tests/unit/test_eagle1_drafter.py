@@ -22,7 +22,7 @@ TREES = (("chain(4)", 13), ("static(2x2x1)", 24), ("dynamic(3,3,6)", 1))
 UNSTABLE, PADDED = {"stable_kv": False}, {"padding": True}
 VARIANTS = [
     ("eagle1", {}), ("eagle1", PADDED), ("eagle1", UNSTABLE), ("eagle1", {**UNSTABLE, **PADDED}), ("whole", {}),
-    ("eagle3", PADDED), ("eagle3", UNSTABLE), ("fc_norm", {}), ("norm_output", {}), ("eagle3.1", {}),
+    ("eagle3", PADDED), ("eagle3", UNSTABLE), ("fc_norm", {}), ("norm_output", {}), ("eagle3.1", {}), ("tied", {}),
     ("eagle3.1", {**UNSTABLE, **PADDED}),
 ]
 

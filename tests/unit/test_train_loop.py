@@ -173,3 +173,14 @@ def test_a_store_of_another_target_is_refused(tmp_path: Path, store: TokenStore)
         train_head(run_config(tmp_path, store, model="tiny-6"), show=False)
     with pytest.raises(ConfigError, match="passes or minutes"):
         run_config(tmp_path, store, minutes=1.0)
+
+
+def test_a_head_with_tied_output_learns_none_and_may_follow_one_that_did(tmp_path: Path, store: TokenStore) -> None:
+    train_head(run_config(tmp_path / "own", store, max_steps=1), show=False)
+    changes = {"head": tmp_path / "own", "recount": True, "draft_vocab": 200, "tied_output": True}
+    tied = train_head(run_config(tmp_path / "tied", store, **changes), show=False)
+    assert tied.config.tied_output and len(tied.target_ids) == 200 and "lm_head.weight" not in tied.tensors
+    again = load_head(tmp_path / "tied")
+    assert again.config == tied.config and again.tensors.keys() == tied.tensors.keys()
+    losses = [loss for _, loss in curve(tmp_path / "tied")]
+    assert sum(losses[-3:]) < sum(losses[:3])

@@ -20,7 +20,7 @@ from pdspec.cache.paged import DTYPES, PagedCache
 from pdspec.model.batch import ForwardBatch
 from pdspec.model.ops import Ops, make_rope
 from pdspec.spec.eagle1.checkpoint import Head
-from pdspec.spec.feature_rows import take_rows
+from pdspec.spec.feature_rows import output_rows, take_rows
 from pdspec.spec.protocol import HiddenRows
 
 
@@ -51,9 +51,7 @@ class Eagle1Head:
         self._gate_up = pack("layers.0.mlp.gate_proj", "layers.0.mlp.up_proj")
         self._down = pack("layers.0.mlp.down_proj")
         self._post_norm = head.tensors["layers.0.post_attention_layernorm.weight"].float().to(ops.device)
-        ids = head.target_ids.numpy()
-        whole = len(ids) == head.config.vocab_size and bool((ids == np.arange(len(ids))).all())
-        self._lm_head = lm_head if whole else ops.pack(ops.embed(lm_head, ids).to(DTYPES[dtype]))
+        self._lm_head = output_rows(ops, lm_head, head.target_ids, DTYPES[dtype])
 
     def features(self, hidden: HiddenRows) -> torch.Tensor:
         """The target's final hidden states of rows, [R, H]. Raises ValueError when they were not asked for."""

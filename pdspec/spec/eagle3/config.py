@@ -16,7 +16,7 @@ from pdspec.types import CacheGroup
 GROUP = "draft/eagle3"
 # Variants of the architecture that some public heads set; refused until they are built, never approximated.
 _UNSUPPORTED = ("norm_before_residual", "norm_before_fc", "bias", "attention_bias")
-_FLAGS = ("fc_norm", "norm_output")  # of EAGLE-3.1
+_FLAGS = ("fc_norm", "norm_output", "tied_output")  # the first two are EAGLE-3.1's
 
 
 def default_fused_layers(num_layers: int) -> tuple[int, int, int]:
@@ -32,11 +32,13 @@ def default_fused_layers(num_layers: int) -> tuple[int, int, int]:
 class Eagle3Config(LayerGeometry):
     """Geometry of a head. ``fused_layers`` are target layers whose inputs it reads, in the order in which ``fc`` takes
     them. EAGLE-3.1 (2605.09992): ``fc_norm``, each level is normed before ``fc``; ``norm_output``, the normed output of
-    a row is the feature of the next one, and what ``lm_head`` reads."""
+    a row is the feature of the next one, and what ``lm_head`` reads. With ``tied_output`` the head has no ``lm_head``:
+    the target's output rows of its draft ids serve."""
 
     fused_layers: tuple[int, ...]
     fc_norm: bool = False
     norm_output: bool = False
+    tied_output: bool = False
 
     def wrong_fields(self) -> list[str]:
         """See ``LayerGeometry``."""
@@ -48,12 +50,12 @@ class Eagle3Config(LayerGeometry):
     @classmethod
     def for_target(
         cls, target: ModelConfig, draft_vocab_size: int, *, intermediate_size: int = 0,
-        fused_layers: tuple[int, ...] = (), fc_norm: bool = False, norm_output: bool = False,
+        fused_layers: tuple[int, ...] = (), fc_norm: bool = False, norm_output: bool = False, tied_output: bool = False,
     ) -> Eagle3Config:
         """A head with the target's own attention geometry and RoPE (0 and () take the target's and the default)."""
         return cls(
             **target_geometry(target, draft_vocab_size, intermediate_size), fc_norm=fc_norm, norm_output=norm_output,
-            fused_layers=fused_layers or default_fused_layers(target.num_layers),
+            tied_output=tied_output, fused_layers=fused_layers or default_fused_layers(target.num_layers),
         )
 
     def cache_group(self, dtype: str) -> CacheGroup:
@@ -62,10 +64,10 @@ class Eagle3Config(LayerGeometry):
 
     def matrix_shapes(self) -> dict[str, tuple[int, int]]:
         """Its matrices [N, K] under SafeAILab's keys."""
+        output = {} if self.tied_output else {"lm_head.weight": (self.draft_vocab_size, self.hidden_size)}
         return {
             "fc.weight": (self.hidden_size, len(self.fused_layers) * self.hidden_size),
-            **self.layer_shapes("midlayer", 2 * self.hidden_size),
-            "lm_head.weight": (self.draft_vocab_size, self.hidden_size),
+            **self.layer_shapes("midlayer", 2 * self.hidden_size), **output,
         }
 
     def norm_shapes(self) -> dict[str, tuple[int]]:

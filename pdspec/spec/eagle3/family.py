@@ -54,8 +54,8 @@ def make(setting: Setting, parts: Parts) -> Drafter:
             f"the head in {where} fuses layers {head.config.fused_layers}, the target has {target.num_layers}",
             field="fused_layers", remedy="choose the head made for this target",
         )
-    model = Eagle3Head(head, ops=parts.ops, embedding=parts.runner.embedding, cache=parts.cache, dtype=setting.dtype,
-                       max_positions=target.max_context)
+    model = Eagle3Head(head, ops=parts.ops, embedding=parts.runner.embedding, lm_head=parts.runner.lm_head,
+                       cache=parts.cache, dtype=setting.dtype, max_positions=target.max_context)
     tree = _TREE if parts.ops.device.type == "cpu" else _TREE_GPU
     return Eagle3Drafter(
         head, model, parts.cache, dtype=setting.dtype, tree=tree, target_matches=matches,

@@ -25,15 +25,17 @@ from pdspec.model.ops import Ops, make_rope
 from pdspec.spec.eagle3.checkpoint import Head
 from pdspec.spec.eagle3.config import GROUP
 from pdspec.spec.eagle3.native import NativeLayer
-from pdspec.spec.feature_rows import take_rows
+from pdspec.spec.feature_rows import output_rows, take_rows
 from pdspec.spec.protocol import HiddenRows
 
 
 class Eagle3Head:
-    """Packed weights of a head. ``embedding`` is the target's, packed by the same ``ops``."""
+    """Packed weights of a head. ``embedding`` and ``lm_head`` are the target's, packed by the same ``ops``; a head with
+    output rows of its own reads no ``lm_head``."""
 
     def __init__(
-        self, head: Head, *, ops: Ops, embedding: Any, cache: PagedCache, dtype: str, max_positions: int
+        self, head: Head, *, ops: Ops, embedding: Any, cache: PagedCache, dtype: str, max_positions: int,
+        lm_head: Any = None,
     ) -> None:
         self.ops, self.embedding, self.config = ops, embedding, head.config
         self.max_positions = max_positions
@@ -55,7 +57,8 @@ class Eagle3Head:
         self._o = pack("midlayer.self_attn.o_proj")
         self._gate_up = pack("midlayer.mlp.gate_proj", "midlayer.mlp.up_proj")
         self._down = pack("midlayer.mlp.down_proj")
-        self._lm_head = pack("lm_head")
+        tied = head.config.tied_output
+        self._lm_head = output_rows(ops, lm_head, head.target_ids, DTYPES[dtype]) if tied else pack("lm_head")
         self._input_norm, self._hidden_norm = norm("midlayer.input_layernorm"), norm("midlayer.hidden_norm")
         self._post_norm, self._norm = norm("midlayer.post_attention_layernorm"), norm("norm")
         levels = range(len(head.config.fused_layers) if head.config.fc_norm else 0)
