@@ -35,6 +35,7 @@ class TrainConfig:
     max_length: int = 768  # tokens of a sample
     seed: int = 0
     threads: int = 0
+    precision: str = "auto"  # of matrix products: auto (bfloat16 where the CPU has units for it) | float32 | bfloat16
     resume: bool = False
     head: Path | None = None
     data: tuple[Path, ...] = ()

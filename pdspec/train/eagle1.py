@@ -19,6 +19,7 @@ from pdspec.spec.eagle1.config import Eagle1Config
 from pdspec.spec.heads import TargetIdentity
 from pdspec.train.chain import ChainTrainer
 from pdspec.train.packing import Example, Packed
+from pdspec.train.precision import product
 from pdspec.train.scoring import StepScores, TargetParts, teacher
 
 TOKEN_WEIGHT = 0.1
@@ -81,7 +82,7 @@ class Eagle1Trainer(ChainTrainer):
     def inputs(self, ids: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Token and feature through ``fc``; there is no norm before attention."""
         both = torch.cat((self.parts.embedding[ids], features), 1)
-        x = F.linear(both, self.parameters["fc.weight"], self.parameters.get("fc.bias"))
+        x = product(both, self.parameters["fc.weight"], self.parameters.get("fc.bias"))
         return x, x
 
     def scored(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

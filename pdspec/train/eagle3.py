@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from pdspec.spec.eagle3.checkpoint import Head, save_head
 from pdspec.spec.eagle3.config import Eagle3Config
 from pdspec.spec.heads import TargetIdentity
 from pdspec.train.chain import ChainTrainer
 from pdspec.train.packing import Example, Packed
+from pdspec.train.precision import product
 from pdspec.train.scoring import StepScores, TargetParts, rms, weighted
 
 DECAY = 0.8
@@ -92,7 +92,7 @@ class Eagle3Trainer(ChainTrainer):
 
     def features(self, packed: Packed, examples: Sequence[Example]) -> torch.Tensor:
         """Three levels, fused."""
-        return F.linear(packed.captured, self.parameters["fc.weight"])
+        return product(packed.captured, self.parameters["fc.weight"])
 
     def inputs(self, ids: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The feature before its norm, and both norms side by side."""

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from pdspec.model.ops import Rope, make_rope
 from pdspec.spec.geometry import LayerGeometry
 from pdspec.train.packing import Keys, Packed
+from pdspec.train.precision import product, products_in
 from pdspec.train.scoring import rms, rotate
 
 Weights = Mapping[str, torch.Tensor]
@@ -39,14 +40,20 @@ class PackedLayer:
         """Rotated q [R, Hq, D] and k, and v, of inputs [R, *]."""
         geometry = self.geometry
         fused = torch.cat([self.weight(f"self_attn.{letter}_proj") for letter in "qkv"])
-        heads = F.linear(x, fused).unflatten(1, (-1, geometry.head_dim))
+        heads = product(x, fused).unflatten(1, (-1, geometry.head_dim))
         cos, sin = self.rope.cos[positions][:, None], self.rope.sin[positions][:, None]
         q, k, v = heads.split((geometry.num_heads, geometry.num_kv_heads, geometry.num_kv_heads), 1)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def attended(self, q: torch.Tensor, keys: Keys, packed: Packed, alive: torch.Tensor) -> torch.Tensor:
-        """[M, H]: what attention adds, of queries [M, Hq, D]; ``alive`` says which of the batch's they are. Each
-        sequence on its own; own rows of later steps enter as single columns."""
+        """[M, H]: what attention adds, of queries [M, Hq, D]; ``alive`` says which of the batch's they are."""
+        with products_in(torch.float32):
+            mixed = self._mixed(q, keys, packed, alive)
+        return product(mixed, self.weight("self_attn.o_proj"))
+
+    def _mixed(self, q: torch.Tensor, keys: Keys, packed: Packed, alive: torch.Tensor) -> torch.Tensor:
+        """Values of the keys that each query sees, [M, Hq D]. Each sequence on its own; own rows of later steps enter as
+        single columns."""
         config, out = self.geometry, []
         groups = config.num_heads // config.num_kv_heads
         q = (q / math.sqrt(config.head_dim)).unflatten(1, (config.num_kv_heads, groups))  # [M, G, g, D]
@@ -68,13 +75,13 @@ class PackedLayer:
                 mixed = mixed + torch.einsum("hgm,mhd->mhgd", p[..., last - first + j], value[start:stop])
             out.append(mixed.flatten(1))
             start = stop
-        return F.linear(torch.cat(out), self.weight("self_attn.o_proj"))
+        return torch.cat(out)
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
         """What the MLP adds to a residual [R, H]."""
         normed = rms(x, self.weight("post_attention_layernorm"), self.geometry.rms_norm_eps)
-        gate = F.silu(F.linear(normed, self.weight("mlp.gate_proj")))
-        return F.linear(gate * F.linear(normed, self.weight("mlp.up_proj")), self.weight("mlp.down_proj"))
+        gate = F.silu(product(normed, self.weight("mlp.gate_proj")))
+        return product(gate * product(normed, self.weight("mlp.up_proj")), self.weight("mlp.down_proj"))
 
     def whole(
         self, x: torch.Tensor, residual: torch.Tensor, positions: torch.Tensor, bounds: Sequence[int]
@@ -86,7 +93,8 @@ class PackedLayer:
         for first, last in pairwise(bounds):
             one = [part[first:last].transpose(0, 1)[None] for part in (q, k, v)]
             keys, values = (part.repeat_interleave(groups, 1) for part in one[1:])
-            mixed = F.scaled_dot_product_attention(one[0], keys, values, is_causal=True)
+            with products_in(torch.float32):
+                mixed = F.scaled_dot_product_attention(one[0], keys, values, is_causal=True)
             out.append(mixed[0].transpose(0, 1).flatten(1))
-        hidden = residual + F.linear(torch.cat(out), self.weight("self_attn.o_proj"))
+        hidden = residual + product(torch.cat(out), self.weight("self_attn.o_proj"))
         return hidden + self.mlp(hidden)

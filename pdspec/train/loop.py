@@ -34,6 +34,7 @@ from pdspec.train.data import Target, generate, load_target
 from pdspec.train.evaluate import evaluate_head, held_out_answers
 from pdspec.train.examples import ExampleReader
 from pdspec.train.plan import DataConfig
+from pdspec.train.precision import product_type, products_in
 from pdspec.train.recipe import Recipe, Start, Trainer, recipe
 from pdspec.train.store import TokenStore
 from pdspec.train.vocab import answer_counts, coverage
@@ -66,6 +67,7 @@ def train(family: str, config: TrainConfig, *, show: bool = True) -> dict[str, A
         "ttt_steps": config.ttt,
         "learning_rate": config.learning_rate,
         "batch": config.batch,
+        "precision": str(product_type(config.precision)).removeprefix("torch."),
         "training_seconds": round(progression.elapsed),
         "final_loss": round(_tail(progression.losses), 4),
         "draft_vocab_coverage": round(reader.coverage, 4),
@@ -95,7 +97,7 @@ def _command(family: str, config: TrainConfig) -> str:
     return (
         f"pdspec train {family} --model {config.model} --out {config.out}{files} --tokens {config.tokens} {length} "
         f"--ttt {config.ttt} --draft-vocab {config.draft_vocab} --learning-rate {config.learning_rate:g} "
-        f"--batch {config.batch} --seed {config.seed}"
+        f"--batch {config.batch} --precision {config.precision} --seed {config.seed}"
     )
 
 
@@ -155,7 +157,7 @@ def _train(
     weights = load_weights(files, "float32")
     trainer = chosen.new(Start(config=config, files=files, weights=weights, counts=counts, state=state))
     optimiser = torch.optim.AdamW(
-        trainer.parameters.values(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+        trainer.parameters.values(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
     progression = Progression()
     if state is not None:
@@ -182,6 +184,7 @@ def run_steps(
     show: bool,
 ) -> None:
     """Trains until the schedule ends, saving on the way and at the end. Step s uses batch s of a seeded order."""
+    dtype = product_type(config.precision)
     per_pass = reader.batches_per_pass(config.batch)
     total = math.ceil(config.passes * per_pass)
     before, began, saved = progression.elapsed, time.monotonic(), time.monotonic()
@@ -194,7 +197,8 @@ def run_steps(
                 break
             for group in optimiser.param_groups:
                 group["lr"] = config.learning_rate * schedule(share, config.warmup)
-            loss, scores = trainer.loss(examples, config.ttt)
+            with products_in(dtype):
+                loss, scores = trainer.loss(examples, config.ttt)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trainer.parameters.values(), CLIP)

@@ -17,6 +17,7 @@ from pdspec.spec.heads import TargetIdentity
 from pdspec.spec.medusa.checkpoint import Heads, save_heads
 from pdspec.spec.medusa.config import MedusaConfig
 from pdspec.train.packing import Example, Packed
+from pdspec.train.precision import product
 from pdspec.train.scoring import StepScores, TargetParts, draft_ids_of, score, teacher, weighted
 
 DECAY = 0.8
@@ -47,7 +48,7 @@ class MedusaTrainer:
             x, output = hidden[rows], self.parts.output
             for block in range(self.config.num_layers):
                 name = f"{head}.{block}.linear"
-                x = x + F.silu(F.linear(x, self.parameters[f"{name}.weight"], self.parameters[f"{name}.bias"]))
+                x = x + F.silu(product(x, self.parameters[f"{name}.weight"], self.parameters[f"{name}.bias"]))
             if self.config.own_lm_heads:
                 output = self.parameters[f"{head}.{self.config.num_layers}.weight"]
             found.append(

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from pdspec.spec.heads import TargetIdentity
 from pdspec.spec.mtp.checkpoint import Head, save_head
 from pdspec.spec.mtp.config import MtpConfig
 from pdspec.train.layer import PackedLayer
 from pdspec.train.packing import Example, Packed
+from pdspec.train.precision import product
 from pdspec.train.scoring import StepScores, TargetParts, draft_ids_of, rms, score, teacher, weighted
 
 
@@ -65,7 +65,7 @@ class MtpTrainer:
             # the last rows of a sequence have no such token; nobody before them sees what they read instead
             embedded = rms(self.parts.embedding[packed.ids_after(every, step)], layer.weight("enorm"), eps)
             both = torch.cat((embedded, rms(hidden, layer.weight("hnorm"), eps)), 1)
-            x = F.linear(both, layer.weight("eh_proj"))
+            x = product(both, layer.weight("eh_proj"))
             output = layer.whole(rms(x, layer.weight("input_layernorm"), eps), x, packed.positions, packed.bounds)
             hidden = rms(output, layer.weight("shared_head.norm"), eps)
             rows = packed.query[packed.alive(step)]

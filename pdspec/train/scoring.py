@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from pdspec.train.packing import Packed
+from pdspec.train.precision import current, multiply, product
 
 CHUNK = 512  # rows of logits in the cache at a time
 
@@ -40,7 +41,7 @@ class StepScores:
 
 def teacher(packed: Packed, parts: TargetParts) -> torch.Tensor:
     """Target probabilities over the draft vocabulary of every target row that some step predicts from."""
-    return F.linear(packed.final, parts.output).softmax(-1)
+    return product(packed.final, parts.output).softmax(-1)
 
 
 def draft_ids_of(target_ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -60,7 +61,7 @@ def score(
     best = draft_ids[packed.best[where].clamp(min=0)]
     counted = (packed.best[where] >= 0) & (best >= 0)
     weight = counted.float() / counted.sum().clamp(min=1)
-    loss, ranked = SoftCrossEntropy.apply(y, output, teacher_p, where, weight, max(rank, 1))
+    loss, ranked = SoftCrossEntropy.apply(y, output, teacher_p, where, weight, max(rank, 1), current())
     example = torch.bucketize(rows, torch.tensor(packed.bounds[1:]), right=True)
     return StepScores(
         torch.stack((example, rows - torch.tensor(packed.bounds)[example]), 1), loss, ranked[:, 0] == best, counted,
@@ -86,22 +87,25 @@ class SoftCrossEntropy(torch.autograd.Function):
         where: torch.Tensor,
         row_weight: torch.Tensor,
         rank: int,
+        dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """y [M, H], teacher [T, V], where [M] rows of teacher, row_weight [M] → loss [], ids [M, rank]."""
+        """y [M, H], teacher [T, V], where [M] rows of teacher, row_weight [M] → loss [], ids [M, rank].
+        Products in ``dtype``."""
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_y, grad_w = (torch.empty_like(y), torch.zeros_like(weight_VH)) if wanted else (None, None)
+        low_y, low_w = y.to(dtype), weight_VH.to(dtype)
         loss, ranked = y.new_zeros(()), torch.empty(len(y), rank, dtype=torch.int64)
         for a in range(0, len(y), CHUNK):
             part = slice(a, a + CHUNK)
-            logits, p = F.linear(y[part], weight_VH), teacher[where[part]]
+            logits, p = multiply(low_y[part], low_w.T, dtype), teacher[where[part]]
             ranked[part] = logits.topk(rank, -1).indices if rank > 1 else logits.argmax(-1, keepdim=True)
             norm = logits.logsumexp(-1)
             cross = norm - (p * logits).sum(-1)
             loss += (cross * row_weight[part]).sum()
             if grad_y is not None and grad_w is not None:
-                grad = logits.sub_(norm[:, None]).exp_().sub_(p).mul_(row_weight[part, None])
-                grad_y[part] = grad @ weight_VH
-                grad_w.addmm_(grad.T, y[part])
+                grad = logits.sub_(norm[:, None]).exp_().sub_(p).mul_(row_weight[part, None]).to(dtype)
+                grad_y[part] = multiply(grad, low_w, dtype)
+                grad_w += multiply(grad.T, low_y[part], dtype)
         if wanted:
             ctx.save_for_backward(grad_y, grad_w)
         ctx.mark_non_differentiable(ranked)
@@ -110,7 +114,7 @@ class SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_y, grad_w = ctx.saved_tensors
-        return grad_y * grads[0], grad_w * grads[0], None, None, None, None
+        return grad_y * grads[0], grad_w * grads[0], None, None, None, None, None
 
 
 def rms(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

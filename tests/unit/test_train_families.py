@@ -38,7 +38,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
 def run_config(out: Path, store: TokenStore, **changes: object) -> TrainConfig:
     values = {
         "model": MODEL, "out": out, "data": (store.folder,), "passes": 60.0, "batch": 4, "ttt": 2, "draft_vocab": 200,
-        "threads": 1, "learning_rate": 4e-3, "evaluate": 0, **changes,
+        "threads": 1, "learning_rate": 4e-3, "evaluate": 0, "precision": "float32", **changes,
     }  # fmt: skip
     return TrainConfig(**values)  # type: ignore[arg-type]
 
