@@ -6,7 +6,6 @@ attends to the rows 0..i of step 0 and to its own rows of steps 1..j, exactly as
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -15,8 +14,9 @@ from torch.nn import functional as F
 
 from pdspec.model.ops import Rope, make_rope
 from pdspec.spec.geometry import LayerGeometry
+from pdspec.train.attention import Span, attend
 from pdspec.train.packing import Keys, Packed
-from pdspec.train.precision import product, products_in
+from pdspec.train.precision import product
 from pdspec.train.scoring import rms, rotate
 
 Weights = Mapping[str, torch.Tensor]
@@ -47,35 +47,18 @@ class PackedLayer:
 
     def attended(self, q: torch.Tensor, keys: Keys, packed: Packed, alive: torch.Tensor) -> torch.Tensor:
         """[M, H]: what attention adds, of queries [M, Hq, D]; ``alive`` says which of the batch's they are."""
-        with products_in(torch.float32):
-            mixed = self._mixed(q, keys, packed, alive)
-        return product(mixed, self.weight("self_attn.o_proj"))
-
-    def _mixed(self, q: torch.Tensor, keys: Keys, packed: Packed, alive: torch.Tensor) -> torch.Tensor:
-        """Values of the keys that each query sees, [M, Hq D]. Each sequence on its own; own rows of later steps enter as
-        single columns."""
-        config, out = self.geometry, []
-        groups = config.num_heads // config.num_kv_heads
-        q = (q / math.sqrt(config.head_dim)).unflatten(1, (config.num_kv_heads, groups))  # [M, G, g, D]
-        own_k = [k[alive] for k in keys.own_k]
-        own_v = [v[alive] for v in keys.own_v]
-        own = [torch.einsum("mhgd,mhd->hgm", q, k) for k in own_k]
-        start = 0
+        spans, start = [], 0
         for sequence, count in enumerate(packed.counts(alive)):
-            stop = start + count
-            first, last = packed.bounds[sequence], packed.bounds[sequence + 1]
-            k, v = keys.k[first:last], keys.v[first:last]
-            scores = torch.einsum("mhgd,nhd->hgmn", q[start:stop], k)
-            rows = packed.query[alive[start:stop]] - first
-            scores = scores.masked_fill(torch.arange(last - first)[None] > rows[:, None], -math.inf)
-            extra = [s[:, :, start:stop, None] for s in own]
-            p = torch.cat([scores, *extra], -1).softmax(-1)
-            mixed = torch.einsum("hgmn,nhd->mhgd", p[..., : last - first], v)
-            for j, value in enumerate(own_v):
-                mixed = mixed + torch.einsum("hgm,mhd->mhgd", p[..., last - first + j], value[start:stop])
-            out.append(mixed.flatten(1))
-            start = stop
-        return torch.cat(out)
+            if count:
+                first, last = packed.bounds[sequence], packed.bounds[sequence + 1]
+                seen = int(packed.query[alive[start]]) - first + 1
+                spans.append(Span(start, start + count, first, last, seen))
+            start += count
+        own_k, own_v = keys.own(alive)
+        return self._out(attend(q, keys.k, keys.v, own_k, own_v, spans))
+
+    def _out(self, mixed: torch.Tensor) -> torch.Tensor:
+        return product(mixed.flatten(1), self.weight("self_attn.o_proj"))
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
         """What the MLP adds to a residual [R, H]."""
@@ -87,14 +70,8 @@ class PackedLayer:
         self, x: torch.Tensor, residual: torch.Tensor, positions: torch.Tensor, bounds: Sequence[int]
     ) -> torch.Tensor:
         """The layer's output [F, H] of all rows of all sequences: row i sees rows 0..i of its own."""
-        geometry, out = self.geometry, []
-        groups = geometry.num_heads // geometry.num_kv_heads
         q, k, v = self.qkv(x, positions)
-        for first, last in pairwise(bounds):
-            one = [part[first:last].transpose(0, 1)[None] for part in (q, k, v)]
-            keys, values = (part.repeat_interleave(groups, 1) for part in one[1:])
-            with products_in(torch.float32):
-                mixed = F.scaled_dot_product_attention(one[0], keys, values, is_causal=True)
-            out.append(mixed[0].transpose(0, 1).flatten(1))
-        hidden = residual + product(torch.cat(out), self.weight("self_attn.o_proj"))
+        none = k.new_empty(0, len(q), *k.shape[1:])
+        spans = [Span(first, last, first, last, 1) for first, last in pairwise(bounds) if last > first]
+        hidden = residual + self._out(attend(q, k, v, none, none, spans))
         return hidden + self.mlp(hidden)

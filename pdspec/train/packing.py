@@ -78,6 +78,13 @@ class Keys:
         for held, new in ((self.own_k, k), (self.own_v, v)):
             held.append(torch.zeros(queries, *new.shape[1:]).index_copy(0, alive, new))
 
+    def own(self, alive: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Own rows so far of ``alive``, [J, M, G, D] twice."""
+        if not self.own_k:
+            none = self.k.new_empty(0, len(alive), *self.k.shape[1:])
+            return none, none
+        return torch.stack([k[alive] for k in self.own_k]), torch.stack([v[alive] for v in self.own_v])
+
 
 def alive_in(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
     """Where the members of sorted ``now`` stand in sorted ``before``, of which they are a part."""

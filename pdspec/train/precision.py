@@ -60,10 +60,12 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     return made if bias is None else made + bias
 
 
-def multiply(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """a b of matrices or stacks of them, float32 out. Rounds what is not ``dtype`` yet."""
-    with torch.autocast("cpu", enabled=False):
-        return torch.matmul(a.to(dtype), b.to(dtype)).float()
+def multiply(
+    a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, *, out: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """a b of matrices or stacks of them, as ``out``. Rounds what is not ``dtype`` yet."""
+    with products_in(torch.float32):
+        return torch.matmul(a.to(dtype), b.to(dtype)).to(out)
 
 
 class _Rounded(torch.autograd.Function):

@@ -14,9 +14,9 @@ import torch
 from torch.nn import functional as F
 
 from pdspec.train.packing import Packed
-from pdspec.train.precision import current, multiply, product
+from pdspec.train.precision import current, multiply, product, products_in
 
-CHUNK = 512  # rows of logits in the cache at a time
+CHUNK = 64  # rows of logits in the cache at a time
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,9 @@ def score(
     best = draft_ids[packed.best[where].clamp(min=0)]
     counted = (packed.best[where] >= 0) & (best >= 0)
     weight = counted.float() / counted.sum().clamp(min=1)
-    loss, ranked = SoftCrossEntropy.apply(y, output, teacher_p, where, weight, max(rank, 1), current())
+    dtype = current()
+    with products_in(torch.float32):  # what is to be rounded is rounded inside
+        loss, ranked = SoftCrossEntropy.apply(y, output, teacher_p, where, weight, max(rank, 1), dtype)
     example = torch.bucketize(rows, torch.tensor(packed.bounds[1:]), right=True)
     return StepScores(
         torch.stack((example, rows - torch.tensor(packed.bounds)[example]), 1), loss, ranked[:, 0] == best, counted,
@@ -76,45 +78,38 @@ def weighted(scores: Sequence[StepScores], decay: float) -> torch.Tensor:
 
 
 class SoftCrossEntropy(torch.autograd.Function):
-    """Σ_m weight_m · H(p_m, softmax(y_m Wᵀ)) and the best ids; logits are made, used and dropped chunk by chunk."""
+    """Σ_m weight_m · H(p_m, softmax(y_m Wᵀ)) and the best ids. The logits of all rows turn into their gradient in
+    place, a few rows (what the cache holds) at a time."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        y: torch.Tensor,
-        weight_VH: torch.Tensor,
-        teacher: torch.Tensor,
-        where: torch.Tensor,
-        row_weight: torch.Tensor,
-        rank: int,
-        dtype: torch.dtype,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx: Any, y: torch.Tensor, weight_VH: torch.Tensor, teacher: torch.Tensor, where: torch.Tensor,
+        row_weight: torch.Tensor, rank: int, dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """y [M, H], teacher [T, V], where [M] rows of teacher, row_weight [M] → loss [], ids [M, rank].
         Products in ``dtype``."""
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        grad_y, grad_w = (torch.empty_like(y), torch.zeros_like(weight_VH)) if wanted else (None, None)
-        low_y, low_w = y.to(dtype), weight_VH.to(dtype)
-        loss, ranked = y.new_zeros(()), torch.empty(len(y), rank, dtype=torch.int64)
-        for a in range(0, len(y), CHUNK):
-            part = slice(a, a + CHUNK)
-            logits, p = multiply(low_y[part], low_w.T, dtype), teacher[where[part]]
-            ranked[part] = logits.topk(rank, -1).indices if rank > 1 else logits.argmax(-1, keepdim=True)
-            norm = logits.logsumexp(-1)
-            cross = norm - (p * logits).sum(-1)
-            loss += (cross * row_weight[part]).sum()
-            if grad_y is not None and grad_w is not None:
-                grad = logits.sub_(norm[:, None]).exp_().sub_(p).mul_(row_weight[part, None]).to(dtype)
-                grad_y[part] = multiply(grad, low_w, dtype)
-                grad_w += multiply(grad.T, low_y[part], dtype)
-        if wanted:
-            ctx.save_for_backward(grad_y, grad_w)
+        low_w = weight_VH.to(dtype)
+        change = multiply(y.to(dtype), low_w.T, dtype, out=dtype)  # logits, until q - p is written over them
+        cross, ranked = y.new_empty(len(y)), torch.empty(len(y), rank, dtype=torch.int64)
+        for start in range(0, len(y), CHUNK):
+            part = slice(start, start + CHUNK)
+            logits, p = change[part].float(), teacher[where[part]]
+            best, ranked[part] = logits.topk(rank, -1) if rank > 1 else logits.max(-1, keepdim=True)
+            cross[part] = -torch.linalg.vecdot(p, logits)
+            q = torch.softmax(logits, -1, out=logits) if dtype != torch.float32 else logits.softmax(-1)
+            cross[part] += best[:, 0] - q.gather(1, ranked[part, :1])[:, 0].log()  # log Σ exp of the logits
+            change[part] = q.sub_(p)
+        if any(ctx.needs_input_grad[:2]):
+            grad_y = multiply(change, low_w, dtype).mul_(row_weight[:, None])
+            weighted_y = (y * row_weight[:, None]).to(dtype)
+            ctx.save_for_backward(grad_y, multiply(change.T, weighted_y, dtype) if ctx.needs_input_grad[1] else None)
         ctx.mark_non_differentiable(ranked)
-        return loss, ranked
+        return torch.dot(cross, row_weight), ranked
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_y, grad_w = ctx.saved_tensors
-        return grad_y * grads[0], grad_w * grads[0], None, None, None, None, None
+        return grad_y * grads[0], None if grad_w is None else grad_w * grads[0], None, None, None, None, None
 
 
 def rms(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
