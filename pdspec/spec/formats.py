@@ -34,9 +34,9 @@ def _same(values: Values) -> dict[str, Any]:
 class Format:
     """One row of the table. ``ignored`` keys (expressions) repeat something of the target or can be computed.
 
-    ``inside_target``: the modules are layers of a target's checkpoint, of which nothing else is read; ``counts_on``:
-    their numbers go on from the target's layers, else from 0. ``hidden_first``: the input projection reads the hidden
-    state before the embedding; ours reads it behind.
+    ``inside``: the modules stand under such keys in a target's checkpoint, of which nothing else is read;
+    ``counts_on``: their numbers go on from the target's layers, else from 0. ``hidden_first``: the input projection
+    reads the hidden state before the embedding; ours reads it behind.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Format:
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     settings: Callable[[Values], dict[str, Any]] = _same
-    inside_target: bool = False
+    inside: str = ""
     counts_on: bool = True
     hidden_first: bool = False
 
@@ -77,10 +77,10 @@ class Format:
 
     def takes(self, key: str, first: int) -> bool:
         """Whether a stored key is read at all."""
-        if self.ignores(key):
+        if self.ignores(key) or not key.startswith(self.inside):
             return False
         layer = re.match(r"model\.layers\.(\d+)\.", self.ours(key, first))
-        return not self.inside_target or (layer is not None and int(layer[1]) >= first)
+        return not self.inside or layer is None or int(layer[1]) >= first
 
 
 def _nested(values: Values) -> dict[str, Any]:
@@ -210,14 +210,14 @@ FORMATS = (
     ),
     Format(
         name="MiMo", family="mtp", recognised=lambda values: values.get("model_type") == "mimo", settings=_text,
-        renames=_modules("model.mtp_layers.#."), inside_target=True, counts_on=False, hidden_first=True,
+        renames=_modules("model.mtp_layers.#."), inside="model.mtp_layers.", counts_on=False, hidden_first=True,
     ),
     Format(
         name="Qwen3-Next, Qwen3.5", family="mtp", recognised=_qwen_next, settings=_qwen, renames=_QWEN,
-        inside_target=True, counts_on=False,
+        inside="mtp.", counts_on=False,
     ),
     Format(
-        name="DeepSeek-V3", family="mtp", settings=_text, inside_target=True,
+        name="DeepSeek-V3", family="mtp", settings=_text, inside="model.layers.",
         recognised=lambda values: bool(values.get("num_nextn_predict_layers")),
     ),
 )

@@ -48,7 +48,12 @@ class Stored:
 
     def key(self, name: str) -> str:
         """What one of our names is called in the file, or would be."""
-        return self.found[name][0] if name in self.found else self.row.theirs(name, self.first)
+        if name in self.found:
+            return self.found[name][0]
+        dropped = [theirs for theirs, ours in self.row.renames if not ours]
+        keys = [key for key, _ in self.found.values()]
+        before = next((prefix for prefix in dropped if any(key.startswith(prefix) for key in keys)), "")
+        return before + self.row.theirs(name, self.first)
 
     def label(self, name: str) -> str:
         """``KEY in FILE``."""
