@@ -223,6 +223,11 @@ FORMATS = (
 )
 
 
+def readable(family: str) -> tuple[str, ...]:
+    """Names of the formats of a family's heads."""
+    return tuple(row.name for row in FORMATS if row.family == family)
+
+
 def recognise(values: Values, family: str, where: Path | str) -> Format:
     """The format of a head of ``family`` whose ``config.json`` has ``values``. Raises CheckpointError naming what it is
     instead."""
@@ -231,9 +236,8 @@ def recognise(values: Values, family: str, where: Path | str) -> Format:
         if row.family == family:
             return row
     found = f"is a {fitting[0].name} checkpoint, for heads.{fitting[0].family}" if fitting else "is none that is known"
-    known = ", ".join(row.name for row in FORMATS if row.family == family)
-    raise CheckpointError(f"the head in {where} {found}; {family} reads {known}", field=f"heads.{family}",
-                          remedy=HEAD_REMEDY)
+    raise CheckpointError(f"the head in {where} {found}; {family} reads {', '.join(readable(family))}",
+                          field=f"heads.{family}", remedy=HEAD_REMEDY)
 
 
 def settings(values: Values, family: str, where: Path | str) -> dict[str, Any]:

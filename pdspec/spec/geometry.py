@@ -142,6 +142,6 @@ def parse_geometry(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
         "rms_norm_eps": float(values["rms_norm_eps"]),
         "rope_theta": float(theta or values.get("rope_theta") or 10000.0),
         "rope_scaling": None if kind == "default" else {"rope_type": kind, **rope},
-        "rotary_dim": 0 if partial == 1.0 else int(head_dim * partial),
+        "rotary_dim": 0 if partial == 1.0 else round(head_dim * partial),
         **{name: bool(values.get(name)) for name in _FLAGS},
     }

@@ -4,6 +4,7 @@ and drafts."""
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,22 @@ def test_an_embedding_of_its_own_is_used_and_a_copy_of_the_target_s_is_not_kept(
     assert torch.equal(native.embed(copy.embedding, np.arange(V)), EMBEDDING)
     model = make(own.setting(own.write(tmp_path / "own")), native).model
     assert torch.equal(native.embed(model.embedding, np.arange(V)), own.embedding)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_head_may_be_kept_in_our_form(tmp_path, name):
+    """All that sets it apart is in the config that we write."""
+    published = PUBLISHED[name]
+    family = published.family
+    module = import_module(f"pdspec.spec.{family}.checkpoint")
+    load, save = (getattr(module, f"{verb}_head{'s' if family == 'medusa' else ''}") for verb in ("load", "save"))
+    more = (4,) if family == "eagle3" else ()
+    head = load(published.write(tmp_path / "published"), *more)
+    save(tmp_path / "ours", head)
+    again = load(tmp_path / "ours", *more)
+    assert again.config == head.config and torch.equal(again.target_ids, head.target_ids)
+    assert again.tensors.keys() == head.tensors.keys()
+    assert all(torch.equal(again.tensors[key], head.tensors[key]) for key in head.tensors)
 
 
 # --- serving ------------------------------------------------------------------------------------------------------
