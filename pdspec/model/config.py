@@ -15,7 +15,10 @@ from typing import Any
 from pdspec.errors import CheckpointError, ConfigError
 from pdspec.types import CacheGroup
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+SUPPORTED_ARCHITECTURES = (
+    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MiMoForCausalLM",
+)  # fmt: skip
+_QKV_BIAS = ("Qwen2ForCausalLM", "MiMoForCausalLM")  # biases of q, k and v, none of o
 SUPPORTED_ROPE = ("default", "linear", "llama3")
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -134,7 +137,7 @@ def parse_config(values: dict[str, Any], name: str, generation: dict[str, Any] |
             rope_scaling=rope or None,
             max_context=_max_context(values),
             tie_embeddings=bool(values.get("tie_word_embeddings", False)),
-            qkv_bias=architecture == "Qwen2ForCausalLM",
+            qkv_bias=architecture in _QKV_BIAS,
             qk_norm=architecture == "Qwen3ForCausalLM",
             bos_ids=_ids(values.get("bos_token_id")),
             eos_ids=_merge(_ids((generation or {}).get("eos_token_id")), _ids(values.get("eos_token_id"))),
@@ -163,7 +166,7 @@ def _refuse_unsupported(values: dict[str, Any], name: str, architecture: str) ->
     refused = {
         "hidden_act": values.get("hidden_act", "silu") != "silu",
         "mlp_bias": bool(values.get("mlp_bias")),
-        "attention_bias": bool(values.get("attention_bias")) and architecture != "Qwen2ForCausalLM",
+        "attention_bias": bool(values.get("attention_bias")) and architecture not in _QKV_BIAS,
         "quantization_config": values.get("quantization_config") is not None,
     }
     for key, present in refused.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from pdspec.model.tensorfile import TensorEntry, read_header
 from pdspec.model.tiny import tiny_config, tiny_tensors
 from pdspec.model.tokenizer import load_tokenizer
 
+# MTP modules in a target's checkpoint, which heads.mtp reads: MiMo's, Qwen3-Next's, DeepSeek's
+_MTP, _MTP_LAYER = ("model.mtp_layers.", "mtp."), re.compile(r"(model\.layers\.\d+\.)eh_proj\.weight$")
 FLOATS = ("BF16", "F16", "F32")
 
 
@@ -99,9 +102,11 @@ def _checked(entries: Mapping[str, TensorEntry], config: ModelConfig, folder: Pa
             raise _refusal(f"{key} in {entry.path} has shape {list(entry.shape)}, config.json asks for {list(shape)}")
         if entry.dtype not in FLOATS:
             raise _refusal(f"{key} in {entry.path} is {entry.dtype}; only {', '.join(FLOATS)} can be read")
+    modules = [found[1] for key in entries if (found := _MTP_LAYER.match(key))]
     for key, entry in entries.items():
         tied_copy = key == "lm_head.weight" and config.tie_embeddings
-        if key not in wanted and not tied_copy and not key.endswith("rotary_emb.inv_freq"):
+        drafts = key.startswith((*_MTP, *modules))
+        if key not in wanted and not tied_copy and not drafts and not key.endswith("rotary_emb.inv_freq"):
             raise _refusal(f"{key} in {entry.path} has no place in a {config.architecture}")
     return {key: entries[key] for key in wanted}
 

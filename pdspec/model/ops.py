@@ -39,17 +39,20 @@ def make_rope(
     device: torch.device | str = "cpu",
 ) -> Rope:
     """Rotary tables (Su et al., 2104.09864), half-split form; ``scaling`` as in Hugging Face configs
-    (``linear`` or ``llama3``). Computed in float64."""
+    (``linear``, ``llama3`` or ``yarn``). Computed in float64."""
     inverse = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    kind = (scaling or {}).get("rope_type", "default")
+    kind, gain = (scaling or {}).get("rope_type", "default"), 1.0
     if scaling and kind == "linear":
         inverse = inverse / float(scaling["factor"])
     elif scaling and kind == "llama3":
         inverse = _llama3(inverse, scaling)
+    elif scaling and kind == "yarn":
+        inverse, gain = _yarn(inverse, scaling, theta)
     elif kind != "default":
-        raise ConfigError(f"RoPE rule {kind!r} is unknown", field="rope_scaling", remedy="use linear or llama3")
+        raise ConfigError(f"RoPE rule {kind!r} is unknown", field="rope_scaling", remedy="use linear, llama3 or yarn")
     angle = torch.arange(max_positions, dtype=torch.float64)[:, None] * inverse
-    return Rope(angle.cos().float().contiguous().to(device), angle.sin().float().contiguous().to(device))
+    cos, sin = (gain * angle.cos()).float(), (gain * angle.sin()).float()
+    return Rope(cos.contiguous().to(device), sin.contiguous().to(device))
 
 
 def _llama3(inverse: torch.Tensor, scaling: dict[str, Any]) -> torch.Tensor:
@@ -58,6 +61,41 @@ def _llama3(inverse: torch.Tensor, scaling: dict[str, Any]) -> torch.Tensor:
     wavelength = 2 * math.pi / inverse
     smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)
     return inverse * smooth + inverse / factor * (1 - smooth)
+
+
+def _yarn(inverse: torch.Tensor, scaling: dict[str, Any], theta: float) -> tuple[torch.Tensor, float]:
+    """YaRN (Peng et al., 2309.00071): slow pairs are interpolated, fast ones kept, with a ramp between; and what cos
+    and sin are multiplied by."""
+    factor, original = float(scaling["factor"]), float(scaling["original_max_position_embeddings"])
+    pairs = len(inverse)
+
+    def pair_of(rotations: float) -> float:
+        return pairs * math.log(original / (rotations * 2 * math.pi)) / math.log(theta)
+
+    low, high = pair_of(float(scaling.get("beta_fast") or 32)), pair_of(float(scaling.get("beta_slow") or 1))
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * pairs - 1)
+    ramp = ((torch.arange(pairs, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
+    gain = scaling.get("attention_factor")
+    if gain is None and scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        gain = yarn_gain(factor, float(scaling["mscale"])) / yarn_gain(factor, float(scaling["mscale_all_dim"]))
+    return inverse / factor * ramp + inverse * (1 - ramp), float(yarn_gain(factor, 1.0) if gain is None else gain)
+
+
+def yarn_gain(factor: float, weight: float) -> float:
+    """YaRN's attention temperature: 1 + 0.1 ``weight`` ln(factor)."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def norm_heads(
+    qkv: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor, kv_heads: int, eps: float
+) -> torch.Tensor:
+    """qkv [R, (Hq+2Hk) D] with each head of q and k normed over its D values (Qwen3)."""
+    heads = qkv.unflatten(1, (-1, len(q_norm)))
+    normed = heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + eps)
+    q, k = normed[:, : -2 * kv_heads] * q_norm, normed[:, -2 * kv_heads : -kv_heads] * k_norm
+    return torch.cat((q, k, heads[:, -kv_heads:]), 1).flatten(1).contiguous()
 
 
 class Ops(Protocol):

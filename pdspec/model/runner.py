@@ -28,7 +28,7 @@ from pdspec.model.native import (
     cache_struct,
     rows_struct,
 )
-from pdspec.model.ops import Ops, make_rope
+from pdspec.model.ops import Ops, make_rope, norm_heads
 
 OnLayer = Callable[[int], None]
 OnQueries = Callable[[int, torch.Tensor], None]  # layer, q [R, heads, D] after RoPE, not scaled
@@ -155,21 +155,13 @@ class Runner:
             w = self.layers[index]
             qkv = ops.linear(ops.rms_norm(x, w.input_norm, eps), w.qkv, w.qkv_bias)
             if w.q_norm is not None and w.k_norm is not None:
-                qkv = self._norm_heads(qkv, w.q_norm, w.k_norm)
+                qkv = norm_heads(qkv, w.q_norm, w.k_norm, self.config.num_kv_heads, eps)
             q = ops.rope_store(qkv, self.rope, batch, pages[index])
             if on_queries is not None:
                 on_queries(index, q)
             ops.linear(ops.attend(q, batch, pages[index]), w.o, out=x, add=True)
             gate_up = ops.linear(ops.rms_norm(x, w.post_norm, eps), w.gate_up)
             ops.linear(ops.silu_mul(gate_up), w.down, out=x, add=True)
-
-    def _norm_heads(self, qkv: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor) -> torch.Tensor:
-        config = self.config
-        heads = qkv.unflatten(1, (-1, config.head_dim))
-        normed = heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + config.rms_norm_eps)
-        split = config.num_heads, config.num_kv_heads, config.num_kv_heads
-        q, k, _ = normed.split(split, 1)
-        return torch.cat((q * q_norm, k * k_norm, heads[:, -config.num_kv_heads :]), 1).flatten(1).contiguous()
 
 
 class _NativeLayers:

@@ -35,6 +35,7 @@ class Description:
     source: str
     default_tree_gpu: str = ""  # where it is another one
     options: dict[str, str] = field(default_factory=dict)  # its settings and their defaults
+    formats: tuple[str, ...] = ()  # of heads that it reads; see docs/checkpoints.md
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,18 @@ from pdspec.model.config import SUPPORTED_ROPE, ModelConfig
 from pdspec.spec.heads import HEAD_REMEDY
 from pdspec.types import CacheGroup
 
+_ROPE = (*SUPPORTED_ROPE, "yarn")
+_FLAGS = ("qkv_bias", "qk_norm", "output_gate")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerGeometry:
     """``hidden_size`` is the target's; ids of the reduced vocabulary are *draft ids*. Raises CheckpointError for what
-    no layer can have."""
+    no layer can have.
+
+    What published layers have beyond Llama's: ``qkv_bias`` (Qwen2); ``qk_norm``, q and k normed head by head (Qwen3);
+    ``output_gate``, attention times the sigmoid of a gate whose rows stand behind each head's in q_proj, and
+    ``rotary_dim``, RoPE on the first values of a head alone, 0: all (Qwen3-Next)."""
 
     hidden_size: int
     num_heads: int
@@ -28,6 +35,15 @@ class LayerGeometry:
     rms_norm_eps: float
     rope_theta: float
     rope_scaling: dict[str, Any] | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    output_gate: bool = False
+    rotary_dim: int = 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the layer is Llama's, with nothing beyond."""
+        return not (self.qkv_bias or self.qk_norm or self.output_gate or self.rotary_dim)
 
     def __post_init__(self) -> None:
         if wrong := self.wrong_fields():
@@ -39,6 +55,8 @@ class LayerGeometry:
         wrong = [f"{name}={size}" for name, size in sizes.items() if size < 16 or size % 16]
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             wrong.append(f"num_heads={self.num_heads} over num_kv_heads={self.num_kv_heads}")
+        if self.rotary_dim % 2 or not 0 <= self.rotary_dim < max(1, self.head_dim):
+            wrong.append(f"rotary_dim={self.rotary_dim} of head_dim={self.head_dim}")
         if not 1 <= self.draft_vocab_size <= self.vocab_size:
             wrong.append(f"draft_vocab_size={self.draft_vocab_size} of vocab_size={self.vocab_size}")
         return wrong
@@ -49,28 +67,46 @@ class LayerGeometry:
             name=name, num_layers=1, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, dtype=dtype
         )
 
-    def layer_shapes(self, prefix: str, inputs: int) -> dict[str, tuple[int, int]]:
-        """Matrices [N, K] of a decoder layer whose attention reads rows of ``inputs`` values."""
-        hidden, inner = self.hidden_size, self.intermediate_size
-        q_rows, kv_rows = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+    def layer_shapes(self, prefix: str, inputs: int) -> dict[str, tuple[int, ...]]:
+        """Tensors of a decoder layer whose attention reads rows of ``inputs`` values, without the layer's norms;
+        matrices are [N, K]."""
+        return {**self.attention_shapes(prefix, inputs), **self.mlp_shapes(f"{prefix}.mlp", self.intermediate_size)}
+
+    def attention_shapes(self, prefix: str, inputs: int) -> dict[str, tuple[int, ...]]:
+        """Of its attention."""
+        rows = {"q": self.num_heads * self.head_dim, **dict.fromkeys("kv", self.num_kv_heads * self.head_dim)}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for letter, count in rows.items():
+            stored = 2 * count if letter == "q" and self.output_gate else count
+            shapes[f"{prefix}.self_attn.{letter}_proj.weight"] = (stored, inputs)
+            if self.qkv_bias:
+                shapes[f"{prefix}.self_attn.{letter}_proj.bias"] = (stored,)
+        shapes[f"{prefix}.self_attn.o_proj.weight"] = (self.hidden_size, rows["q"])
+        for letter in "qk" if self.qk_norm else "":
+            shapes[f"{prefix}.self_attn.{letter}_norm.weight"] = (self.head_dim,)
+        return shapes
+
+    def mlp_shapes(self, prefix: str, inner: int) -> dict[str, tuple[int, ...]]:
+        """Of a SwiGLU of ``inner`` values."""
+        hidden = self.hidden_size
         return {
-            f"{prefix}.self_attn.q_proj.weight": (q_rows, inputs),
-            f"{prefix}.self_attn.k_proj.weight": (kv_rows, inputs),
-            f"{prefix}.self_attn.v_proj.weight": (kv_rows, inputs),
-            f"{prefix}.self_attn.o_proj.weight": (hidden, q_rows),
-            f"{prefix}.mlp.gate_proj.weight": (inner, hidden),
-            f"{prefix}.mlp.up_proj.weight": (inner, hidden),
-            f"{prefix}.mlp.down_proj.weight": (hidden, inner),
+            f"{prefix}.gate_proj.weight": (inner, hidden), f"{prefix}.up_proj.weight": (inner, hidden),
+            f"{prefix}.down_proj.weight": (hidden, inner),
         }
 
     def layer_json(self) -> dict[str, Any]:
-        """Its keys in ``config.json``, as Llama configs have them."""
+        """Its keys in ``config.json``, as Llama configs have them, and what it has beyond Llama's under the keys that
+        ``parse_geometry`` reads."""
+        more: dict[str, Any] = {name: True for name in _FLAGS if getattr(self, name)}
+        if self.rotary_dim:
+            more["partial_rotary_factor"] = self.rotary_dim / self.head_dim
         return {
             "model_type": "llama", "hidden_act": "silu", "num_hidden_layers": 1, "hidden_size": self.hidden_size,
             "num_attention_heads": self.num_heads, "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_dim, "intermediate_size": self.intermediate_size, "vocab_size": self.vocab_size,
             "draft_vocab_size": self.draft_vocab_size, "rms_norm_eps": self.rms_norm_eps,
             "rope_theta": self.rope_theta, "rope_scaling": self.rope_scaling, "tie_word_embeddings": False,
+            **more,
         }
 
 
@@ -92,16 +128,20 @@ def parse_geometry(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
         raise ValueError("one layer as wide as the target is expected")
     rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
     theta, older = rope.pop("rope_theta", None), rope.pop("type", None)
+    head_dim = int(values.get("head_dim") or hidden // heads)
+    partial = float(rope.pop("partial_rotary_factor", None) or values.get("partial_rotary_factor") or 1.0)
     kind = rope.pop("rope_type", None) or older or "default"
-    if kind not in SUPPORTED_ROPE:
+    if kind not in _ROPE:
         raise ConfigError(f"the head in {where} uses the RoPE rule {kind!r}", field="heads",
-                          remedy="choose a head whose rope_type is one of " + ", ".join(SUPPORTED_ROPE))
+                          remedy="choose a head whose rope_type is one of " + ", ".join(_ROPE))
     return {
         "hidden_size": hidden, "num_heads": heads, "num_kv_heads": int(values.get("num_key_value_heads") or heads),
-        "head_dim": int(values.get("head_dim") or hidden // heads),
-        "intermediate_size": int(values["intermediate_size"]), "vocab_size": int(values["vocab_size"]),
+        "head_dim": head_dim, "intermediate_size": int(values["intermediate_size"]),
+        "vocab_size": int(values["vocab_size"]),
         "draft_vocab_size": int(values.get("draft_vocab_size") or values["vocab_size"]),
         "rms_norm_eps": float(values["rms_norm_eps"]),
         "rope_theta": float(theta or values.get("rope_theta") or 10000.0),
         "rope_scaling": None if kind == "default" else {"rope_type": kind, **rope},
+        "rotary_dim": 0 if partial == 1.0 else round(head_dim * partial),
+        **{name: bool(values.get(name)) for name in _FLAGS},
     }

@@ -1,7 +1,7 @@
-"""The tensors of a draft head on disk, always checked before use.
+"""The tensors of a draft head: how we write them, what they are in memory, and which target they were made for.
 
 A quantised matrix ``X.weight`` is int8 with ``X.weight_scale`` (float32, one per output row); norms stay float32. Every
-head family names its tensors and their shapes; what is missing, misshapen, not finite or left over is refused by name.
+head family names its tensors and their shapes; ``stored.py`` reads them, ours and others'.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 import torch
 import xxhash
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from pdspec.errors import CheckpointError, ConfigError, Incompatible
+from pdspec.spec.formats import WEIGHTS
 from pdspec.spec.heads import HEAD_REMEDY, TargetIdentity
 
-WEIGHTS = "model.safetensors"
 Shapes = Mapping[str, tuple[int, ...]]
 Tensors = Mapping[str, torch.Tensor]
 log = logging.getLogger(__name__)
@@ -31,20 +31,24 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StoredHead:
-    """A head in memory: ``tensors`` float32 under the names that published heads of its family have, ``target_ids``
-    int64 [draft vocabulary] the target id of each draft id. ``target`` is None where the head does not say what it was
-    made for. ``config`` has ``hidden_size``, ``vocab_size`` and ``draft_vocab_size``."""
+    """A head in memory: ``tensors`` float32 under our names (``formats.py``), ``target_ids`` int64 [draft vocabulary]
+    the target id of each draft id. ``target`` is None where the head does not say what it was made for. ``shared`` is
+    what the file repeats of the target, as it is stored. ``config`` has ``hidden_size``, ``vocab_size`` and
+    ``draft_vocab_size``."""
 
     config: Any
     tensors: dict[str, torch.Tensor]
     target_ids: torch.Tensor
     target: TargetIdentity | None = None
     card: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def fingerprint(self) -> str:
         """Hash of geometry, vocabulary map and every weight as it is used (after dequantising)."""
         digest = xxhash.xxh3_128(tensors_fingerprint(self.config, self.tensors).encode())
         digest.update(self.target_ids.contiguous().numpy().data)
+        for name in sorted(self.shared):
+            digest.update(self.shared[name].contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 
@@ -101,31 +105,6 @@ def write_head(folder: Path, values: Mapping[str, Any], tensors: Tensors, *, ext
         raise ConfigError(f"cannot write {folder}: {error}", field="out", remedy="choose another folder") from error
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Everything in a safetensors file. Raises CheckpointError naming it."""
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}", field="heads", remedy=HEAD_REMEDY) from error
-
-
-def take_tensors(stored: dict[str, torch.Tensor], shapes: Shapes, path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of ``shapes``, float32, out of ``stored``, where they are removed. Raises CheckpointError."""
-    tensors: dict[str, torch.Tensor] = {}
-    for name in shapes:
-        if name not in stored:
-            raise CheckpointError(f"{path} lacks the tensor {name}", field="heads", remedy=HEAD_REMEDY)
-        tensor, scale = stored.pop(name), stored.pop(f"{name}_scale", None)
-        if scale is not None and (tensor.dtype != torch.int8 or scale.shape != tensor.shape[:1]):
-            raise CheckpointError(f"{name} in {path} does not fit its scales", field="heads", remedy=HEAD_REMEDY)
-        if scale is None and not tensor.is_floating_point():
-            raise CheckpointError(f"{name} in {path} is {tensor.dtype} without scales", field="heads",
-                                  remedy=HEAD_REMEDY)
-        tensors[name] = tensor.float() if scale is None else dequantise(tensor, scale)
-    check_tensors(tensors, shapes, path)
-    return tensors
-
-
 def check_tensors(tensors: Tensors, shapes: Shapes, path: Path) -> None:
     """Raises CheckpointError for the first tensor that is missing, misshapen or not finite."""
     for name, shape in shapes.items():
@@ -142,13 +121,6 @@ def random_vocabulary(vocab_size: int, draft_vocab_size: int, generator: torch.G
     return torch.randperm(vocab_size, generator=generator)[:draft_vocab_size].sort().values
 
 
-def refuse_rest(stored: Tensors, what: str, path: Path) -> None:
-    """Raises CheckpointError for the first tensor that nobody took; ``what`` has no place for it."""
-    if stored:
-        raise CheckpointError(f"{sorted(stored)[0]} in {path} has no place in {what}", field="heads",
-                              remedy=HEAD_REMEDY)
-
-
 def vocabulary_tensors(target_ids: torch.Tensor, vocab_size: int) -> dict[str, torch.Tensor]:
     """A reduced vocabulary as heads store it: ``d2t`` int64 [draft vocabulary] *offsets* (target id = d + d2t[d]) and
     ``t2d`` bool [vocabulary]."""
@@ -158,28 +130,6 @@ def vocabulary_tensors(target_ids: torch.Tensor, vocab_size: int) -> dict[str, t
     }
 
 
-def take_target_ids(
-    stored: dict[str, torch.Tensor], draft_vocab_size: int, vocab_size: int, path: Path
-) -> torch.Tensor:
-    """int64 [draft vocabulary]: the distinct target id of each draft id, out of ``d2t`` and ``t2d``, which are removed.
-    Raises CheckpointError for a map that is none."""
-    offsets, mask = stored.pop("d2t", None), stored.pop("t2d", None)
-    if offsets is None and draft_vocab_size == vocab_size:
-        return torch.arange(vocab_size)
-    if offsets is None or offsets.shape != (draft_vocab_size,) or offsets.is_floating_point():
-        raise CheckpointError(f"{path} has no d2t of {draft_vocab_size} whole numbers", field="heads",
-                              remedy=HEAD_REMEDY)
-    ids = torch.arange(draft_vocab_size) + offsets.long()
-    outside = int(ids.min()) < 0 or int(ids.max()) >= vocab_size
-    if outside or len(ids.unique()) != len(ids):
-        raise CheckpointError(f"d2t in {path} names target ids twice or outside the vocabulary", field="heads",
-                              remedy=HEAD_REMEDY)
-    chosen = torch.zeros(vocab_size, dtype=torch.bool).index_fill(0, ids, True)
-    if mask is not None and not torch.equal(mask, chosen):
-        raise CheckpointError(f"t2d and d2t in {path} contradict one another", field="heads", remedy=HEAD_REMEDY)
-    return ids
-
-
 def check_target(head: StoredHead, serving: TargetIdentity, where: str, *, strict: bool = False) -> bool:
     """Whether a head was made for the very weights that are ``serving``; if not, warns, or refuses when ``strict``.
 
@@ -187,8 +137,9 @@ def check_target(head: StoredHead, serving: TargetIdentity, where: str, *, stric
     """
     made_for = head.target
     if made_for is None:
-        for name in ("hidden_size", "vocab_size"):
-            ours = getattr(head.config, name)
+        for name, field_ in (("hidden_size", "hidden_size"), ("vocab_size", "vocab_size"),
+                             ("num_layers", "target_layers")):  # fmt: skip
+            ours = getattr(head.config, field_, serving.geometry[name])
             if ours != serving.geometry[name]:
                 raise Incompatible(f"the head in {where} has {name} = {ours}, the target {serving.geometry[name]}",
                                    field=name, remedy="choose the head made for this target, or drafter ngram or none")

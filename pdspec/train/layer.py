@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch.nn import functional as F
 
+from pdspec.errors import ConfigError
 from pdspec.model.ops import Rope, make_rope
 from pdspec.spec.geometry import LayerGeometry
 from pdspec.train.attention import Span, attend
@@ -23,9 +24,13 @@ Weights = Mapping[str, torch.Tensor]
 
 
 class PackedLayer:
-    """``prefix`` is what the layer's keys begin with; ``weights`` may be parameters."""
+    """``prefix`` is what the layer's keys begin with; ``weights`` may be parameters. Raises ConfigError for a layer
+    with more than Llama's has."""
 
     def __init__(self, geometry: LayerGeometry, weights: Weights, prefix: str, max_positions: int) -> None:
+        if not geometry.is_plain:
+            raise ConfigError("only heads of Llama's layer can be trained on, this one has more", field="head",
+                              remedy="start from another head, or from none")
         self.geometry, self.weights, self.prefix = geometry, weights, prefix
         self.rope: Rope = make_rope(
             head_dim=geometry.head_dim, theta=geometry.rope_theta, max_positions=max_positions,

@@ -137,7 +137,7 @@ def test_wrong_tensors_are_refused_by_name(folder, change, names):
 
 
 @pytest.mark.parametrize("values, names", [
-    ({"qkv_bias": True}, "qkv_bias"),
+    ({"mlp_bias": True}, "mlp_bias"),
     ({"attention_bias": True}, "attention_bias"),
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
     ({"num_hidden_layers": 2}, "one layer"),

@@ -160,9 +160,10 @@ def test_a_config_that_cannot_be_is_refused(folder, values, names):
 
 
 @pytest.mark.parametrize("values, names", [
-    ({"norm_before_fc": True}, "norm_before_fc"),
-    ({"norm_before_residual": True}, "norm_before_residual"),
-    ({"pdspec": None, "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}}, "layer_ids"),
+    ({"attention_bias": True}, "attention_bias"),
+    ({"mlp_bias": True}, "mlp_bias"),
+    ({"pdspec": None, "eagle_aux_hidden_state_layer_ids": [1, 2, 3],
+      "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}}, "layer_ids"),
     ({"pdspec": {"format": 9}}, "format 9"),
 ])
 def test_variants_that_are_not_built_are_refused_not_approximated(folder, values, names):

@@ -143,7 +143,7 @@ def test_what_is_no_medusa_head_is_refused(tmp_path):
         load_heads(tmp_path)
     (tmp_path / "medusa_lm_head.safetensors").unlink()
     (tmp_path / "medusa_lm_head.pt").write_bytes(b"pickle")
-    with pytest.raises(CheckpointError, match=r"medusa_lm_head\.pt is pickled.*medusa_lm_head\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"cannot read .*medusa_lm_head\.pt: it holds more than tensors"):
         load_heads(tmp_path)
     with pytest.raises(ConfigError, match="heads.medusa"):
         make("")

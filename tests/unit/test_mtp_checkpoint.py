@@ -95,8 +95,9 @@ def test_damaged_tensors_are_named(folder, change, message):
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), [
-    ({"kv_lora_rank": 512}, ConfigError, "kv_lora_rank"),
-    ({"n_routed_experts": 256}, ConfigError, "n_routed_experts"),
+    ({"kv_lora_rank": 512}, CheckpointError, "qk_nope_head_dim"),
+    ({"n_routed_experts": 256}, CheckpointError, "scoring_func"),
+    ({"quantization_config": {"quant_method": "fp8"}}, ConfigError, "quantization_config"),
     ({"attention_bias": True}, ConfigError, "attention_bias"),
     ({"num_nextn_predict_layers": 0}, CheckpointError, "num_nextn_predict_layers=0"),
     ({"num_nextn_predict_layers": None}, CheckpointError, "damaged"),

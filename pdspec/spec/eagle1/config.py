@@ -9,11 +9,13 @@ from typing import Any
 
 from pdspec.errors import CheckpointError, ConfigError
 from pdspec.model.config import ModelConfig
+from pdspec.spec.formats import settings
 from pdspec.spec.geometry import LayerGeometry, parse_geometry, target_geometry
 from pdspec.spec.heads import HEAD_REMEDY, TargetIdentity, read_section, section
 
-# Biases that the heads of some targets have; refused until they are built.
-_UNSUPPORTED = ("qkv_bias", "attention_bias", "mlp_bias")
+FAMILY = "eagle1"
+# Of o_proj and the MLP; refused until they are built.
+_UNSUPPORTED = ("attention_bias", "mlp_bias")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +51,10 @@ def head_json(config: Eagle1Config, target: TargetIdentity | None, card: Mapping
 def parse_head(
     values: Mapping[str, Any], where: Path
 ) -> tuple[Eagle1Config, TargetIdentity | None, dict[str, Any]]:
-    """(config, target it was made for, card) out of ``config.json``; without the key ``bias`` there is one, as in
-    SafeAILab's code. Raises CheckpointError for a missing or senseless field, ConfigError for a variant that cannot be
-    run."""
+    """(config, target it was made for, card) out of ``config.json`` of any format; without the key ``bias`` there is
+    one, as in SafeAILab's code. Raises CheckpointError for a missing or senseless field, ConfigError for a variant that
+    cannot be run."""
+    values = settings(values, FAMILY, where)
     if refused := [name for name in _UNSUPPORTED if values.get(name)]:
         raise ConfigError(f"the head in {where} uses {', '.join(refused)}, which pdspec cannot run", field="heads",
                           remedy="choose a head of SafeAILab's EAGLE-1 architecture")

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pdspec.model.config import ModelConfig
-from pdspec.spec.eagle1.config import Eagle1Config, parse_head
+from pdspec.spec.eagle1.config import FAMILY, Eagle1Config, parse_head
 from pdspec.spec.family import Description, Parts, Setting
+from pdspec.spec.formats import readable
 from pdspec.spec.heads import find_head, random_seed, read_head_json
 from pdspec.spec.options import FEATURE_OPTIONS, flag
 from pdspec.types import CacheGroup
@@ -24,6 +25,7 @@ DESCRIPTION = Description(
     ships="draft KV of the prompt, first draft tokens with log q, one hidden row",
     trees=("chain", "static", "dynamic"), default_tree="chain(2)", default_tree_gpu="static(mc_sim_7b_63)",
     source="Li et al. 2024, EAGLE, arXiv 2401.15077", options=FEATURE_OPTIONS,
+    formats=readable(FAMILY),
 )
 
 

@@ -18,8 +18,10 @@ import torch
 
 from pdspec.cache.paged import DTYPES, PagedCache
 from pdspec.model.batch import ForwardBatch
-from pdspec.model.ops import Ops, make_rope
+from pdspec.model.ops import Ops
+from pdspec.spec.attention import Attention, SwiGlu, draft_rope, row_index
 from pdspec.spec.eagle1.checkpoint import Head
+from pdspec.spec.embedding import own_embedding
 from pdspec.spec.feature_rows import output_rows, take_rows
 from pdspec.spec.protocol import HiddenRows
 
@@ -32,25 +34,23 @@ class Eagle1Head:
         self, head: Head, *, ops: Ops, embedding: Any, lm_head: Any, cache: PagedCache, group: str, dtype: str,
         max_positions: int,
     ) -> None:
-        self.ops, self.embedding, self.config = ops, embedding, head.config
+        self.ops, self.config = ops, head.config
+        self.embedding = own_embedding(head, embedding, ops, dtype)
         self.max_positions = max_positions
         wanted = head.config.layer_group(group, cache.layout(group).dtype)
         if cache.layout(group) != wanted:
             raise ValueError(f"the cache has {cache.layout(group)} where the head needs {wanted}")
         self._pages = cache.group(group)[0]
-        self._rope = make_rope(head_dim=head.config.head_dim, theta=head.config.rope_theta,
-                               max_positions=max_positions, scaling=head.config.rope_scaling, device=ops.device)
+        self._rope = draft_rope(head.config, max_positions, ops.device)
 
-        def pack(*names: str) -> Any:
-            return ops.pack(torch.cat([head.tensors[f"{name}.weight"] for name in names]).to(DTYPES[dtype]))
+        def tensor(name: str) -> torch.Tensor:
+            return head.tensors[name if name.startswith("fc.") else f"layers.0.{name}"]
 
-        self._fc = pack("fc")
-        self._fc_bias = head.tensors["fc.bias"].float().to(ops.device) if head.config.bias else None
-        self._qkv = pack(*(f"layers.0.self_attn.{letter}_proj" for letter in "qkv"))
-        self._o = pack("layers.0.self_attn.o_proj")
-        self._gate_up = pack("layers.0.mlp.gate_proj", "layers.0.mlp.up_proj")
-        self._down = pack("layers.0.mlp.down_proj")
-        self._post_norm = head.tensors["layers.0.post_attention_layernorm.weight"].float().to(ops.device)
+        self._fc = ops.pack(tensor("fc.weight").to(DTYPES[dtype]))
+        self._fc_bias = tensor("fc.bias").float().to(ops.device) if head.config.bias else None
+        self._attention = Attention(head.config, tensor, ops=ops, dtype=dtype, pages=self._pages, rope=self._rope)
+        self._mlp = SwiGlu(tensor, "mlp", ops=ops, dtype=dtype)
+        self._post_norm = tensor("post_attention_layernorm.weight").float().to(ops.device)
         self._lm_head = output_rows(ops, lm_head, head.target_ids, DTYPES[dtype])
 
     def features(self, hidden: HiddenRows) -> torch.Tensor:
@@ -66,15 +66,14 @@ class Eagle1Head:
             raise ValueError(f"draft position {int(batch.positions.max())} of {self.max_positions}")
         ops, eps = self.ops, self.config.rms_norm_eps
         x = ops.linear(torch.cat((ops.embed(self.embedding, batch.token_ids), features), 1), self._fc, self._fc_bias)
-        q = ops.rope_store(ops.linear(x, self._qkv), self._rope, batch, self._pages)
+        queries = self._attention.store(x, batch)
         if len(outputs) < batch.num_rows:
-            rows = torch.from_numpy(outputs.astype(np.int64)).to(ops.device)
-            q, x, batch = q[rows], x[rows], take_rows(batch, outputs)
+            rows = row_index(outputs, ops.device)
+            queries, x, batch = queries.take(rows), x[rows], take_rows(batch, outputs)
         if batch.num_rows == 0:
             return x
-        hidden = x + ops.linear(ops.attend(q, batch, self._pages), self._o)
-        gate_up = ops.linear(ops.rms_norm(hidden, self._post_norm, eps), self._gate_up)
-        return hidden + ops.linear(ops.silu_mul(gate_up), self._down)
+        hidden = x + self._attention.attend(queries, batch)
+        return hidden + self._mlp(ops.rms_norm(hidden, self._post_norm, eps))
 
     def logits(self, outputs: torch.Tensor) -> torch.Tensor:
         """[R, draft vocabulary] float32 of layer outputs [R, H]."""

@@ -1,6 +1,7 @@
-"""EAGLE-3 heads on disk: SafeAILab's tensor names (see ``headfile.py`` for the form).
+"""EAGLE-3 heads on disk: SafeAILab's tensor names (see ``headfile.py`` for the form, ``formats.py`` for
+others').
 
-    fc, midlayer.*, norm, lm_head; fc_norm.{level} (EAGLE-3.1, named as vLLM does)
+    fc, midlayer.*, norm, lm_head; fc_norm.{level} (EAGLE-3.1, named as vLLM does); embed_tokens may be repeated
     d2t int64 [draft vocabulary] *offsets*: target id = d + d2t[d]; t2d bool [vocabulary]
 """
 
@@ -9,21 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdspec.spec.eagle3.config import Eagle3Config, head_json, parse_head
+from pdspec.spec.eagle3.config import FAMILY, Eagle3Config, head_json, parse_head
+from pdspec.spec.formats import recognise, settings
 from pdspec.spec.headfile import (
-    WEIGHTS,
     StoredHead,
     check_tensors,
     random_tensors,
     random_vocabulary,
-    read_tensors,
-    refuse_rest,
-    take_target_ids,
-    take_tensors,
     vocabulary_tensors,
     write_head,
 )
 from pdspec.spec.heads import TargetIdentity, read_head_json
+from pdspec.spec.stored import EMBEDDING, read_stored
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,15 +48,14 @@ def save_head(folder: Path, head: Head, *, int8: bool = False) -> None:
 def load_head(folder: Path, target_layers: int = 0) -> Head:
     """Reads and checks a head. ``target_layers``: layers of the target, for public heads that do not name the layers
     they fuse. Raises CheckpointError (missing, damaged, misshapen) or ConfigError (a variant that cannot be run)."""
-    config, target, card = parse_head(read_head_json(folder), folder, target_layers)
-    path = folder / WEIGHTS
-    # speculators calls the one layer layers.0
-    stored = {name.replace("layers.0.", "midlayer.", 1): tensor for name, tensor in read_tensors(path).items()}
-    target_ids = take_target_ids(stored, config.draft_vocab_size, config.vocab_size, path)
-    stored.pop("embed_tokens.weight", None)  # a copy of the target's
-    tensors = take_tensors(stored, _shapes(config), path)
-    refuse_rest(stored, "an EAGLE-3 head", path)
-    return Head(config=config, tensors=tensors, target_ids=target_ids, target=target, card=card)
+    values = read_head_json(folder)
+    config, target, card = parse_head(values, folder, target_layers)
+    stored = read_stored(folder, recognise(values, FAMILY, folder), settings(values, FAMILY, folder))
+    target_ids = stored.take_target_ids(config.draft_vocab_size, config.vocab_size)
+    shared = stored.take_shared(EMBEDDING, (config.vocab_size, config.hidden_size))
+    tensors = stored.take(_shapes(config))
+    stored.refuse_rest("an EAGLE-3 head")
+    return Head(config=config, tensors=tensors, target_ids=target_ids, target=target, card=card, shared=shared)
 
 
 def _shapes(config: Eagle3Config) -> dict[str, tuple[int, ...]]:

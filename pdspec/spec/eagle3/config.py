@@ -9,14 +9,17 @@ from typing import Any
 
 from pdspec.errors import CheckpointError, ConfigError
 from pdspec.model.config import ModelConfig
+from pdspec.spec.formats import settings
 from pdspec.spec.geometry import LayerGeometry, parse_geometry, target_geometry
 from pdspec.spec.heads import HEAD_REMEDY, TargetIdentity, read_section, section
 from pdspec.types import CacheGroup
 
+FAMILY = "eagle3"
 GROUP = "draft/eagle3"
-# Variants of the architecture that some public heads set; refused until they are built, never approximated.
-_UNSUPPORTED = ("norm_before_residual", "norm_before_fc", "bias", "attention_bias")
-_FLAGS = ("fc_norm", "norm_output", "tied_output")  # the first two are EAGLE-3.1's
+# Variants of the architecture that are refused until they are built, never approximated.
+_UNSUPPORTED = ("bias", "attention_bias", "mlp_bias")
+# Of EAGLE-3.1, of speculators, and ours
+_FLAGS = ("fc_norm", "norm_output", "norm_before_residual", "norm_before_fc", "tied_output")
 
 
 def default_fused_layers(num_layers: int) -> tuple[int, int, int]:
@@ -32,19 +35,29 @@ def default_fused_layers(num_layers: int) -> tuple[int, int, int]:
 class Eagle3Config(LayerGeometry):
     """Geometry of a head. ``fused_layers`` are target layers whose inputs it reads, in the order in which ``fc`` takes
     them. EAGLE-3.1 (2605.09992): ``fc_norm``, each level is normed before ``fc``; ``norm_output``, the normed output of
-    a row is the feature of the next one, and what ``lm_head`` reads. With ``tied_output`` the head has no ``lm_head``:
-    the target's output rows of its draft ids serve."""
+    a row is the feature of the next one, and what ``lm_head`` reads. speculators: ``norm_before_residual``, the
+    residual is the feature after its norm; ``norm_before_fc``, all levels are normed as one row. With ``tied_output``
+    the head has no ``lm_head``: the target's output rows of its draft ids serve."""
 
     fused_layers: tuple[int, ...]
     fc_norm: bool = False
     norm_output: bool = False
     tied_output: bool = False
+    norm_before_residual: bool = False
+    norm_before_fc: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """See ``LayerGeometry``; those of EAGLE-3.1 are at home here."""
+        return super().is_plain and not (self.norm_before_residual or self.norm_before_fc)
 
     def wrong_fields(self) -> list[str]:
         """See ``LayerGeometry``."""
         wrong = super().wrong_fields()
         if len(set(self.fused_layers)) != len(self.fused_layers) or min(self.fused_layers, default=-1) < 0:
             wrong.append(f"fused_layers={self.fused_layers}")
+        if self.fc_norm and self.norm_before_fc:
+            wrong.append("fc_norm with norm_before_fc")
         return wrong
 
     @classmethod
@@ -62,20 +75,22 @@ class Eagle3Config(LayerGeometry):
         """Its KV rows: one layer, in ``dtype`` ("bfloat16" | "float32")."""
         return self.layer_group(GROUP, dtype)
 
-    def matrix_shapes(self) -> dict[str, tuple[int, int]]:
-        """Its matrices [N, K] under SafeAILab's keys."""
+    def matrix_shapes(self) -> dict[str, tuple[int, ...]]:
+        """``fc``, the layer and ``lm_head`` under SafeAILab's keys; matrices are [N, K]."""
         output = {} if self.tied_output else {"lm_head.weight": (self.draft_vocab_size, self.hidden_size)}
         return {
             "fc.weight": (self.hidden_size, len(self.fused_layers) * self.hidden_size),
             **self.layer_shapes("midlayer", 2 * self.hidden_size), **output,
         }
 
-    def norm_shapes(self) -> dict[str, tuple[int]]:
-        """Its norms [H] under SafeAILab's keys; those of ``fc_norm`` under vLLM's, by level."""
+    def norm_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Its norms [H] under SafeAILab's keys; those of ``fc_norm`` under vLLM's, by level; speculators'
+        ``input_norm`` of all levels."""
         names = ["midlayer.hidden_norm", "midlayer.input_layernorm", "midlayer.post_attention_layernorm", "norm"]
         if self.fc_norm:
             names += [f"fc_norm.{level}" for level in range(len(self.fused_layers))]
-        return {f"{name}.weight": (self.hidden_size,) for name in names}
+        levels = {"input_norm.weight": (len(self.fused_layers) * self.hidden_size,)} if self.norm_before_fc else {}
+        return {**{f"{name}.weight": (self.hidden_size,) for name in names}, **levels}
 
 
 def head_json(config: Eagle3Config, target: TargetIdentity | None, card: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,20 +105,17 @@ def parse_head(
 ) -> tuple[Eagle3Config, TargetIdentity | None, dict[str, Any]]:
     """(config, target it was made for, card) out of ``config.json``.
 
-    A head without our section (a public one) fuses the default layers of a target of ``target_layers``. Raises
-    CheckpointError for a missing or senseless field, ConfigError for a variant that cannot be run.
+    A head that names no layers to fuse takes the default ones of a target of ``target_layers``. Raises CheckpointError
+    for a missing or senseless field, ConfigError for a variant that cannot be run.
     """
-    ours, more = values.get("pdspec") or {}, values.get("eagle_config") or {}
-    refused = [name for name in _UNSUPPORTED if values.get(name) or more.get(name)]
-    if not ours and (more or values).get("eagle_aux_hidden_state_layer_ids"):
-        refused.append("eagle_aux_hidden_state_layer_ids")  # engines disagree: inputs or outputs of these layers
-    if refused:
+    values = settings(values, FAMILY, where)
+    if refused := [name for name in _UNSUPPORTED if values.get(name)]:
         raise ConfigError(f"the head in {where} uses {', '.join(refused)}, which pdspec cannot run", field="heads",
                           remedy="choose a head of SafeAILab's EAGLE-3 architecture")
     target, card = read_section(values, where)
     try:
-        fused = tuple(int(n) for n in ours.get("fused_layers") or default_fused_layers(target_layers))
-        flags: dict[str, Any] = {name: bool(values.get(name) or more.get(name)) for name in _FLAGS}
+        fused = tuple(int(n) for n in values.get("fused_layers") or default_fused_layers(target_layers))
+        flags: dict[str, Any] = {name: bool(values.get(name)) for name in _FLAGS}
         return Eagle3Config(**parse_geometry(values, where), fused_layers=fused, **flags), target, card
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"config.json of the head in {where} is damaged: {error!r}", field="heads",

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from pdspec.errors import CheckpointError
 from pdspec.model.config import ModelConfig
-from pdspec.spec.eagle3.config import Eagle3Config, parse_head
+from pdspec.spec.eagle3.config import FAMILY, Eagle3Config, parse_head
 from pdspec.spec.family import Description, Parts, Setting
+from pdspec.spec.formats import readable
 from pdspec.spec.heads import find_head, random_seed, read_head_json
 from pdspec.spec.options import FEATURE_OPTIONS, flag
 from pdspec.types import CacheGroup
@@ -27,6 +28,7 @@ DESCRIPTION = Description(
     ships="draft KV of the prompt, first draft tokens with log q, one hidden row",
     trees=("chain", "static", "dynamic"), default_tree=_TREE, default_tree_gpu=_TREE_GPU,
     source="Li et al. 2025, EAGLE-3, arXiv 2503.01840; trees: EAGLE-2, arXiv 2406.16858", options=FEATURE_OPTIONS,
+    formats=readable(FAMILY),
 )
 
 

@@ -4,7 +4,7 @@
     {k}.{number of blocks}.weight   its own output matrix, where it has one
     d2t int64 [draft vocabulary] *offsets*: target id = d + d2t[d]; t2d bool [vocabulary]
 
-Published heads have no map and one output matrix each; some put ``medusa_head.`` before every name.
+Published heads have no map and one output matrix each; some put ``medusa_head.`` before every name (``formats.py``).
 """
 
 from __future__ import annotations
@@ -12,24 +12,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdspec.errors import CheckpointError
+from pdspec.spec.formats import recognise, settings
 from pdspec.spec.headfile import (
-    WEIGHTS,
     StoredHead,
     check_tensors,
     random_tensors,
     random_vocabulary,
-    read_tensors,
-    refuse_rest,
-    take_target_ids,
-    take_tensors,
     vocabulary_tensors,
     write_head,
 )
 from pdspec.spec.heads import TargetIdentity, read_head_json
-from pdspec.spec.medusa.config import MedusaConfig, head_json, parse_head
-
-_PUBLISHED = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
+from pdspec.spec.medusa.config import FAMILY, MedusaConfig, head_json, parse_head
+from pdspec.spec.stored import read_stored
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,16 +51,13 @@ def save_heads(folder: Path, heads: Heads, *, int8: bool = False) -> None:
 
 
 def load_heads(folder: Path) -> Heads:
-    """Reads and checks heads, ours or published ones. Raises CheckpointError (missing, damaged, misshapen, or pickled:
-    such a file may run code) or ConfigError (a format of another version)."""
-    path = next((folder / name for name in (WEIGHTS, *_PUBLISHED) if (folder / name).exists()), folder / WEIGHTS)
-    if path.suffix == ".pt":
-        raise CheckpointError(f"{path} is pickled", field="heads",
-                              remedy=f"save its tensors as {_PUBLISHED[0]} (safetensors.torch.save_file)")
-    stored = {name.removeprefix("medusa_head."): tensor for name, tensor in read_tensors(path).items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
-    config, target, card = parse_head(read_head_json(folder), shapes, folder)
-    target_ids = take_target_ids(stored, config.draft_vocab_size, config.vocab_size, path)
-    tensors = take_tensors(stored, config.shapes(), path)
-    refuse_rest(stored, "Medusa heads", path)
+    """Reads and checks heads, ours or published ones. Raises CheckpointError (missing, damaged or misshapen) or
+    ConfigError (a format of another version)."""
+    values = read_head_json(folder)
+    stored = read_stored(folder, recognise(values, FAMILY, folder), settings(values, FAMILY, folder))
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored.tensors.items()}
+    config, target, card = parse_head(values, shapes, stored.where)
+    target_ids = stored.take_target_ids(config.draft_vocab_size, config.vocab_size)
+    tensors = stored.take(config.shapes())
+    stored.refuse_rest("Medusa heads")
     return Heads(config=config, tensors=tensors, target_ids=target_ids, target=target, card=card)

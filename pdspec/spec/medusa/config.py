@@ -12,6 +12,7 @@ from pdspec.errors import CheckpointError
 from pdspec.model.config import ModelConfig
 from pdspec.spec.heads import HEAD_REMEDY, TargetIdentity, read_section, section
 
+FAMILY = "medusa"
 MAX_HEADS, MAX_LAYERS = 64, 16
 
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from pdspec.model.config import ModelConfig
 from pdspec.spec.family import Description, Parts, Setting
+from pdspec.spec.formats import readable
 from pdspec.spec.heads import find_head, random_seed
-from pdspec.spec.medusa.config import MedusaConfig
+from pdspec.spec.medusa.config import FAMILY, MedusaConfig
 from pdspec.types import CacheGroup
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ DESCRIPTION = Description(
     needs="heads trained for the target (heads.medusa: FOLDER or random:SEED)",
     ships="first draft tokens with log q, one hidden row", trees=("chain", "static", "dynamic"), default_tree=_TREE,
     default_tree_gpu=_TREE_GPU, source="Cai et al. 2024, Medusa, arXiv 2401.10774",
+    formats=readable(FAMILY),
 )
 
 

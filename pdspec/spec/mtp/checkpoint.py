@@ -1,4 +1,5 @@
-"""MTP modules on disk: DeepSeek-V3's tensor names (see ``headfile.py`` for the form), L the target's layers, m = 1..N.
+"""MTP modules on disk: DeepSeek-V3's tensor names (see ``headfile.py`` for the form, ``formats.py`` for others'), L the
+target's layers, m = 1..N.
 
     model.layers.{L+m-1}.  enorm, hnorm, eh_proj; input_layernorm, self_attn.*, post_attention_layernorm, mlp.*;
                            shared_head.norm; embed_tokens and shared_head.head, the target's own, may be repeated
@@ -7,37 +8,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from pdspec.spec.formats import recognise, settings
 from pdspec.spec.headfile import (
-    WEIGHTS,
     StoredHead,
     check_tensors,
     random_tensors,
     random_vocabulary,
-    read_tensors,
-    refuse_rest,
-    take_target_ids,
-    take_tensors,
     vocabulary_tensors,
     write_head,
 )
 from pdspec.spec.heads import TargetIdentity, read_head_json
-from pdspec.spec.mtp.config import MtpConfig, head_json, parse_head
+from pdspec.spec.mtp.config import FAMILY, MtpConfig, head_json, parse_head
+from pdspec.spec.stored import EMBEDDING, read_stored
 
 # What modules share with the target: DeepSeek repeats it in each.
-EMBEDDING, LM_HEAD = "embed_tokens.weight", "shared_head.head.weight"
+LM_HEAD = "shared_head.head.weight"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Head(StoredHead):
-    """All modules, under DeepSeek's keys. ``shared`` has what the file repeats of the target, as it is stored."""
+    """All modules, under DeepSeek's keys."""
 
     config: MtpConfig
-    shared: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def random_head(config: MtpConfig, seed: int, target: TargetIdentity | None = None) -> Head:
@@ -60,16 +57,15 @@ def save_head(folder: Path, head: Head, *, int8: bool = False) -> None:
 def load_head(folder: Path) -> Head:
     """Reads and checks all modules. Raises CheckpointError (missing, damaged, misshapen) or ConfigError (a variant that
     cannot be run)."""
-    config, target, card = parse_head(read_head_json(folder), folder)
-    path = folder / WEIGHTS
-    stored = read_tensors(path)
-    target_ids = take_target_ids(stored, config.draft_vocab_size, config.vocab_size, path)
-    tensors, shared = take_tensors(stored, config.shapes(), path), {}
+    values = read_head_json(folder)
+    config, target, card = parse_head(values, folder)
+    found = settings(values, FAMILY, folder)
+    stored = read_stored(folder, recognise(values, FAMILY, folder), found, config.target_layers)
+    target_ids = stored.take_target_ids(config.draft_vocab_size, config.vocab_size)
+    shared: dict[str, torch.Tensor] = {}
     for module in range(1, config.num_modules + 1):
         for name in (EMBEDDING, LM_HEAD):
-            key = f"{config.prefix(module)}.{name}"
-            if key in stored:
-                shared[key] = stored.pop(key)
-    check_tensors(shared, dict.fromkeys(shared, (config.vocab_size, config.hidden_size)), path)
-    refuse_rest(stored, f"{config.num_modules} MTP modules", path)
+            shared |= stored.take_shared(f"{config.prefix(module)}.{name}", (config.vocab_size, config.hidden_size))
+    tensors = stored.take(config.shapes())
+    stored.refuse_rest(f"{config.num_modules} MTP modules")
     return Head(config=config, tensors=tensors, target_ids=target_ids, target=target, card=card, shared=shared)

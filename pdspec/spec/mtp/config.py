@@ -9,13 +9,15 @@ from typing import Any
 
 from pdspec.errors import CheckpointError, ConfigError
 from pdspec.model.config import ModelConfig
+from pdspec.spec.formats import settings
 from pdspec.spec.geometry import LayerGeometry, parse_geometry, target_geometry
 from pdspec.spec.heads import HEAD_REMEDY, TargetIdentity, read_section, section
+from pdspec.spec.mtp.variants import Experts, Latent, parse_experts, parse_latent
 from pdspec.types import CacheGroup
 
+FAMILY = "mtp"
 # Layers of other kinds, by the config keys that say so; refused until they are built, never approximated.
-_UNSUPPORTED = ("kv_lora_rank", "q_lora_rank", "n_routed_experts", "num_experts", "num_local_experts", "attention_bias",
-                "mlp_bias", "sliding_window")
+_UNSUPPORTED = ("num_local_experts", "attention_bias", "mlp_bias", "quantization_config")
 _MODULE_NORMS = ("enorm", "hnorm", "input_layernorm", "post_attention_layernorm", "shared_head.norm")
 
 
@@ -31,12 +33,20 @@ class MtpConfig(LayerGeometry):
 
     num_modules: int
     target_layers: int
+    latent: Latent | None = None
+    experts: Experts | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """See ``LayerGeometry``."""
+        return super().is_plain and self.latent is None and self.experts is None
 
     def wrong_fields(self) -> list[str]:
         """See ``LayerGeometry``."""
         wrong = super().wrong_fields()
         counts = {"num_nextn_predict_layers": self.num_modules, "num_hidden_layers": self.target_layers}
-        return wrong + [f"{name}={count}" for name, count in counts.items() if count < 1]
+        wrong += [f"{name}={count}" for name, count in counts.items() if count < 1]
+        return wrong + (self.experts.wrong_fields() if self.experts else [])
 
     @classmethod
     def for_target(
@@ -59,10 +69,23 @@ class MtpConfig(LayerGeometry):
     def module_shapes(self, module: int) -> dict[str, tuple[int, ...]]:
         """Tensors of module 1..N under DeepSeek's keys: matrices [N, K] and norms [H]."""
         prefix, hidden = self.prefix(module), self.hidden_size
+        attention = self.attention_shapes(prefix, hidden)
+        if self.latent is not None:
+            attention = self.latent.shapes(f"{prefix}.self_attn", hidden, self.num_heads)
         return {
-            f"{prefix}.eh_proj.weight": (hidden, 2 * hidden), **self.layer_shapes(prefix, hidden),
+            f"{prefix}.eh_proj.weight": (hidden, 2 * hidden), **attention, **self._mlp_shapes(f"{prefix}.mlp"),
             **{f"{prefix}.{name}.weight": (hidden,) for name in _MODULE_NORMS},
         }
+
+    def _mlp_shapes(self, prefix: str) -> dict[str, tuple[int, ...]]:
+        if self.experts is None:
+            return self.mlp_shapes(prefix, self.intermediate_size)
+        shapes = self.experts.router_shapes(prefix, self.hidden_size)
+        for expert in range(self.experts.count):
+            shapes |= self.mlp_shapes(f"{prefix}.experts.{expert}", self.experts.inner)
+        if self.experts.shared:
+            shapes |= self.mlp_shapes(f"{prefix}.{self.experts.shared_name}", self.experts.shared)
+        return shapes
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of all modules."""
@@ -73,21 +96,32 @@ class MtpConfig(LayerGeometry):
 def head_json(config: MtpConfig, target: TargetIdentity | None, card: Mapping[str, Any]) -> dict[str, Any]:
     """``config.json``: DeepSeek's names for the counts, Llama's for the layers, ours under ``pdspec``."""
     counts = {"num_hidden_layers": config.target_layers, "num_nextn_predict_layers": config.num_modules}
-    return {"architectures": ["DeepSeekMTPModel"], **config.layer_json(), **counts, "pdspec": section(target, card)}
+    variants = {**(config.latent.json() if config.latent else {}), **(config.experts.json() if config.experts else {})}
+    values = {"architectures": ["DeepSeekMTPModel"], **config.layer_json(), **variants, **counts}
+    return {**values, "pdspec": section(target, card)}
 
 
 def parse_head(
     values: Mapping[str, Any], where: Path
 ) -> tuple[MtpConfig, TargetIdentity | None, dict[str, Any]]:
-    """(config, target the modules were made for, card) out of ``config.json``. Raises CheckpointError for a missing or
-    senseless field, ConfigError for a variant that cannot be run."""
-    if refused := [name for name in _UNSUPPORTED if values.get(name)]:
+    """(config, target the modules were made for, card) out of ``config.json`` of any format, which may be a target's.
+    Raises CheckpointError for a missing or senseless field, ConfigError for a variant that cannot be run."""
+    values = settings(values, FAMILY, where)
+    refused = [name for name in _UNSUPPORTED if values.get(name)]
+    if values.get("sliding_window") and values.get("use_sliding_window", True):
+        refused.append("sliding_window")
+    if refused:
         raise ConfigError(f"the modules in {where} use {', '.join(refused)}, which pdspec cannot run", field="heads",
-                          remedy="choose MTP modules of dense Llama-style layers")
+                          remedy="choose unquantised MTP modules with full attention and no other biases than q, k, v")
     target, card = read_section(values, where)
     try:
+        latent, experts = parse_latent(values), parse_experts(values)
+        geometry = parse_geometry({"intermediate_size": 16, **values, "num_hidden_layers": 1}, where)
+        if latent is not None:  # the config's own head_dim and KV heads are of something else
+            geometry |= {"head_dim": latent.plain + latent.turned, "num_kv_heads": geometry["num_heads"],
+                         "rotary_dim": latent.turned}  # fmt: skip
         config = MtpConfig(
-            **parse_geometry({**values, "num_hidden_layers": 1}, where), target_layers=int(values["num_hidden_layers"]),
+            **geometry, target_layers=int(values["num_hidden_layers"]), latent=latent, experts=experts,
             num_modules=int(values["num_nextn_predict_layers"]),
         )
         return config, target, card

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from pdspec.errors import ConfigError
 from pdspec.model.config import ModelConfig
 from pdspec.spec.family import Description, Parts, Setting
+from pdspec.spec.formats import readable
 from pdspec.spec.heads import find_head, random_seed, read_head_json
-from pdspec.spec.mtp.config import MtpConfig, parse_head
+from pdspec.spec.mtp.config import FAMILY, MtpConfig, parse_head
 from pdspec.spec.options import flag
 from pdspec.types import CacheGroup
 
@@ -30,7 +31,7 @@ DESCRIPTION = Description(
     ships="draft KV of each module, first draft tokens with log q, one hidden row of each module but the last",
     trees=("chain", "static", "dynamic"), default_tree="chain(2)", default_tree_gpu="dynamic(2,4,8)",
     source="DeepSeek-AI 2024, DeepSeek-V3, arXiv 2412.19437, section 2.2; reuse: EAGLE-style serving of one module",
-    options={"modules": "", "reuse": "false"},
+    options={"modules": "", "reuse": "false"}, formats=readable(FAMILY),
 )
 
 

@@ -23,13 +23,16 @@ import torch
 from pdspec.cache.paged import DTYPES, PagedCache
 from pdspec.errors import Incompatible
 from pdspec.model.batch import ForwardBatch
-from pdspec.model.ops import Ops, Rope, make_rope
+from pdspec.model.ops import Ops, Rope
+from pdspec.spec.attention import Attention, SwiGlu, Tensor, draft_rope, row_index
+from pdspec.spec.embedding import is_same
 from pdspec.spec.feature_rows import take_rows
-from pdspec.spec.mtp.checkpoint import EMBEDDING, LM_HEAD, Head
+from pdspec.spec.mtp.checkpoint import LM_HEAD, Head
 from pdspec.spec.mtp.config import group_name
+from pdspec.spec.mtp.experts import RoutedExperts
+from pdspec.spec.mtp.latent import LatentAttention
 from pdspec.spec.protocol import HiddenRows
-
-_COMPARED = 4096  # rows at once
+from pdspec.spec.stored import EMBEDDING
 
 
 class MtpModule:
@@ -50,19 +53,26 @@ class MtpModule:
             raise ValueError(f"the cache has {cache.layout(group)} where the module needs {wanted}")
         self._pages, prefix = cache.group(group)[0], head.config.prefix(module)
 
-        def pack(*names: str) -> Any:
-            parts = [head.tensors[f"{prefix}.{name}.weight"] for name in names]
-            return ops.pack(torch.cat(parts).to(DTYPES[dtype]))
+        def tensor(name: str) -> torch.Tensor:
+            return head.tensors[f"{prefix}.{name}"]
 
         def norm(name: str) -> torch.Tensor:
-            return head.tensors[f"{prefix}.{name}.weight"].float().to(ops.device)
+            return tensor(f"{name}.weight").float().to(ops.device)
 
-        self._eh_proj = pack("eh_proj")
-        self._qkv = pack(*(f"self_attn.{letter}_proj" for letter in "qkv"))
-        self._o, self._down = pack("self_attn.o_proj"), pack("mlp.down_proj")
-        self._gate_up = pack("mlp.gate_proj", "mlp.up_proj")
+        self._eh_proj = ops.pack(tensor("eh_proj.weight").to(DTYPES[dtype]))
+        self._attention = self._make_attention(tensor, dtype)
+        if head.config.experts is None:
+            self._mlp: SwiGlu | RoutedExperts = SwiGlu(tensor, "mlp", ops=ops, dtype=dtype)
+        else:
+            self._mlp = RoutedExperts(head.config.experts, tensor, ops=ops, dtype=dtype)
         self._enorm, self._hnorm, self._norm = norm("enorm"), norm("hnorm"), norm("shared_head.norm")
         self._input_norm, self._post_norm = norm("input_layernorm"), norm("post_attention_layernorm")
+
+    def _make_attention(self, tensor: Tensor, dtype: str) -> Attention | LatentAttention:
+        config, ops, pages, rope = self.config, self.ops, self._pages, self._rope
+        if config.latent is None:
+            return Attention(config, tensor, ops=ops, dtype=dtype, pages=pages, rope=rope)
+        return LatentAttention(config, config.latent, tensor, ops=ops, dtype=dtype, pages=pages, rope=rope)
 
     def features(self, hidden: HiddenRows) -> torch.Tensor:
         """h^0 of target rows, [R, H]. Raises ValueError where the final hidden state was not asked for."""
@@ -78,16 +88,14 @@ class MtpModule:
         ops, eps = self.ops, self.config.rms_norm_eps
         embedded = ops.rms_norm(ops.embed(self._embedding, batch.token_ids), self._enorm, eps)
         x = ops.linear(torch.cat((embedded, ops.rms_norm(features.contiguous(), self._hnorm, eps)), 1), self._eh_proj)
-        qkv = ops.linear(ops.rms_norm(x, self._input_norm, eps), self._qkv)
-        q = ops.rope_store(qkv, self._rope, batch, self._pages)
+        queries = self._attention.store(ops.rms_norm(x, self._input_norm, eps), batch)
         if len(outputs) < batch.num_rows:
-            rows = torch.from_numpy(outputs.astype(np.int64)).to(ops.device)
-            q, x, batch = q[rows], x[rows], take_rows(batch, outputs)
+            rows = row_index(outputs, ops.device)
+            queries, x, batch = queries.take(rows), x[rows], take_rows(batch, outputs)
         if batch.num_rows == 0:
             return x
-        x = x + ops.linear(ops.attend(q, batch, self._pages), self._o)
-        gate_up = ops.linear(ops.rms_norm(x, self._post_norm, eps), self._gate_up)
-        return ops.rms_norm(x + ops.linear(ops.silu_mul(gate_up), self._down), self._norm, eps)
+        x = x + self._attention.attend(queries, batch)
+        return ops.rms_norm(x + self._mlp(ops.rms_norm(x, self._post_norm, eps)), self._norm, eps)
 
     def logits(self, outputs: torch.Tensor) -> torch.Tensor:
         """[R, draft vocabulary] float32 of h^m [R, H]."""
@@ -102,12 +110,14 @@ def make_modules(
     config = head.config
     for key, tensor in head.shared.items():
         packed = embedding if key.endswith(EMBEDDING) else lm_head
-        _check_shared(key, tensor, packed, ops, dtype)
+        if not is_same(tensor, packed, ops, dtype):
+            name = LM_HEAD if key.endswith(LM_HEAD) else EMBEDDING
+            raise Incompatible(f"{key} is not the target's, with which modules share it", field=name,
+                               remedy="choose the modules made for this target")
     if config.draft_vocab_size < config.vocab_size:
         rows = ops.embed(lm_head, head.target_ids.numpy().astype(np.int32))
         lm_head = ops.pack(rows.to(DTYPES[dtype]))
-    rope = make_rope(head_dim=config.head_dim, theta=config.rope_theta, max_positions=max_positions,
-                     scaling=config.rope_scaling, device=ops.device)
+    rope = draft_rope(config, max_positions, ops.device)
     return [
         MtpModule(head, module, ops=ops, embedding=embedding, lm_head=lm_head, rope=rope, cache=cache, dtype=dtype)
         for module in range(1, count + 1)
@@ -130,13 +140,3 @@ class MtpSeries:
     def logits(self, outputs: torch.Tensor) -> torch.Tensor:
         """[R, draft vocabulary] float32 of stacks [R, n, H]: all modules share the target's lm_head."""
         return self.modules[0].logits(outputs[:, 0])
-
-
-def _check_shared(key: str, tensor: torch.Tensor, packed: Any, ops: Ops, dtype: str) -> None:
-    for start in range(0, len(tensor), _COMPARED):
-        ids = np.arange(start, min(start + _COMPARED, len(tensor)), dtype=np.int32)
-        ours = tensor[start : start + len(ids)].to(DTYPES[dtype]).float()
-        if not torch.equal(ours, ops.embed(packed, ids).cpu()):
-            name = LM_HEAD if key.endswith(LM_HEAD) else EMBEDDING
-            raise Incompatible(f"{key} is not the target's, with which modules share it", field=name,
-                               remedy="choose the modules made for this target")
