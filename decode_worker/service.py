@@ -40,6 +40,7 @@ from pdspec.wire import pdspec_pb2 as pb
 from pdspec.wire import pdspec_pb2_grpc as rpc
 from pdspec.wire.channels import make_channel
 from pdspec.wire.codec import chunk_to_pb, decode_request_from_pb
+from pdspec.wire.trust import Metadata, Trust
 
 log = logging.getLogger(__name__)
 RETRYABLE = (PeerLost, TransferDamaged, Overloaded)
@@ -53,6 +54,7 @@ class DecodeService(rpc.DecodeWorkerServicer):
         self.worker_id, self.address = config.worker_id, ""
         self._epochs = itertools.count(secrets.randbits(40))
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._trust = Trust.of(config)
 
     async def Decode(
         self, request: pb.DecodeRequest, context: grpc.aio.ServicerContext
@@ -88,8 +90,12 @@ class DecodeService(rpc.DecodeWorkerServicer):
     def channel(self, address: str) -> grpc.aio.Channel:
         """One channel per peer, kept."""
         if address not in self._channels:
-            self._channels[address] = make_channel(address)
+            self._channels[address] = make_channel(address, trust=self._trust)
         return self._channels[address]
+
+    def metadata(self) -> Metadata:
+        """Of every call on a peer."""
+        return self._trust.metadata()
 
     def next_epoch(self) -> int:
         """Of a new reservation's stream."""
@@ -198,7 +204,7 @@ class _Run:
         )
         relayed = self.route.handoff is Handoff.RELAY
         channel = service.channel(self.route.relay if relayed else address)
-        metadata = relay_metadata(address) if relayed else ()
+        metadata = (*service.metadata(), *(relay_metadata(address) if relayed else ()))
         async with PrefillCall(
             channel, opening, stall_timeout_s=config.stall_timeout_s, peer=address, metadata=metadata
         ) as call:

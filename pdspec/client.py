@@ -16,13 +16,15 @@ from typing import Any, Self
 
 import grpc
 
-from pdspec.errors import PeerLost
+from pdspec.config import RouterConfig, TlsConfig
+from pdspec.errors import PeerLost, Unauthenticated
 from pdspec.types import GenerationStats, TokenChunk, TokenLogprob, UserRequest
 from pdspec.wire import pdspec_pb2 as pb
 from pdspec.wire import pdspec_pb2_grpc as rpc
-from pdspec.wire.channels import USER_MESSAGE_BYTES, size_options
+from pdspec.wire.channels import make_client_channel
 from pdspec.wire.codec import chunk_from_pb, user_request_to_pb
 from pdspec.wire.status import from_rpc_error
+from pdspec.wire.trust import TokenFile, Trust, bearer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,19 +85,40 @@ class Answer:
         }
 
 
-class RouterClient:
-    """One channel to a router. Not shared between threads; close it, or use it in ``with``."""
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """What a user shows to a router. ``tls.ca`` alone asks for TLS; ``tls.cert`` and ``tls.key`` where the router asks
+    for a certificate. The token is never printed."""
 
-    def __init__(self, endpoint: str) -> None:
-        self.endpoint = endpoint
-        options = (*size_options(USER_MESSAGE_BYTES), ("grpc.enable_retries", 0))
-        self._channel = grpc.insecure_channel(endpoint, options=options)
+    tls: TlsConfig = field(default_factory=TlsConfig)
+    token: str = field(default="", repr=False)
+
+    def trust(self) -> Trust:
+        """For the channel."""
+        return Trust(tls=self.tls)
+
+    @staticmethod
+    def of(config: RouterConfig) -> Access:
+        """That of the deployment itself, for a process that has its settings. Raises ConfigError."""
+        path = config.cluster_token_file or config.token_file
+        return Access(tls=config.tls, token=TokenFile(path, field="token_file").first() if path else "")
+
+
+class RouterClient:
+    """One channel to a router. Not shared between threads; close it, or use it in ``with``. ``access`` says what a
+    router with TLS or tokens is shown; raises ConfigError for files that cannot be read."""
+
+    def __init__(self, endpoint: str, access: Access | None = None) -> None:
+        self.endpoint, self._access = endpoint, access or Access()
+        self._channel = make_client_channel(endpoint, self._access.trust())
         self._stub = rpc.RouterStub(self._channel)
 
     def stream(self, request: UserRequest, *, timeout_s: float | None = None) -> Iterator[Piece]:
         """The answer as it comes. Closing the iterator cancels the request on every hop. Raises the PdspecError
         that the cluster sent, PeerLost when there is no router."""
-        call = self._stub.Generate(user_request_to_pb(request), timeout=timeout_s)
+        call = self._stub.Generate(
+            user_request_to_pb(request), timeout=timeout_s, metadata=bearer(self._access.token)
+        )
         try:
             for message in call:
                 yield Piece(chunk=chunk_from_pb(message), text=message.text, seed=message.seed)
@@ -117,7 +140,9 @@ class RouterClient:
     def workers(self, *, timeout_s: float = 5.0) -> list[dict[str, Any]]:
         """What the router knows of each worker (``WorkerStatus`` of the proto as a map)."""
         try:
-            answer = self._stub.ListWorkers(pb.ListWorkersRequest(), timeout=timeout_s)
+            answer = self._stub.ListWorkers(
+                pb.ListWorkersRequest(), timeout=timeout_s, metadata=bearer(self._access.token)
+            )
         except grpc.RpcError as error:
             raise self._error(error) from error
         names = [entry.name for entry in pb.WorkerStatus.DESCRIPTOR.fields]
@@ -148,8 +173,12 @@ class RouterClient:
 
     def _error(self, error: grpc.RpcError) -> Exception:
         found = from_rpc_error(error, peer=self.endpoint)
-        if isinstance(found, PeerLost) and "failed to connect" in found.message.lower():
-            remedy = "start one with `pdspec up`, or name another with --endpoint"
+        text = found.message.lower()
+        if isinstance(found, PeerLost) and ("handshake" in text or "ssl" in text or "certificate" in text):
+            remedy = "give the deployment's --tls-ca, and --tls-cert and --tls-key where it asks for a certificate"
+            return Unauthenticated(f"no TLS with {self.endpoint}: {found.message[-200:]}", field="tls", remedy=remedy)
+        if isinstance(found, PeerLost) and "failed to connect" in text:
+            remedy = "start one with `pdspec up`, or name another with --endpoint; one with TLS needs --tls-ca"
             return PeerLost(f"no router answers at {self.endpoint}", field="endpoint", remedy=remedy)
         return found
 

@@ -32,7 +32,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from decode_worker.actor import DecodeActor
-from pdspec.client import RouterClient
+from pdspec.client import Access, RouterClient
 from pdspec.config import ClusterConfig, RouterConfig, WorkerConfig
 from pdspec.errors import ConfigError, PdspecError, PeerLost
 from pdspec.wire.status import error_from_dict
@@ -89,7 +89,7 @@ class Cluster:
         self._start_workers(configs)
         self.progress(f"loading {self.config.worker.model} on {len(configs)} workers")
         self._await_started()
-        with RouterClient(self.endpoint) as client:
+        with RouterClient(self.endpoint, Access.of(self.config.router_config())) as client:
             client.wait_ready(workers=len(configs), timeout_s=self.config.start_timeout_s)
 
     def process_ids(self) -> dict[str, int]:

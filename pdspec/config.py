@@ -6,6 +6,7 @@ Every field is a key of a config file and a flag (``cache_dir`` is ``--cache-dir
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from pdspec.errors import ConfigError
@@ -16,6 +17,41 @@ DTYPES = ("bfloat16", "float32")
 NUMERICS = ("auto", "exact", "fast")
 HANDOFFS = ("direct", "relay")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("text", "json")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TlsConfig(Settings):
+    """Certificates as PEM files, whose paths hold on every node. All empty: plain text."""
+
+    cert: str = option("", "certificate chain of this process")
+    key: str = option("", "private key of cert")
+    ca: str = option("", "authority that signs the certificates of the cluster's members")
+    client_ca: str = option("", "authority of users' certificates, which the router then asks for")
+    name: str = option("", "name in the certificates, where addresses are not in them")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _make_absolute(self, "cert", "key", "ca", "client_ca")
+        if bool(self.cert) != bool(self.key):
+            missing = "tls.key" if self.cert else "tls.cert"
+            raise ConfigError("a certificate and its key belong together", field=missing, remedy=f"give {missing}")
+        if self.client_ca and not self.cert:
+            raise ConfigError("without tls.cert nothing is encrypted", field="tls.cert", remedy="give tls.cert")
+
+
+def _make_absolute(settings: Settings, *names: str) -> None:
+    """Workers run in folders of their own: a path counts from where the settings were made."""
+    for name in names:
+        if path := getattr(settings, name):
+            object.__setattr__(settings, name, str(Path(path).expanduser().absolute()))
+
+
+def _check_members(tls: TlsConfig) -> None:
+    """A member both shows a certificate and checks those of others. Raises ConfigError."""
+    if bool(tls.cert) != bool(tls.ca):
+        missing = "tls.ca" if tls.cert else "tls.cert"
+        raise ConfigError("members show certificates to each other", field=missing, remedy=f"give {missing}, too")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +87,12 @@ class WorkerConfig(Settings):
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     cache_dir: str = option("", "folder of converted models; empty: PDSPEC_CACHE or ~/.cache/pdspec")
     on_prefill_failure: str = option("retry", "when a prefill worker fails", choices=("retry", "local", "fail"))
+    tls: TlsConfig = dataclasses.field(default_factory=TlsConfig)
+    cluster_token_file: str = option("", "file of tokens that members of the cluster show to each other")
     log_level: str = option("info", "least level written to stderr", choices=LOG_LEVELS)
+    log_format: str = option("text", "of what is written to stderr", choices=LOG_FORMATS)
+    metrics_port: int = option(-1, "Prometheus metrics over HTTP; 0: any free port, -1: none", low=-1, high=65535)
+    traces: str = option("", "where spans go: otlp, console, or MODULE:CLASS of an exporter; empty: nowhere")
     poison: bool = option(False, "fill erased KV rows with NaN (a debug aid)")
 
     def __post_init__(self) -> None:
@@ -62,6 +103,8 @@ class WorkerConfig(Settings):
             raise ConfigError(f"unknown device {self.device!r}", field="device", remedy="auto, cpu, cuda or cuda:N")
         if self.drafter not in self.drafters:
             raise unknown_name("drafter", self.drafter, self.drafters, field="drafter", where="drafters")
+        _check_members(self.tls)
+        _make_absolute(self, "cluster_token_file")
         for name in self.heads:
             if name not in self.drafters:
                 raise unknown_name("drafter", name, self.drafters, field="heads", where="drafters")
@@ -85,7 +128,20 @@ class RouterConfig(Settings):
     cache_dir: str = option("", "folder of converted models; empty: PDSPEC_CACHE or ~/.cache/pdspec")
     max_message_bytes: int = option(4 << 20, "largest request taken", low=1024)
     heartbeat_s: float = option(0.5, "interval of the questions to the workers", low=0.05, high=60)
+    tls: TlsConfig = dataclasses.field(default_factory=TlsConfig)
+    cluster_token_file: str = option("", "file of tokens that members of the cluster show to each other")
+    token_file: str = option("", "file of users' tokens; empty: nobody is asked for one")
+    client_rate: float = option(0.0, "requests per second of one user (token, or host); 0: any number", low=0)
+    request_timeout_s: float = option(10.0, "to send a request whole once its call is open", low=0.05)
     log_level: str = option("info", "least level written to stderr", choices=LOG_LEVELS)
+    log_format: str = option("text", "of what is written to stderr", choices=LOG_FORMATS)
+    metrics_port: int = option(-1, "Prometheus metrics over HTTP; 0: any free port, -1: none", low=-1, high=65535)
+    traces: str = option("", "where spans go: otlp, console, or MODULE:CLASS of an exporter; empty: nowhere")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_members(self.tls)
+        _make_absolute(self, "cluster_token_file", "token_file")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,17 +161,29 @@ class ClusterConfig(Settings):
     prefill_resources: dict[str, float] = option({}, "Ray resources that pin prefill workers to nodes")
     decode_resources: dict[str, float] = option({}, "Ray resources that pin decode workers to nodes")
     start_timeout_s: float = option(300.0, "to place and start every worker", low=1)
+    tls: TlsConfig = dataclasses.field(default_factory=TlsConfig)
+    cluster_token_file: str = option("", "file of tokens that members of the cluster show to each other")
     worker: WorkerConfig = dataclasses.field(default_factory=WorkerConfig)
     prefill_worker: dict[str, Any] = dataclasses.field(default_factory=dict)
     decode_worker: dict[str, Any] = dataclasses.field(default_factory=dict)
     router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _make_absolute(self, "cluster_token_file")
+
     def worker_config(self, role: str, index: int) -> WorkerConfig:
         """The config of the ``index``-th worker of ``role``, its changed keys applied."""
         changes = self.prefill_worker if role == "prefill" else self.decode_worker
-        values = {**self.worker.to_mapping(), **changes, "role": role, "worker_id": f"{role}-{index}"}
-        return WorkerConfig.from_mapping(values)
+        values = {**self.worker.to_mapping(), **self._shared(self.worker), **changes}
+        return WorkerConfig.from_mapping({**values, "role": role, "worker_id": f"{role}-{index}"})
 
     def router_config(self) -> RouterConfig:
         """The router's config: its model and cache folder are the workers'."""
-        return self.router.replace(model=self.worker.model, cache_dir=self.worker.cache_dir)
+        known = self.router.replace(**self._shared(self.router))
+        return known.replace(model=self.worker.model, cache_dir=self.worker.cache_dir)
+
+    def _shared(self, section: WorkerConfig | RouterConfig) -> dict[str, Any]:
+        """What a section takes from the top where it says nothing itself."""
+        tls = section.tls if section.tls != TlsConfig() else self.tls
+        return {"tls": tls, "cluster_token_file": section.cluster_token_file or self.cluster_token_file}

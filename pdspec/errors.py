@@ -34,6 +34,12 @@ class Incompatible(PdspecError):
     status = "FAILED_PRECONDITION"
 
 
+class Unauthenticated(PdspecError):
+    """The caller showed no token or certificate that this side knows."""
+
+    status = "UNAUTHENTICATED"
+
+
 class Overloaded(PdspecError):
     """No room now; ``retry_after_ms`` is a hint."""
 

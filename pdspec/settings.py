@@ -71,9 +71,13 @@ class Settings:
         hints = get_type_hints(cls)
         for field in dataclasses.fields(cls):
             _add_flag(parser, field, hints[field.name])
-        given = vars(parser.parse_args(argv))
-        path = given.pop("config")
-        return cls.load(path, {name: value for name, value in given.items() if value is not None})
+        given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+        values = dict(read_file(path)) if (path := given.pop("config")) else {}
+        for name, value in given.items():
+            section, dot, key = name.partition(".")
+            inner = values.get(section) or {}
+            values[section] = {**inner, key: value} if dot and isinstance(inner, Mapping) else value
+        return cls.from_mapping(values)
 
     def replace(self, **changes: Any) -> Self:
         """A copy with other values, checked like any."""
@@ -110,19 +114,24 @@ def read_file(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any) -> None:
+def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any, prefix: str = "") -> None:
     if isinstance(kind, type) and issubclass(kind, Settings):
+        hints = get_type_hints(kind)
+        for inner in dataclasses.fields(kind):
+            _add_flag(parser, inner, hints[inner.name], prefix=f"{field.name}.")
         return
-    flag, text = "--" + field.name.replace("_", "-"), field.metadata.get("help", "")
+    dest, text = f"{prefix}{field.name}", field.metadata.get("help", "")
+    flag = "--" + dest.replace("_", "-").replace(".", "-")
     default = field.default if field.default is not dataclasses.MISSING else "required"
     help_text = f"{text} (default: {','.join(default) if isinstance(default, tuple) else default})".replace("%", "%%")
     if kind is bool:
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help_text)
+        parser.add_argument(flag, dest=dest, action=argparse.BooleanOptionalAction, default=None, help=help_text)
     elif str(kind).startswith("dict"):
-        parser.add_argument(flag, metavar="NAME=VALUE,...", default=None, help=text)
+        parser.add_argument(flag, dest=dest, metavar="NAME=VALUE,...", default=None, help=text)
     else:
         names = field.metadata.get("choices") or None
-        parser.add_argument(flag, metavar="|".join(names) if names else None, default=None, help=help_text)
+        meta = "|".join(names) if names else flag.removeprefix("--").replace("-", "_").upper()
+        parser.add_argument(flag, dest=dest, metavar=meta, default=None, help=help_text)
 
 
 def _convert(value: Any, kind: Any, name: str) -> Any:

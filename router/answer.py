@@ -93,7 +93,9 @@ class Answer:
     async def _attempt(self, request: GenerateRequest, route: Route) -> AsyncGenerator[pb.GenerateChunk, None]:
         tickets = [self._fleet.send(address) for address in (route.decode, *route.prefill[:1])]
         stub = rpc.DecodeWorkerStub(self._fleet.channel(route.decode))
-        call = stub.Decode(decode_request_to_pb(request, route), timeout=request.deadline_s)
+        call = stub.Decode(
+            decode_request_to_pb(request, route), timeout=request.deadline_s, metadata=self._fleet.metadata()
+        )
         base = len(self._ids)
         try:
             async for message in call:

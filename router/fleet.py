@@ -18,6 +18,7 @@ from pdspec.wire import pdspec_pb2 as pb
 from pdspec.wire import pdspec_pb2_grpc as rpc
 from pdspec.wire.channels import make_channel
 from pdspec.wire.codec import worker_info_from_pb
+from pdspec.wire.trust import OPEN, Metadata, Trust
 from router.policy import WorkerState, WorkerView, reference_fingerprint
 
 log = logging.getLogger(__name__)
@@ -41,9 +42,9 @@ class Ticket:
 class Worker:
     """One address: its channel, the last report, and what happened since."""
 
-    def __init__(self, address: str, role: str, heartbeat_s: float) -> None:
-        self.address, self.role, self._heartbeat_s = address, role, heartbeat_s
-        self.channel = make_channel(address)
+    def __init__(self, address: str, role: str, heartbeat_s: float, trust: Trust = OPEN) -> None:
+        self.address, self.role, self._heartbeat_s, self._trust = address, role, heartbeat_s, trust
+        self.channel = make_channel(address, trust=trust)
         self.info: WorkerInfo | None = None
         self.asked_at = 0.0  # the last report's counts stand for this moment
         self.misses, self.reason = 0, "has not answered yet"
@@ -55,7 +56,9 @@ class Worker:
         """One heartbeat."""
         asked_at = time.monotonic()
         try:
-            status = await rpc.WorkerStub(self.channel).Status(pb.StatusRequest(), timeout=2 * self._heartbeat_s)
+            status = await rpc.WorkerStub(self.channel).Status(
+                pb.StatusRequest(), timeout=2 * self._heartbeat_s, metadata=self._trust.metadata()
+            )
         except grpc.RpcError as error:
             self._missed(error)
             return
@@ -104,8 +107,10 @@ class Fleet:
     """The workers of one deployment. ``start`` and ``close`` belong together; ``on_change`` is called after every
     heartbeat of any worker."""
 
-    def __init__(self, *, heartbeat_s: float = 0.5, on_change: Callable[[], None] = lambda: None) -> None:
-        self._heartbeat_s, self._on_change = heartbeat_s, on_change
+    def __init__(
+        self, *, heartbeat_s: float = 0.5, on_change: Callable[[], None] = lambda: None, trust: Trust = OPEN
+    ) -> None:
+        self._heartbeat_s, self._on_change, self._trust = heartbeat_s, on_change, trust
         self._workers: dict[str, Worker] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
@@ -119,7 +124,7 @@ class Fleet:
                 continue
             if worker is not None:
                 self._drop(address)
-            self._workers[address] = Worker(address, role, self._heartbeat_s)
+            self._workers[address] = Worker(address, role, self._heartbeat_s, self._trust)
             self._tasks[address] = asyncio.ensure_future(self._watch(address))
         for address in self._workers.keys() - wanted.keys():
             self._workers[address].leaving = True
@@ -133,6 +138,10 @@ class Fleet:
     def channel(self, address: str) -> grpc.aio.Channel:
         """The open channel to a worker. Raises KeyError for an address that is not in the fleet."""
         return self._workers[address].channel
+
+    def metadata(self) -> Metadata:
+        """Of every call on a worker."""
+        return self._trust.metadata()
 
     def send(self, address: str) -> Ticket | None:
         """Count a request as sent to ``address``; None when it has left the fleet."""

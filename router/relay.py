@@ -20,15 +20,17 @@ from pdspec.errors import ConfigError, InvalidRequest
 from pdspec.telemetry import setup_logging
 from pdspec.transfer.grpc_stream import METHOD, SERVICE, TARGET_KEY
 from pdspec.wire.channels import add_health, bind, make_channel, make_server
+from pdspec.wire.gate import Gate
 from pdspec.wire.serving import ServiceThread, run_in_foreground
 from pdspec.wire.status import from_peer_error
+from pdspec.wire.trust import OPEN, Trust
 
 
 class Relay:
     """The relay's service. ``address`` is where it listens, once it does."""
 
-    def __init__(self) -> None:
-        self.address = ""
+    def __init__(self, trust: Trust = OPEN) -> None:
+        self.address, self._trust = "", trust
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -42,7 +44,7 @@ class Relay:
         if not isinstance(target, str) or not target:
             remedy = "name the prefill worker's host:port in the call's metadata"
             raise InvalidRequest("missing", field=TARGET_KEY, remedy=remedy)
-        call = self._channel(target).stream_stream(METHOD)()
+        call = self._channel(target).stream_stream(METHOD)(metadata=self._trust.metadata())
         forward = asyncio.ensure_future(_forward(context, call))
         try:
             while (frame := await call.read()) is not grpc.aio.EOF:
@@ -61,7 +63,7 @@ class Relay:
 
     def _channel(self, target: str) -> grpc.aio.Channel:
         if target not in self._channels:
-            self._channels[target] = make_channel(target)
+            self._channels[target] = make_channel(target, trust=self._trust)
         return self._channels[target]
 
 
@@ -75,10 +77,11 @@ async def _forward(context: grpc.aio.ServicerContext, call: grpc.aio.StreamStrea
 @asynccontextmanager
 async def serving(config: RouterConfig) -> AsyncIterator[Relay]:
     """Serve on ``config.host`` and ``config.port`` while the block runs. Raises ConfigError."""
-    server, relay = make_server(), Relay()
+    trust = Trust.of(config)
+    server, relay = make_server(gate=Gate(trust)), Relay(trust)
     server.add_generic_rpc_handlers((relay.handler(),))
     servicer = await add_health(server, (SERVICE,))
-    relay.address = bind(server, config.host, config.port)
+    relay.address = bind(server, config.host, config.port, trust.server_credentials(members=True))
     await server.start()
     try:
         yield relay

@@ -19,7 +19,9 @@ from pdspec.wire import pdspec_pb2 as pb
 from pdspec.wire import pdspec_pb2_grpc as rpc
 from pdspec.wire.channels import add_health, bind, make_server, service_name
 from pdspec.wire.codec import user_request_from_pb, worker_info_to_pb
+from pdspec.wire.gate import Gate
 from pdspec.wire.serving import ServiceThread
+from pdspec.wire.trust import OPEN, Trust
 from router.admission import RouterTokenizer, admit
 from router.answer import Answer
 from router.fleet import Fleet
@@ -32,9 +34,9 @@ ROUTER = service_name("Router")
 class RouterService(rpc.RouterServicer):
     """``pdspec.v1.Router`` over a fleet. ``address`` is where it listens, once it does."""
 
-    def __init__(self, config: RouterConfig, tokenizer: RouterTokenizer) -> None:
+    def __init__(self, config: RouterConfig, tokenizer: RouterTokenizer, trust: Trust = OPEN) -> None:
         self.config, self.address = config, ""
-        self.fleet = Fleet(heartbeat_s=config.heartbeat_s, on_change=self._report_health)
+        self.fleet = Fleet(heartbeat_s=config.heartbeat_s, on_change=self._report_health, trust=trust)
         self._tokenizer = tokenizer
         self._health: health.aio.HealthServicer | None = None
         self._serving: bool | None = None
@@ -108,11 +110,13 @@ async def serving(config: RouterConfig, tokenizer: RouterTokenizer | None = None
         loaded = tokenizer
     limit = config.max_message_bytes
     # Above its own limit the transport answers without a reason that names the field, so it is set well beyond ours.
-    server = make_server(max_message_bytes=2 * limit + (1 << 20), max_request_bytes=limit)
-    service = RouterService(config, loaded)
+    trust = Trust.of(config)
+    gate = Gate(trust, members=False, rate=config.client_rate, request_timeout_s=config.request_timeout_s)
+    server = make_server(max_message_bytes=2 * limit + (1 << 20), max_request_bytes=limit, gate=gate)
+    service = RouterService(config, loaded, trust)
     rpc.add_RouterServicer_to_server(service, server)
     servicer = await add_health(server, (ROUTER,))
-    service.address = bind(server, config.host, config.port)
+    service.address = bind(server, config.host, config.port, trust.server_credentials(members=False))
     await server.start()
     try:
         service.set_workers(prefill=config.prefill, decode=config.decode)

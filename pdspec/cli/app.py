@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from pdspec.cli import bench, check, data, demo, down, drafters, generate, models, study, train, up
+from pdspec.cli import bench, chaos, check, data, demo, down, drafters, generate, models, study, train, up
 from pdspec.errors import PdspecError
 
 USER_ERROR = 2
@@ -37,6 +37,8 @@ def build_app() -> typer.Typer:
     app.add_typer(_group("Public prompt sets.", {"fetch": data.fetch}), name="data")
     proofs = {"parity": check.parity, "handoff": check.handoff, "lossless": check.lossless}
     app.add_typer(_group("Proofs, run on this machine.", proofs), name="check")
+    faults = {"tls": chaos.tls}
+    app.add_typer(_group("Faults, bad peers and bad input.", faults), name="chaos")
     app.add_typer(_group("Measurements.", {"decode": bench.decode}), name="bench")
     compared = {name: study.comparison(name, *rest) for name, rest in study.COMPARISONS.items()}
     studies = {"acceptance": study.acceptance, **compared, "sparse": study.sparse}

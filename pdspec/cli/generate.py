@@ -20,7 +20,12 @@ from pdspec.cli.options import (
     Model,
     Numerics,
     Threads,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    TokenFlag,
     Tree,
+    access,
     given_flags,
 )
 from pdspec.cli.output import notes, only_json, print_json, size, spinner
@@ -48,6 +53,10 @@ def generate(
     tree: Tree = None,
     handoff: HandoffPath = None,
     draft_prefill: DraftPrefillRole = None,
+    tls_ca: TlsCa = "",
+    tls_cert: TlsCert = "",
+    tls_key: TlsKey = "",
+    token_file: TokenFlag = "",
     json: Json = False,
     local: Annotated[bool, typer.Option("--local", help="In this process, without router and workers.")] = False,
     model: Model = None,
@@ -77,7 +86,8 @@ def generate(
         for flag, value in of_workers.items():
             if value is not None:
                 raise InvalidRequest("chosen when a deployment starts", field=flag, remedy="use it with --local or up")
-        with RouterClient(endpoint) as client:
+        shown = access(tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key, token_file=token_file)
+        with RouterClient(endpoint, shown) as client:
             _answer(client.stream(request), json=json)
         return
     given = given_flags(model=model, drafter=drafter, dtype=dtype, numerics=numerics, heads=head, threads=threads)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pdspec.config import DTYPES, HANDOFFS, NUMERICS, ROLES, ClusterConfig, WorkerConfig
+from pdspec.client import Access
+from pdspec.config import DTYPES, HANDOFFS, NUMERICS, ROLES, ClusterConfig, TlsConfig, WorkerConfig
 from pdspec.errors import ConfigError
 from pdspec.settings import read_file, unknown_name
+from pdspec.wire.trust import TokenFile
 
 
 def _choice(names: tuple[str, ...], default: str) -> str:
@@ -33,6 +36,16 @@ Options = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads of a worker; 0: all cores.")]
 Endpoint = Annotated[str, typer.Option(help="The router's host:port.", envvar="PDSPEC_ENDPOINT")]
+TlsCa = Annotated[
+    str, typer.Option("--tls-ca", help="Authority of the deployment's certificates (PEM).", envvar="PDSPEC_TLS_CA")
+]
+TlsCert = Annotated[
+    str, typer.Option("--tls-cert", help="Your certificate, where the router asks for one.", envvar="PDSPEC_TLS_CERT")
+]
+TlsKey = Annotated[str, typer.Option("--tls-key", help="The key of --tls-cert.", envvar="PDSPEC_TLS_KEY")]
+TokenFlag = Annotated[
+    str, typer.Option("--token-file", help="File with your token (or PDSPEC_TOKEN).", envvar="PDSPEC_TOKEN_FILE")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Prompts = Annotated[str | None, typer.Option(help="JSON lines of prompts (default: the project's own set).")]
 Port = Annotated[int | None, typer.Option(help="Of the router; 0: any free one (default: 50051).")]
@@ -88,6 +101,12 @@ def worker_flags(
         "options": dict(_split(text, "option", "FAMILY:OPTION=VALUE") for text in options or []) or None,
         "heads": {name: _absolute(head) for name, head in pairs.items()} or None,
     }
+
+
+def access(*, tls_ca: str = "", tls_cert: str = "", tls_key: str = "", token_file: str = "") -> Access:
+    """What these flags show to a router; a token is never a flag, since process lists show flags."""
+    token = TokenFile(token_file, field="--token-file").first() if token_file else os.environ.get("PDSPEC_TOKEN", "")
+    return Access(tls=TlsConfig(ca=tls_ca, cert=tls_cert, key=tls_key), token=token)
 
 
 def given_flags(**flags: Any) -> dict[str, Any]:

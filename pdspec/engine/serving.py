@@ -17,7 +17,9 @@ from pdspec.wire import pdspec_pb2 as pb
 from pdspec.wire import pdspec_pb2_grpc as rpc
 from pdspec.wire.channels import add_health, bind, make_server, service_name
 from pdspec.wire.codec import worker_info_to_pb
+from pdspec.wire.gate import Gate
 from pdspec.wire.serving import ServiceThread
+from pdspec.wire.trust import Trust
 
 Register = Callable[[grpc.aio.Server, str], Any]
 
@@ -68,8 +70,9 @@ class Served:
 async def serving(config: WorkerConfig, services: tuple[str, ...], register: Register) -> AsyncIterator[Served]:
     """Bind, let ``register(server, address)`` add the role's services, and serve until the block ends, which cuts
     running calls. ``services`` are short names for health and reflection. Raises ConfigError for a taken port."""
-    server = make_server()
-    address = bind(server, config.host, config.port)
+    trust = Trust.of(config)
+    server = make_server(gate=Gate(trust))
+    address = bind(server, config.host, config.port, trust.server_credentials(members=True))
     register(server, address)
     await add_health(server, [service_name(name) for name in (*services, "Worker")])
     await server.start()

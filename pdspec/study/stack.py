@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from pdspec.client import RouterClient
+from pdspec.client import Access, RouterClient
 from pdspec.config import RouterConfig, WorkerConfig
 from pdspec.errors import ConfigError
 from pdspec.settings import Settings
@@ -30,15 +30,20 @@ _STOP_S = 10.0
 
 class Stack:
     """``prefill`` and ``decode`` workers (0 prefill: colocated), a router and its relay. ``prefill_changes`` and
-    ``decode_changes`` are config keys of one role."""
+    ``decode_changes`` are config keys of one role, ``router_changes`` those of router and relay, whose certificates and
+    cluster token are the workers'."""
 
     def __init__(
         self, worker: WorkerConfig, *, prefill: int = 1, decode: int = 1, prefill_changes: dict[str, Any] | None = None,
-        decode_changes: dict[str, Any] | None = None, start_timeout_s: float = 180.0,
-        progress: Callable[[str], object] = lambda text: None,
+        decode_changes: dict[str, Any] | None = None, router_changes: dict[str, Any] | None = None,
+        start_timeout_s: float = 180.0, progress: Callable[[str], object] = lambda text: None,
     ) -> None:  # fmt: skip
         self.worker, self.counts = worker, {"prefill": prefill, "decode": decode}
         self.changes = {"prefill": prefill_changes or {}, "decode": decode_changes or {}}
+        self.router = RouterConfig.from_mapping({
+            "port": 0, "model": worker.model, "cache_dir": worker.cache_dir, "tls": worker.tls,
+            "cluster_token_file": worker.cluster_token_file, **(router_changes or {}),
+        })  # fmt: skip
         self.start_timeout_s, self.progress = start_timeout_s, progress
         self.endpoint, self.relay = "", ""
         self.addresses: dict[str, list[str]] = {"prefill": [], "decode": []}
@@ -66,7 +71,7 @@ class Stack:
                 name = f"{role}-{index}"
                 config = self.worker.replace(**self.changes[role], role=role, port=0, worker_id=name)
                 self._spawn(name, f"{role}_worker", config)
-        router = RouterConfig(port=0, model=self.worker.model, cache_dir=self.worker.cache_dir)
+        router = self.router
         self._spawn("relay", "router.relay", router)
         for name in list(self.processes):
             address = self._address(name)
@@ -79,7 +84,7 @@ class Stack:
         )
         self._spawn("router", "router", router)
         self.endpoint = self._address("router")
-        with RouterClient(self.endpoint) as client:
+        with RouterClient(self.endpoint, Access.of(router)) as client:
             client.wait_ready(workers=sum(self.counts.values()), timeout_s=self.start_timeout_s)
 
     def _spawn(self, name: str, module: str, config: Settings) -> None:

@@ -10,9 +10,12 @@ from grpc_reflection.v1alpha import reflection
 
 from pdspec.errors import ConfigError
 from pdspec.wire import pdspec_pb2 as pb
+from pdspec.wire.gate import Gate
 from pdspec.wire.interceptors import ErrorInterceptor
+from pdspec.wire.trust import OPEN, Trust
 
 MAX_MESSAGE_BYTES = 32 << 20  # transport limit between workers; a frame stays far below
+MAX_CALLS = 8192  # at once on one server; beyond it RESOURCE_EXHAUSTED
 USER_MESSAGE_BYTES = 4 << 20  # a user's request: a million token ids
 _KEEPALIVE = (
     ("grpc.keepalive_time_ms", 10_000),
@@ -25,6 +28,9 @@ _SERVER = (
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.so_reuseport", 0),  # otherwise two servers share a taken port in silence
+    ("grpc.max_concurrent_streams", 1024),  # of one connection; more wait on the other side
+    ("grpc.server_handshake_timeout_ms", 5_000),  # a peer that connects and says nothing
+    ("grpc.max_metadata_size", 16 << 10),
 )
 _CLIENT = (
     ("grpc.enable_http_proxy", 0),  # workers speak to workers
@@ -40,29 +46,55 @@ def size_options(max_bytes: int) -> tuple[tuple[str, int], ...]:
     return (("grpc.max_send_message_length", max_bytes), ("grpc.max_receive_message_length", max_bytes))
 
 
-def make_channel(address: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Channel:
-    """A lazy channel to ``host:port``. The caller closes it, and cancels every call in ``finally``: since grpcio
-    1.83 an abandoned call is never cancelled (grpc#43462)."""
-    return grpc.aio.insecure_channel(address, options=(*_KEEPALIVE, *_CLIENT, *size_options(max_message_bytes)))
+def make_channel(
+    address: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES, trust: Trust = OPEN
+) -> grpc.aio.Channel:
+    """A lazy channel to ``host:port``; calls on it carry ``metadata=trust.metadata()``. The caller closes it, and
+    cancels every call in ``finally``: since grpcio 1.83 an abandoned call is never cancelled (grpc#43462)."""
+    options = (*_KEEPALIVE, *_CLIENT, *size_options(max_message_bytes), *trust.channel_options())
+    credentials = trust.channel_credentials()
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, credentials, options=options)
+
+
+def make_client_channel(endpoint: str, trust: Trust = OPEN) -> grpc.Channel:
+    """A user's blocking channel to a router. The caller closes it."""
+    options = (*size_options(USER_MESSAGE_BYTES), ("grpc.enable_retries", 0), *trust.channel_options())
+    credentials = trust.channel_credentials()
+    if credentials is None:
+        return grpc.insecure_channel(endpoint, options=options)
+    return grpc.secure_channel(endpoint, credentials, options=options)
 
 
 def make_server(
-    *, max_message_bytes: int = MAX_MESSAGE_BYTES, max_request_bytes: int = 0, interceptors: Sequence = ()
+    *,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+    max_request_bytes: int = 0,
+    interceptors: Sequence = (),
+    gate: Gate | None = None,
 ) -> grpc.aio.Server:
-    """A server with the error interceptor outermost. ``max_request_bytes`` bounds one unary request with a clear
-    error; ``max_message_bytes`` is the transport's limit and answers RESOURCE_EXHAUSTED. Call within an event loop."""
+    """A server with the error interceptor outermost; it asks ``gate`` first (None: everybody may call). Call within an
+    event loop. ``max_request_bytes`` bounds one unary request with a clear error; ``max_message_bytes`` is the
+    transport's limit and answers RESOURCE_EXHAUSTED."""
     return grpc.aio.server(
-        interceptors=(ErrorInterceptor(max_request_bytes=max_request_bytes), *interceptors),
+        interceptors=(ErrorInterceptor(max_request_bytes=max_request_bytes, gate=gate or Gate()), *interceptors),
+        maximum_concurrent_rpcs=MAX_CALLS,
         options=(*_KEEPALIVE, *_SERVER, *size_options(max_message_bytes)),
     )
 
 
-def bind(server: grpc.aio.Server, host: str, port: int) -> str:
-    """Listen on ``host:port`` (0: any free port). Returns the address with the real port. Raises ConfigError naming
-    the port when it is taken or the host is not ours."""
+def bind(
+    server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None = None
+) -> str:
+    """Listen on ``host:port`` (0: any free port), in plain text without ``credentials``. Returns the address with the
+    real port. Raises ConfigError naming the port when it is taken or the host is not ours."""
     name = f"[{host}]" if ":" in host and not host.startswith("[") else host
     try:
-        bound = server.add_insecure_port(f"{name}:{port}")
+        if credentials is None:
+            bound = server.add_insecure_port(f"{name}:{port}")
+        else:
+            bound = server.add_secure_port(f"{name}:{port}", credentials)
     except RuntimeError as error:
         raise _taken(name, port) from error
     if bound == 0:

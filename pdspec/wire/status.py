@@ -19,6 +19,7 @@ _BY_CODE: dict[grpc.StatusCode, type[PdspecError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
     grpc.StatusCode.NOT_FOUND: errors.UnknownName,
     grpc.StatusCode.FAILED_PRECONDITION: errors.Incompatible,
+    grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,
     grpc.StatusCode.UNAVAILABLE: errors.PeerLost,
     grpc.StatusCode.DATA_LOSS: errors.TransferDamaged,

@@ -1,0 +1,29 @@
+"""``pdspec chaos``: faults, bad peers and bad input on purpose. Exit status 1 when one gets through."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from pdspec.cli.options import Json
+from pdspec.cli.output import notes, only_json, print_json
+
+
+def tls(json: Json = False) -> None:
+    """TLS and tokens on: callers without, or with wrong or expired ones, are refused by router, workers and relay."""
+    with only_json(json):
+        from pdspec.study import chaos_tls as study
+
+        result = study.run(progress=notes().print)
+    _finish(result, json)
+
+
+def _finish(result: dict[str, Any], json: bool) -> None:
+    if json:
+        print_json(result)
+    else:
+        for name, value in result.items():
+            print(f"{name}: {value}")
+    if not result["ok"]:
+        raise typer.Exit(1)
