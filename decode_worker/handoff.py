@@ -70,6 +70,8 @@ class Landing:
                     self._start(frame)
                 case HiddenRows():
                     handed.hidden.append(self._hidden(frame))
+                    if len(handed.hidden) > self.rows:
+                        raise TransferDamaged(f"{len(handed.hidden)} frames of {self.rows} rows", field="hidden")
                 case Done():
                     handed.stats = frame.stats
                     handed.exposed_ms = 1e3 * (time.perf_counter() - first_at)
@@ -129,6 +131,8 @@ class Landing:
             raise TransferDamaged(
                 f"{size} bytes of {frame.dtype} for {frame.count} hidden rows", field="hidden.payload"
             )
+        if frame.start + frame.count > self.rows:
+            raise TransferDamaged(f"rows up to {frame.start + frame.count} of {self.rows}", field="hidden.count")
         tensor = torch.from_numpy(np.frombuffer(frame.payload, np.float32).copy())
         captured = tensor[: width * layers].view(frame.count, layers, hidden) if layers else None
         final = tensor[width * layers :].view(frame.count, hidden) if self.drafter.want_final else None

@@ -206,8 +206,9 @@ class _Run:
         channel = service.channel(self.route.relay if relayed else address)
         metadata = (*service.metadata(), *(relay_metadata(address) if relayed else ()))
         async with PrefillCall(
-            channel, opening, stall_timeout_s=config.stall_timeout_s, peer=address, metadata=metadata
-        ) as call:
+            channel, opening, stall_timeout_s=config.stall_timeout_s, peer=address, metadata=metadata,
+            total_timeout_s=config.handoff_timeout_s,
+        ) as call:  # fmt: skip
             try:
                 return await landing.receive(call)
             finally:

@@ -83,6 +83,7 @@ class WorkerConfig(Settings):
     threads: int = option(0, "CPU threads; 0: all cores", low=0)
     reserve_headroom: int = option(512, "tokens reserved beyond the prompt before a prefill is asked for", low=0)
     stall_timeout_s: float = option(5.0, "a peer that makes no progress for so long is cut", low=0.05)
+    handoff_timeout_s: float = option(600.0, "for a whole handoff, however busy the peer says it is", low=0.05)
     strict_target: bool = option(False, "refuse a head trained on other weights of the same geometry")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     cache_dir: str = option("", "folder of converted models; empty: PDSPEC_CACHE or ~/.cache/pdspec")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import reprlib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,11 @@ from typing import Any, Self, get_type_hints
 import yaml
 
 from pdspec.errors import ConfigError
+
+MAX_FILE_BYTES = 1 << 20
+_SHORT = reprlib.Repr()  # a value of YAML may hold itself a billion times
+_SHORT.maxlevel = 2
+_show = _SHORT.repr
 
 
 def option(
@@ -100,13 +106,17 @@ def read_file(path: str | Path) -> dict[str, Any]:
     """The mapping in a ``.yaml``, ``.yml``, ``.toml`` or ``.json`` file. Raises ConfigError naming the file."""
     path = Path(path)
     try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            message = f"{path} is larger than {MAX_FILE_BYTES} bytes"
+            raise ConfigError(message, field="config", remedy="name a file of settings")
         text = path.read_text()
         values = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
     except OSError as error:
         remedy = "name a file that can be read"
         raise ConfigError(f"cannot read {path}: {error.strerror}", field="config", remedy=remedy) from error
-    except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} does not parse: {error}", field="config", remedy="mend the file") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: TOML, no UTF-8, no date, 5,000 digits
+        message = f"{path} does not parse: {str(error)[:400]}"
+        raise ConfigError(message, field="config", remedy="mend the file") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -153,15 +163,16 @@ def _convert(value: Any, kind: Any, name: str) -> Any:
         if kind is str:
             return _text(value)
         return kind(value)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         wanted = getattr(kind, "__name__", None) if isinstance(kind, type) else str(kind)
-        raise ConfigError(f"{value!r} is no {wanted}", field=name, remedy=f"give a value of type {wanted}") from error
+        remedy = f"give a value of type {wanted}"
+        raise ConfigError(f"{_show(value)} is no {wanted}", field=name, remedy=remedy) from error
 
 
 def _instance(value: Any, kind: type, name: str) -> Any:
     if isinstance(value, kind):
         return value
-    raise ConfigError(f"{value!r} is no mapping", field=name, remedy=f"give the keys of {kind.__name__}")
+    raise ConfigError(f"{_show(value)} is no mapping", field=name, remedy=f"give the keys of {kind.__name__}")
 
 
 def _text(value: Any) -> str:
@@ -191,8 +202,8 @@ def _check_value(value: Any, field: dataclasses.Field) -> None:
     if choices and value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
         remedy = f"did you mean {near[0]!r}?" if near else "choose one of " + ", ".join(choices)
-        raise ConfigError(f"unknown value {value!r}", field=field.name, remedy=remedy)
+        raise ConfigError(f"unknown value {_show(value)}", field=field.name, remedy=remedy)
     if low is not None and not value >= low:
-        raise ConfigError(f"{value} is below {low}", field=field.name, remedy=f"give at least {low}")
+        raise ConfigError(f"{_show(value)} is below {low}", field=field.name, remedy=f"give at least {low}")
     if high is not None and not value <= high:
-        raise ConfigError(f"{value} is above {high}", field=field.name, remedy=f"give at most {high}")
+        raise ConfigError(f"{_show(value)} is above {high}", field=field.name, remedy=f"give at most {high}")

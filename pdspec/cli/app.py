@@ -37,7 +37,7 @@ def build_app() -> typer.Typer:
     app.add_typer(_group("Public prompt sets.", {"fetch": data.fetch}), name="data")
     proofs = {"parity": check.parity, "handoff": check.handoff, "lossless": check.lossless}
     app.add_typer(_group("Proofs, run on this machine.", proofs), name="check")
-    faults = {"tls": chaos.tls}
+    faults = {"fuzz": chaos.fuzz, "tls": chaos.tls}
     app.add_typer(_group("Faults, bad peers and bad input.", faults), name="chaos")
     app.add_typer(_group("Measurements.", {"decode": bench.decode}), name="bench")
     compared = {name: study.comparison(name, *rest) for name, rest in study.COMPARISONS.items()}

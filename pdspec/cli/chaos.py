@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from pdspec.cli.options import Json
 from pdspec.cli.output import notes, only_json, print_json
+
+
+def fuzz(
+    cases: Annotated[int, typer.Option(min=100, help="Inputs in all.")] = 120_000,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same inputs.")] = 0,
+    json: Json = False,
+) -> None:
+    """Broken frames, requests and settings: each is refused by a typed error; no crash, no hang, no leak."""
+    with only_json(json):
+        from pdspec.study import chaos_fuzz as study
+
+        result = study.run(cases=cases, seed=seed, progress=notes().print)
+    _finish(result, json)
 
 
 def tls(json: Json = False) -> None:

@@ -171,7 +171,7 @@ class DraftStart(Frame, kind="draft_start"):
             arrays[name] = array_from(header.pop(name), kind, None, f"draft_start.{name}")
         if len({len(values) for values in arrays.values()}) != 1:
             raise TransferDamaged("token_ids, log_q and score differ in length", field="draft_start.token_ids")
-        shapes, rows, at = header.pop("rows"), {}, 0
+        shapes, rows, at = header.pop("rows", {}), {}, 0
         for name, shape in shapes.items():
             size = 4 * int(np.prod(shape, dtype=np.int64))
             rows[name] = array_from(payload[at : at + size], "<f4", shape, f"draft_start.rows[{name}]")

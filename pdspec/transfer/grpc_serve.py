@@ -15,6 +15,8 @@ from pdspec.transfer.grpc_stream import SERVICE
 from pdspec.transfer.ledger import Ledger
 from pdspec.transfer.schema import Frame
 
+MAX_UNASKED = 1024  # frames that a decode worker may send beyond four for each that it was sent
+
 
 class PrefillStream:
     """The prefill worker's end (a PrefillSink); made by ``prefill_handler``."""
@@ -34,7 +36,7 @@ class PrefillStream:
         self._stall_timeout_s, self._alive_s = stall_timeout_s, alive_s
         self._window = CreditWindow(opening.credit, stall_timeout_s=stall_timeout_s)
         self._write_lock = asyncio.Lock()
-        self._written = 0
+        self._written = self._heard = 0
 
     async def send(self, frame: Frame) -> None:
         """See PrefillSink. One caller at a time."""
@@ -55,6 +57,9 @@ class PrefillStream:
         """Take credits until the other end closes; what is damaged makes the next ``send`` raise."""
         try:
             while (data := await self._context.read()) is not grpc.aio.EOF:
+                self._heard += 1
+                if self._heard > 4 * self._written + MAX_UNASKED:  # a grant follows what was sent
+                    raise TransferDamaged(f"{self._heard} frames for {self._written} that were sent", field="frame")
                 frame = parse_frame(data)
                 if not self.ledger.admit(frame.epoch):
                     continue

@@ -26,7 +26,9 @@ from pdspec.transfer.frames import (
     Begin,
     Credit,
     Done,
+    DraftStart,
     ErrorFrame,
+    First,
     Landed,
     Open,
     parse_frame,
@@ -41,6 +43,8 @@ log = logging.getLogger(__name__)
 SERVICE = "pdspec.v1.PrefillWorker"
 METHOD = f"/{SERVICE}/Prefill"
 TARGET_KEY = "pdspec-target"  # call metadata that tells a relay where to go
+TOTAL_TIMEOUT_S = 600.0  # for a whole handoff, however busy the peer says it is
+_ONCE = (Begin, First, DraftStart)
 _CREDIT_STEP = 1 << 20  # smaller grants are sent together
 
 
@@ -71,6 +75,7 @@ class PrefillCall:
         peer: str = "prefill worker",
         metadata: Sequence[tuple[str, str]] = (),
         auto_grant: bool = True,
+        total_timeout_s: float = TOTAL_TIMEOUT_S,
     ) -> None:
         self.ledger = Ledger(opening.epoch)
         self._channel, self._opening, self._metadata = channel, opening, tuple(metadata)
@@ -78,8 +83,10 @@ class PrefillCall:
         self._write_lock = asyncio.Lock()
         self._granted = 0
         self._steps = -1
+        self._total_timeout_s, self._seen = total_timeout_s, set[type[Frame]]()
 
     async def __aenter__(self) -> PrefillCall:
+        self._ends = asyncio.get_running_loop().time() + self._total_timeout_s
         self._call = self._channel.stream_stream(METHOD)(metadata=self._metadata)
         try:
             await self._write(self._opening)
@@ -94,13 +101,14 @@ class PrefillCall:
         self._call.cancel()
 
     async def __aiter__(self) -> AsyncIterator[Frame]:
-        begun = False
         while True:
             frame = await self._next()
-            if isinstance(frame, Begin) == begun:
-                message = "a second Begin" if begun else f"{frame.kind} before Begin"
-                raise TransferDamaged(message, field="frame.kind")
-            begun = True
+            if not isinstance(frame, Begin) and Begin not in self._seen:
+                raise TransferDamaged(f"{frame.kind} before Begin", field="frame.kind")
+            if isinstance(frame, _ONCE):
+                if type(frame) in self._seen:
+                    raise TransferDamaged(f"a second {type(frame).__name__}", field="frame.kind")
+                self._seen.add(type(frame))
             size = 0
             if isinstance(frame, DATA_FRAMES):
                 self.ledger.add(frame)
@@ -127,6 +135,9 @@ class PrefillCall:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._stall_timeout_s
         while True:
+            if loop.time() > self._ends:
+                message = f"{self._peer} is not done after {self._total_timeout_s:g} s"
+                raise PeerLost(message, field="handoff_timeout_s")
             frame = await self._read(deadline - loop.time())
             if not self.ledger.admit(frame.epoch):
                 continue  # another reservation's: no progress of ours

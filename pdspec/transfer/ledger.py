@@ -12,6 +12,7 @@ from pdspec.errors import TransferDamaged
 from pdspec.transfer.frames import Done, DraftStart, HiddenRows, Pages
 
 HIDDEN, START = "hidden", "draft_start"  # ledger names of what is not a cache group
+MAX_DROPPED = 4096  # frames of other epochs that one stream may bring
 _WHERE = struct.Struct("<5q")
 
 
@@ -42,10 +43,12 @@ class Ledger:
         return self._next_seq
 
     def admit(self, epoch: int) -> bool:
-        """False for a frame of another epoch: drop it (it is counted)."""
+        """False for a frame of another epoch: drop it (it is counted). Raises TransferDamaged when they do not end."""
         if epoch == self.epoch:
             return True
         self.dropped += 1
+        if self.dropped > MAX_DROPPED:
+            raise TransferDamaged(f"{self.dropped} frames of other epochs", field="frame.epoch")
         return False
 
     def add(self, frame: Pages | HiddenRows | DraftStart) -> None:
