@@ -24,6 +24,7 @@ class DecodeActor(Host):
             restarted=ray.get_runtime_context().was_current_actor_reconstructed,
             name=config.worker_id,
             log_level=config.log_level,
+            log_format=config.log_format,
         )
 
 

@@ -17,12 +17,15 @@ import grpc
 
 from decode_worker.handoff import Handed, Landing
 from decode_worker.host import Answer, DecodeHost
+from decode_worker.metrics import Moments, handoff_counted, metrics_of, totals, trace
 from pdspec.config import WorkerConfig
 from pdspec.engine.local import check
 from pdspec.engine.serving import RunningWorker, StatusService, describe
 from pdspec.engine.thread import EngineThread
 from pdspec.errors import DeadlineExceeded, Overloaded, PdspecError, PeerLost, TransferDamaged
 from pdspec.sampling import stopping_ids
+from pdspec.telemetry import REQUEST_ID
+from pdspec.tracing import tracer_of
 from pdspec.transfer.frames import Open
 from pdspec.transfer.grpc_stream import PrefillCall, relay_metadata
 from pdspec.types import (
@@ -40,7 +43,7 @@ from pdspec.wire import pdspec_pb2 as pb
 from pdspec.wire import pdspec_pb2_grpc as rpc
 from pdspec.wire.channels import make_channel
 from pdspec.wire.codec import chunk_to_pb, decode_request_from_pb
-from pdspec.wire.trust import Metadata, Trust
+from pdspec.wire.trust import Trust
 
 log = logging.getLogger(__name__)
 RETRYABLE = (PeerLost, TransferDamaged, Overloaded)
@@ -54,13 +57,15 @@ class DecodeService(rpc.DecodeWorkerServicer):
         self.worker_id, self.address = config.worker_id, ""
         self._epochs = itertools.count(secrets.randbits(40))
         self._channels: dict[str, grpc.aio.Channel] = {}
-        self._trust = Trust.of(config)
+        self.trust = Trust.of(config)
+        self.metrics, self.tracer = metrics_of(host), tracer_of(config.traces, "decode")
 
     async def Decode(
         self, request: pb.DecodeRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.DecodeChunk]:
         """Stream one answer."""
         asked, route = decode_request_from_pb(request)
+        REQUEST_ID.set(asked.request_id)
         check(self.host.resources, asked)
         try:
             async with asyncio.timeout(asked.deadline_s):
@@ -80,6 +85,7 @@ class DecodeService(rpc.DecodeWorkerServicer):
                 result = await answer.queue.get()
                 if isinstance(result, BaseException):
                     raise result
+                run.moments.chunk()
                 yield run.complete(result) if result.finish_reason else result
                 if result.finish_reason:
                     return
@@ -90,12 +96,8 @@ class DecodeService(rpc.DecodeWorkerServicer):
     def channel(self, address: str) -> grpc.aio.Channel:
         """One channel per peer, kept."""
         if address not in self._channels:
-            self._channels[address] = make_channel(address, trust=self._trust)
+            self._channels[address] = make_channel(address, trust=self.trust)
         return self._channels[address]
-
-    def metadata(self) -> Metadata:
-        """Of every call on a peer."""
-        return self._trust.metadata()
 
     def next_epoch(self) -> int:
         """Of a new reservation's stream."""
@@ -114,7 +116,7 @@ class DecodeService(rpc.DecodeWorkerServicer):
             steps=decode.steps + self.host.prefill.steps,
         )
         clocks = {f"{name}_seconds": seconds for name, seconds in list(decode.clocks.items())}
-        return dataclasses.replace(info, metrics={**info.metrics, **clocks})
+        return dataclasses.replace(info, metrics={**info.metrics, **clocks, **totals(self.host, self.metrics)})
 
 
 class _Run:
@@ -124,10 +126,12 @@ class _Run:
         self.service, self.answer, self.route = service, answer, route
         self.handed = Handed()
         self.retries = self.rebuilds = 0
+        self.moments = Moments()
         self._left = self._filled = False
 
     def leave(self) -> None:
         """The stream has ended; pages are free once nothing lands any more."""
+        trace(self.service.tracer, self.answer, self.moments, self.handed)
         self._left = True
         if self.answer.prompt is not None:
             self.answer.prompt.abandoned = True
@@ -140,7 +144,13 @@ class _Run:
 
     def _release(self) -> None:
         if self._left and self._filled:
-            self.service.engine.post(lambda: self.service.host.release(self.answer))
+            self.service.engine.post(self._released)
+
+    def _released(self) -> None:
+        """On the engine thread, where nobody changes the counts meanwhile."""
+        if self.answer.sequence is not None:
+            self.service.metrics.answer(self.answer.sequence.stats())
+        self.service.host.release(self.answer)
 
     async def fill(self) -> None:
         """Errors go to the answer's queue: its coroutine raises them."""
@@ -148,17 +158,23 @@ class _Run:
             engine, host, answer = self.service.engine, self.service.host, self.answer
             await engine.call(lambda: host.scheduler.add(answer))
             await answer.room
+            metrics = self.service.metrics
+            metrics.queue.observe(answer.granted_at - answer.queued_at)
+            metrics.replays.inc(answer.request.replayed > 0)
             if not self.route.prefill:
+                metrics.local.inc()
                 await engine.call(lambda: host.prefill_here(answer))
                 return
             handed = await self._handoff()
             if handed is None:
                 return
             self.handed = handed
+            self.moments.join()
             damage = handed.draft_damage or await engine.call(lambda: host.join(answer, handed))
             if damage:
                 log.warning("draft state is rebuilt: %s", damage, extra={"request_id": answer.request.request_id})
                 self.rebuilds += 1
+                metrics.rebuilds.inc()
                 await engine.call(lambda: host.prefill_here(answer))
         except Exception as error:  # noqa: BLE001  whatever it is, the stream must end with it
             self.answer.queue.put_nowait(error)
@@ -176,7 +192,9 @@ class _Run:
                 )
                 failures.append(f"{address}: {error}")
                 self.retries += 1
+                self.service.metrics.retries.inc()
         if policy == "local":
+            self.service.metrics.local.inc()
             answer, host = self.answer, self.service.host
             await self.service.engine.call(lambda: host.prefill_here(answer))
             return None
@@ -204,13 +222,14 @@ class _Run:
         )
         relayed = self.route.handoff is Handoff.RELAY
         channel = service.channel(self.route.relay if relayed else address)
-        metadata = (*service.metadata(), *(relay_metadata(address) if relayed else ()))
+        metadata = (*service.trust.metadata(), *(relay_metadata(address) if relayed else ()))
         async with PrefillCall(
             channel, opening, stall_timeout_s=config.stall_timeout_s, peer=address, metadata=metadata,
             total_timeout_s=config.handoff_timeout_s,
         ) as call:  # fmt: skip
             try:
-                return await landing.receive(call)
+                with handoff_counted(service.metrics, landing.handed):
+                    return await landing.receive(call)
             finally:
                 self.handed = landing.handed
 
@@ -275,4 +294,4 @@ def launch(config: WorkerConfig) -> RunningWorker:
         rpc.add_DecodeWorkerServicer_to_server(service, server)
         rpc.add_WorkerServicer_to_server(StatusService(service.info), server)
 
-    return RunningWorker(config, engine, ("DecodeWorker",), register)
+    return RunningWorker(config, engine, ("DecodeWorker",), register, service.metrics, service.tracer)

@@ -139,15 +139,22 @@ class RouterClient:
 
     def workers(self, *, timeout_s: float = 5.0) -> list[dict[str, Any]]:
         """What the router knows of each worker (``WorkerStatus`` of the proto as a map)."""
-        try:
-            answer = self._stub.ListWorkers(
-                pb.ListWorkersRequest(), timeout=timeout_s, metadata=bearer(self._access.token)
-            )
-        except grpc.RpcError as error:
-            raise self._error(error) from error
+        answer = self._list(timeout_s)
         names = [entry.name for entry in pb.WorkerStatus.DESCRIPTOR.fields]
         plain = [{name: getattr(worker, name) for name in names} for worker in answer.workers]
         return [{**entry, "drafters": list(entry["drafters"]), "metrics": dict(entry["metrics"])} for entry in plain]
+
+    def requests(self, *, timeout_s: float = 5.0) -> list[dict[str, Any]]:
+        """The requests under way, in order of arrival (``RequestStatus`` of the proto as a map)."""
+        names = [entry.name for entry in pb.RequestStatus.DESCRIPTOR.fields]
+        return [{name: getattr(found, name) for name in names} for found in self._list(timeout_s).requests]
+
+    def _list(self, timeout_s: float) -> pb.ListWorkersResponse:
+        shown = bearer(self._access.token)
+        try:
+            return self._stub.ListWorkers(pb.ListWorkersRequest(), timeout=timeout_s, metadata=shown)
+        except grpc.RpcError as error:
+            raise self._error(error) from error
 
     def wait_ready(self, *, workers: int = 1, timeout_s: float = 30.0) -> None:
         """Return when the router answers and calls at least ``workers`` of its workers ready. Raises PeerLost."""

@@ -52,8 +52,9 @@ class Host:
         restarted: bool = False,
         name: str = "",
         log_level: str = "info",
+        log_format: str = "text",
     ) -> None:
-        setup_logging(log_level, name=name)
+        setup_logging(log_level, name=name, log_format=log_format)
         self._running: Running | None = None
         self._failure: PdspecError | None = None
         self._stopped = threading.Event()

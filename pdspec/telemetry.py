@@ -6,7 +6,9 @@ Standard library only: the router uses it, and the router has no torch.
 from __future__ import annotations
 
 import contextvars
+import datetime
 import importlib.metadata
+import json
 import logging
 import os
 import platform
@@ -24,18 +26,44 @@ class _RequestFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         request_id = getattr(record, "request_id", "") or REQUEST_ID.get()
+        record.request_id = request_id
         record.request = f" [{request_id}]" if request_id else ""
         return True
 
 
-def setup_logging(level: str = "info", *, name: str = "") -> None:
-    """Send records of ``level`` and above to stderr, each with time, ``name`` (a worker's) and request id.
+class _JsonLines(logging.Formatter):
+    """One object a line: time (UTC), level, worker, logger, request_id, message, and error with a traceback."""
+
+    def __init__(self, worker: str) -> None:
+        super().__init__()
+        self._worker = worker
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See logging.Formatter."""
+        when = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
+        values = {
+            "time": when.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "worker": self._worker,
+            "logger": record.name,
+            "request_id": getattr(record, "request_id", ""),
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            values["error"] = self.formatException(record.exc_info)
+        return json.dumps({name: value for name, value in values.items() if value}, ensure_ascii=False)
+
+
+def setup_logging(level: str = "info", *, name: str = "", log_format: str = "text") -> None:
+    """Send records of ``level`` and above to stderr, each with time, ``name`` (a worker's) and request id, as ``text``
+    or one ``json`` object a line.
 
     Replaces the root handlers that were there. Set ``REQUEST_ID`` in a task, or pass ``extra={"request_id": …}``.
     """
     handler = logging.StreamHandler(sys.stderr)
     who = f" {name}" if name else ""
-    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s{who} %(name)s%(request)s: %(message)s"))
+    text = logging.Formatter(f"%(asctime)s %(levelname)s{who} %(name)s%(request)s: %(message)s")
+    handler.setFormatter(_JsonLines(name) if log_format == "json" else text)
     handler.addFilter(_RequestFilter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for noisy in ("httpx", "urllib3", "filelock", "huggingface_hub", "asyncio"):

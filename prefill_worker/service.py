@@ -23,8 +23,12 @@ from pdspec.engine.prefill import PrefillEngine, PrefillSequence
 from pdspec.engine.resources import check_fingerprint, load
 from pdspec.engine.serving import RunningWorker, StatusService, describe
 from pdspec.engine.thread import EngineThread, tell
+from pdspec.errors import PdspecError
+from pdspec.metrics import PrefillMetrics
 from pdspec.spec.protocol import Candidates
 from pdspec.spec.protocol import HiddenRows as TargetRows
+from pdspec.telemetry import REQUEST_ID
+from pdspec.tracing import tracer_of
 from pdspec.transfer.frames import Begin, DraftStart, First, HiddenRows, Pages
 from pdspec.transfer.grpc_serve import PrefillStream, prefill_handler
 from pdspec.types import DraftPrefill, GenerateRequest, TokenLogprob, WorkerInfo
@@ -106,10 +110,18 @@ class PrefillService:
     def __init__(self, config: WorkerConfig, engine: EngineThread, host: PrefillHost) -> None:
         self.config, self.engine, self.host = config, engine, host
         self.worker_id, self.address = config.worker_id, ""
+        self.tracer = tracer_of(config.traces, "prefill")
+        scheduler, pool = host.scheduler, host.resources.pool
+        self.metrics = PrefillMetrics(
+            running=lambda: len(scheduler.running) + len(scheduler.held),
+            waiting=lambda: len(scheduler.waiting),
+            pool=lambda: (pool.held, pool.num_pages),
+        )
 
     async def serve(self, stream: PrefillStream) -> None:
         """One Prefill call. Raises typed errors, which the handler sends as ErrorFrame and status."""
         opening, resources = stream.open, self.host.resources
+        REQUEST_ID.set(opening.request.request_id)
         request = dataclasses.replace(
             opening.request, drafter=opening.drafter, draft_prefill=opening.draft_prefill or DraftPrefill.PREFILL.value
         )
@@ -133,9 +145,26 @@ class PrefillService:
                 )
             )
             await self._send(stream, prompt, events)
+            self._count(stream, prompt)
+        except PdspecError as error:
+            self.metrics.lost.labels(type(error).__name__).inc()
+            raise
         finally:
             prompt.abandoned = True
             self.engine.post(lambda: self.host.scheduler.release(prompt))
+
+    def _count(self, stream: PrefillStream, prompt: QueuedPrompt) -> None:
+        metrics, moved = self.metrics, stream.ledger.moved
+        metrics.prompt.inc(prompt.ctx.prompt_len)
+        metrics.queue.observe(prompt.started_at - prompt.queued_at)
+        metrics.prefill.observe(prompt.seconds)
+        target = self.host.resources.runner.group.name
+        drafts = sum(moved(group.name) for group in prompt.drafter.groups)
+        if self.tracer:
+            request_id, began = prompt.request.request_id, prompt.started_at
+            self.tracer.span("prefill queue", request_id, prompt.queued_at, began)
+            self.tracer.span("prefill compute", request_id, began, time.perf_counter(), tokens=prompt.ctx.prompt_len)
+        metrics.transfer(kv=moved(target), draft=drafts, hidden=moved("hidden"))
 
     def _prompt(self, request: GenerateRequest, events: Events) -> QueuedPrompt:
         ctx = new_context(self.host.resources, request, [])
@@ -242,4 +271,4 @@ def launch(config: WorkerConfig) -> RunningWorker:
         server.add_generic_rpc_handlers((handler,))
         rpc.add_WorkerServicer_to_server(StatusService(service.info), server)
 
-    return RunningWorker(config, engine, ("PrefillWorker",), register)
+    return RunningWorker(config, engine, ("PrefillWorker",), register, service.metrics, service.tracer)

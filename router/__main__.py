@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         print(f"router: {error}", file=sys.stderr)
         return 1
-    setup_logging(config.log_level, name="router")
+    setup_logging(config.log_level, name="router", log_format=config.log_format)
     return run_in_foreground(lambda: serving(config), "router")
 
 

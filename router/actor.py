@@ -24,7 +24,8 @@ class RouterActor(Host):
     def __init__(self, config: RouterConfig, workers: tuple[tuple[str, str, str], ...]) -> None:
         self._addresses: dict[str, tuple[str, str]] = {}  # worker id -> (role, address)
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
-        super().__init__(lambda: _launch(config), restarted=restarted, name="router", log_level=config.log_level)
+        logs: dict[str, Any] = {"log_level": config.log_level, "log_format": config.log_format}
+        super().__init__(lambda: _launch(config), restarted=restarted, name="router", **logs)
         if restarted:
             self._recall(workers)
 
@@ -60,7 +61,8 @@ class RelayActor(Host):
     def __init__(self, config: RouterConfig) -> None:
         config = config.replace(host=config.host or ray.util.get_node_ip_address())
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
-        super().__init__(lambda: _launch_relay(config), restarted=restarted, name="relay", log_level=config.log_level)
+        logs: dict[str, Any] = {"log_level": config.log_level, "log_format": config.log_format}
+        super().__init__(lambda: _launch_relay(config), restarted=restarted, name="relay", **logs)
 
 
 def _launch(config: RouterConfig) -> Running:

@@ -17,6 +17,7 @@ import grpc
 
 from pdspec.config import RouterConfig
 from pdspec.errors import ConfigError, InvalidRequest
+from pdspec.metrics import RelayMetrics, exposed
 from pdspec.telemetry import setup_logging
 from pdspec.transfer.grpc_stream import METHOD, SERVICE, TARGET_KEY
 from pdspec.wire.channels import add_health, bind, make_channel, make_server
@@ -30,7 +31,8 @@ class Relay:
     """The relay's service. ``address`` is where it listens, once it does."""
 
     def __init__(self, trust: Trust = OPEN) -> None:
-        self.address, self._trust = "", trust
+        self.address, self._trust, self._running = "", trust, 0
+        self.metrics = RelayMetrics(running=lambda: self._running)
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -46,12 +48,16 @@ class Relay:
             raise InvalidRequest("missing", field=TARGET_KEY, remedy=remedy)
         call = self._channel(target).stream_stream(METHOD)(metadata=self._trust.metadata())
         forward = asyncio.ensure_future(_forward(context, call))
+        self._running += 1
         try:
             while (frame := await call.read()) is not grpc.aio.EOF:
                 await context.write(frame)
+                self.metrics.moved.inc(len(frame))
         except grpc.RpcError as error:
+            self.metrics.lost.labels(error.code().name).inc()
             raise from_peer_error(error, peer=f"prefill worker {target}") from error
         finally:
+            self._running -= 1
             forward.cancel()
             call.cancel()
             await asyncio.gather(forward, return_exceptions=True)
@@ -82,13 +88,14 @@ async def serving(config: RouterConfig) -> AsyncIterator[Relay]:
     server.add_generic_rpc_handlers((relay.handler(),))
     servicer = await add_health(server, (SERVICE,))
     relay.address = bind(server, config.host, config.port, trust.server_credentials(members=True))
-    await server.start()
-    try:
-        yield relay
-    finally:
-        await servicer.enter_graceful_shutdown()
-        await server.stop(0)
-        await relay.close()
+    with exposed(relay.metrics, host=config.host, port=config.metrics_port):
+        await server.start()
+        try:
+            yield relay
+        finally:
+            await servicer.enter_graceful_shutdown()
+            await server.stop(0)
+            await relay.close()
 
 
 def launch(config: RouterConfig) -> ServiceThread[Relay]:
@@ -103,7 +110,7 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         print(f"relay: {error}", file=sys.stderr)
         return 1
-    setup_logging(config.log_level, name="relay")
+    setup_logging(config.log_level, name="relay", log_format=config.log_format)
     return run_in_foreground(lambda: serving(config), "relay")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 
@@ -12,8 +14,11 @@ from grpc_health.v1 import health, health_pb2
 
 from pdspec.answer_text import AnswerText
 from pdspec.config import RouterConfig
+from pdspec.errors import PdspecError
+from pdspec.metrics import RouterMetrics, exposed
 from pdspec.model.tokenizer import load_tokenizer
 from pdspec.telemetry import REQUEST_ID
+from pdspec.tracing import tracer_of
 from pdspec.types import Handoff
 from pdspec.wire import pdspec_pb2 as pb
 from pdspec.wire import pdspec_pb2_grpc as rpc
@@ -25,6 +30,7 @@ from pdspec.wire.trust import OPEN, Trust
 from router.admission import RouterTokenizer, admit
 from router.answer import Answer
 from router.fleet import Fleet
+from router.live import LiveRequests
 from router.policy import WorkerState, WorkerView
 
 log = logging.getLogger(__name__)
@@ -37,6 +43,9 @@ class RouterService(rpc.RouterServicer):
     def __init__(self, config: RouterConfig, tokenizer: RouterTokenizer, trust: Trust = OPEN) -> None:
         self.config, self.address = config, ""
         self.fleet = Fleet(heartbeat_s=config.heartbeat_s, on_change=self._report_health, trust=trust)
+        self.metrics = RouterMetrics(running=lambda: len(self._live), workers=self._count_workers)
+        self.tracer = tracer_of(config.traces, "router")
+        self._live = LiveRequests(self.metrics, self.tracer)
         self._tokenizer = tokenizer
         self._health: health.aio.HealthServicer | None = None
         self._serving: bool | None = None
@@ -46,14 +55,19 @@ class RouterService(rpc.RouterServicer):
         self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[pb.GenerateChunk, None]:
         """One answer: a message per verification, the last one with finish reason and statistics."""
-        user = user_request_from_pb(message)
-        request = await admit(
-            user,
-            tokenizer=self._tokenizer,
-            workers=self.fleet.views(),
-            model=self.config.model,
-            deadline_s=context.time_remaining(),
-        )
+        began = time.perf_counter()
+        try:
+            user = user_request_from_pb(message)
+            request = await admit(
+                user,
+                tokenizer=self._tokenizer,
+                workers=self.fleet.views(),
+                model=self.config.model,
+                deadline_s=context.time_remaining(),
+            )
+        except PdspecError as error:
+            self.metrics.watch(began).failed(error)
+            raise
         REQUEST_ID.set(request.request_id)
         sampling = request.sampling
         text = AnswerText(
@@ -61,7 +75,7 @@ class RouterService(rpc.RouterServicer):
         )
         handoff = Handoff(user.handoff or self.config.handoff)
         answer = Answer(request, fleet=self.fleet, text=text, handoff=handoff, relay=self.config.relay)
-        async with aclosing(answer.chunks()) as chunks:
+        async with aclosing(self._live.watched(request, began, answer.chunks())) as chunks:
             async for chunk in chunks:
                 yield chunk
 
@@ -70,7 +84,10 @@ class RouterService(rpc.RouterServicer):
     ) -> pb.ListWorkersResponse:
         """Every worker of the fleet, with the reason of those that get no requests."""
         workers = [_view_to_pb(view) for view in self.fleet.views()]
-        return pb.ListWorkersResponse(workers=workers, handoff=self.config.handoff)
+        return pb.ListWorkersResponse(workers=workers, handoff=self.config.handoff, requests=self._live.to_pb())
+
+    def _count_workers(self) -> Counter[tuple[str, str]]:
+        return Counter((view.role, view.state.value) for view in self.fleet.views())
 
     def set_workers(self, *, prefill: Sequence[str], decode: Sequence[str]) -> None:
         """Route to these addresses from now on. On the event loop only."""
@@ -117,15 +134,18 @@ async def serving(config: RouterConfig, tokenizer: RouterTokenizer | None = None
     rpc.add_RouterServicer_to_server(service, server)
     servicer = await add_health(server, (ROUTER,))
     service.address = bind(server, config.host, config.port, trust.server_credentials(members=False))
-    await server.start()
-    try:
-        service.set_workers(prefill=config.prefill, decode=config.decode)
-        await service.watch_health(servicer)
-        yield service
-    finally:
-        await servicer.enter_graceful_shutdown()
-        await server.stop(0)
-        await service.fleet.close()
+    with exposed(service.metrics, host=config.host, port=config.metrics_port):
+        await server.start()
+        try:
+            service.set_workers(prefill=config.prefill, decode=config.decode)
+            await service.watch_health(servicer)
+            yield service
+        finally:
+            await servicer.enter_graceful_shutdown()
+            await server.stop(0)
+            await service.fleet.close()
+            if service.tracer:
+                service.tracer.close()
 
 
 def launch(config: RouterConfig) -> RouterThread:

@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from pdspec.cli import bench, chaos, check, data, demo, down, drafters, generate, models, study, train, up
+from pdspec.cli import bench, chaos, check, data, demo, doctor, down, drafters, generate, models, study, top, train, up
 from pdspec.errors import PdspecError
 
 USER_ERROR = 2
@@ -29,6 +29,8 @@ def build_app() -> typer.Typer:
     app.command("up")(up.up)
     app.command("down")(down.down)
     app.command("generate")(generate.generate)
+    app.command("top")(top.top)
+    app.command("doctor")(doctor.doctor)
     app.command("demo")(demo.demo)
     app.command("models")(models.models)
     app.command("drafters")(drafters.drafters)

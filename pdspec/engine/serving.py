@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import grpc
 from pdspec.config import WorkerConfig
 from pdspec.engine.resources import Resources
 from pdspec.engine.thread import EngineThread
+from pdspec.metrics import WorkerMetrics, exposed
+from pdspec.tracing import Tracer
 from pdspec.types import WorkerInfo
 from pdspec.wire import pdspec_pb2 as pb
 from pdspec.wire import pdspec_pb2_grpc as rpc
@@ -55,7 +58,7 @@ def describe(
         max_context=config.max_context,
         vocab_size=config.vocab_size,
         steps=steps,
-        metrics=dict(resources.metrics),
+        metrics={**resources.metrics, "clock": time.time()},
     )
 
 
@@ -67,7 +70,9 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(config: WorkerConfig, services: tuple[str, ...], register: Register) -> AsyncIterator[Served]:
+async def serving(
+    config: WorkerConfig, services: tuple[str, ...], register: Register, metrics: WorkerMetrics
+) -> AsyncIterator[Served]:
     """Bind, let ``register(server, address)`` add the role's services, and serve until the block ends, which cuts
     running calls. ``services`` are short names for health and reflection. Raises ConfigError for a taken port."""
     trust = Trust.of(config)
@@ -75,22 +80,29 @@ async def serving(config: WorkerConfig, services: tuple[str, ...], register: Reg
     address = bind(server, config.host, config.port, trust.server_credentials(members=True))
     register(server, address)
     await add_health(server, [service_name(name) for name in (*services, "Worker")])
-    await server.start()
-    try:
-        yield Served(address)
-    finally:
-        await server.stop(grace=None)
+    with exposed(metrics, host=config.host, port=config.metrics_port):
+        await server.start()
+        try:
+            yield Served(address)
+        finally:
+            await server.stop(grace=None)
 
 
 class RunningWorker:
     """A started worker of this process: its engine thread and its asyncio thread. Ends the engine if serving fails."""
 
     def __init__(
-        self, config: WorkerConfig, engine: EngineThread, services: tuple[str, ...], register: Register
+        self,
+        config: WorkerConfig,
+        engine: EngineThread,
+        services: tuple[str, ...],
+        register: Register,
+        metrics: WorkerMetrics,
+        tracer: Tracer | None,
     ) -> None:
-        self.config, self.engine = config, engine
+        self.config, self.engine, self.metrics, self.tracer = config, engine, metrics, tracer
         try:
-            self._service = ServiceThread(lambda: serving(config, services, register), name="grpc")
+            self._service = ServiceThread(lambda: serving(config, services, register, metrics), name="grpc")
         except BaseException:
             engine.stop()
             raise
@@ -108,3 +120,5 @@ class RunningWorker:
         """Cut running calls, free the port, end both threads. Idempotent."""
         self._service.stop(timeout_s=15)
         self.engine.stop()
+        if self.tracer:
+            self.tracer.close()

@@ -22,7 +22,7 @@ def run_worker(role: str, launch: Callable[[WorkerConfig], Running]) -> None:
             sys.argv[1:], prog=f"python -m {role}_worker", description=f"One {role} worker."
         )
         config = config.replace(role=role)
-        setup_logging(config.log_level, name=config.worker_id or role)
+        setup_logging(config.log_level, name=config.worker_id or role, log_format=config.log_format)
         worker = launch(config)
     except PdspecError as error:
         print(f"error: {error}", file=sys.stderr)
