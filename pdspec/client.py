@@ -185,7 +185,8 @@ class RouterClient:
             remedy = "give the deployment's --tls-ca, and --tls-cert and --tls-key where it asks for a certificate"
             return Unauthenticated(f"no TLS with {self.endpoint}: {found.message[-200:]}", field="tls", remedy=remedy)
         if isinstance(found, PeerLost) and "failed to connect" in text:
-            remedy = "start one with `pdspec up`, or name another with --endpoint; one with TLS needs --tls-ca"
+            remedy = "start one with `pdspec up`, or name another with --endpoint; one with TLS needs --tls-ca, and"
+            remedy += " --tls-cert and --tls-key where it asks for certificates"
             return PeerLost(f"no router answers at {self.endpoint}", field="endpoint", remedy=remedy)
         return found
 
