@@ -148,9 +148,9 @@ class _Run:
 
     def _released(self) -> None:
         """On the engine thread, where nobody changes the counts meanwhile."""
+        self.service.host.release(self.answer)
         if self.answer.sequence is not None:
             self.service.metrics.answer(self.answer.sequence.stats())
-        self.service.host.release(self.answer)
 
     async def fill(self) -> None:
         """Errors go to the answer's queue: its coroutine raises them."""
