@@ -15,6 +15,7 @@ ROLES = ("prefill", "decode")
 DTYPES = ("bfloat16", "float32")
 NUMERICS = ("auto", "exact", "fast")
 HANDOFFS = ("direct", "relay")
+SURVIVALS = ("online", "fixed", "q")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -35,6 +36,10 @@ class WorkerConfig(Settings):
     options: dict[str, str] = option({}, "options of draft families by FAMILY:OPTION; see pdspec drafters")
     tree: str = option("", "draft tree of requests that name none, e.g. chain(4) or dynamic(4,4,8)")
     trees: dict[str, str] = option({}, "JSON files of static shapes by the name that static(NAME) then has")
+    survival: str = option(
+        "fixed", "a draft node's chance: online, fitted on what this worker verifies; fixed, so that drafts depend on"
+        " the request alone; q, the drafter's own score", choices=SURVIVALS,
+    )  # fmt: skip
     draft_prefill: str = option("prefill", "who runs the drafter over the prompt", choices=ROLES)
     host: str = option("127.0.0.1", "address to listen on and to be reached at")
     port: int = option(0, "0: any free port", low=0, high=65535)
