@@ -58,11 +58,12 @@ class Outlook:
 
 class FixedBudget:
     """Every sequence drafts its request's tree, as deep as its answer can use it. ``drafted`` says what the last step's
-    proposals were, by family: (depth, sequences)."""
+    proposals were, by family: (depth, sequences); ``behind`` how many sequences had to catch up before."""
 
     def __init__(self, resources: Resources) -> None:
         self.resources = resources
         self.drafted: dict[str, tuple[int, int]] = {}
+        self.behind: dict[str, int] = {}
 
     def propose(self, sequences: Sequence[DecodeSequence]) -> list[Draft]:
         """A draft for each sequence."""
@@ -126,7 +127,7 @@ class GoodputBudget(FixedBudget):
         """A draft for each sequence, empty where none is worth its rows."""
         groups, metrics = self._groups(sequences), self.resources.metrics
         kv_tokens = sum(sequence.num_rows for sequence in sequences)
-        self.drafted, self._plain = {}, {id(sequence.ctx): sequence for sequence in sequences}
+        self.drafted, self.behind, self._plain = {}, {}, {id(sequence.ctx): sequence for sequence in sequences}
         drafts: dict[int, Draft] = {}
         spent = 0.0
         for name, depth in self._plan(groups, len(sequences), kv_tokens).items():
@@ -163,8 +164,8 @@ class GoodputBudget(FixedBudget):
         began = time.perf_counter()
         drafter.observe(now)
         if not self.frozen:
-            own = self.draft_times[_observing(name)]
-            self.draft_times[_observing(name)] = own.corrected(1, len(now), time.perf_counter() - began)
+            own = self.draft_times[observing(name)]
+            self.draft_times[observing(name)] = own.corrected(1, len(now), time.perf_counter() - began)
 
     def timed(self, rows: int, kv_tokens: int, seconds: float) -> None:
         """Corrects the target's times."""
@@ -219,6 +220,7 @@ class GoodputBudget(FixedBudget):
     def _catch_up(self, name: str, group: Sequence[DecodeSequence]) -> None:
         behind = [(sequence.ctx, *sequence.outlook.caught_up()) for sequence in group if sequence.outlook.held]
         if behind:
+            self.behind[name] = len(behind)
             self.resources.drafters[name].observe(behind)
 
     def _hold(self, outlook: Outlook, one: tuple[DraftContext, Verdict, HiddenRows]) -> None:
@@ -252,8 +254,8 @@ class GoodputBudget(FixedBudget):
 
     def _draft_seconds(self, name: str, asked: Sequence[int], sequences: int) -> npt.NDArray[np.float64]:
         """To draft as deep as ``asked`` and to observe what came of it."""
-        observing = self.draft_times[_observing(name)].at([1], sequences)[0]
-        return self.draft_times[name].at(asked, sequences) + observing
+        after = self.draft_times[observing(name)].at([1], sequences)[0]
+        return self.draft_times[name].at(asked, sequences) + after
 
 
 def make_budget(resources: Resources) -> FixedBudget:
@@ -269,7 +271,8 @@ def shallow(draft: Draft, depth: int) -> Draft:
     return draft if keep.all() else draft.part(np.flatnonzero(keep))
 
 
-def _observing(name: str) -> str:
+def observing(name: str) -> str:
+    """Under which name a family's time to observe stands among draft times."""
     return f"{name} observes"
 
 

@@ -1,4 +1,4 @@
-"""The goodput budget in the engine: the same answers whatever it decides, and drafters that were left behind catch up."""
+"""The goodput budget in the engine: the same answers whatever it decides, and drafters left behind catch up."""
 
 from __future__ import annotations
 
