@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,7 @@ class VerifyTimes:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DraftTimes:
     """Seconds of one family's drafts: a linear regression on (1, depth, sequences, depth · sequences), the newest
-    proposals counting most."""
+    proposals counting most. No weight is negative: deeper or for more sequences is never cheaper."""
 
     products: Doubles  # [4, 4], of the features
     answers: Doubles  # [4], of features and seconds
@@ -82,8 +83,20 @@ class DraftTimes:
 
     def at(self, depths: Sequence[int] | Counts, sequences: int) -> Doubles:
         """Seconds [len(depths)] of drafts as deep, for ``sequences`` together."""
-        weights = np.linalg.solve(self.products + _DRAFT_PRECISION * np.eye(4), self.answers)
-        return np.maximum(0.0, _draft_features(np.asarray(depths, np.float64), sequences) @ weights)
+        return _draft_features(np.asarray(depths, np.float64), sequences) @ self._weights
+
+    @cached_property
+    def _weights(self) -> Doubles:
+        """[4]. Features whose weight would be negative are left out, the most negative first."""
+        weights, kept = np.zeros(4), np.arange(4)
+        while len(kept):
+            products = self.products[np.ix_(kept, kept)] + _DRAFT_PRECISION * np.eye(len(kept))
+            found = np.linalg.solve(products, self.answers[kept])
+            if found.min() >= 0.0:
+                weights[kept] = found
+                break
+            kept = np.delete(kept, found.argmin())
+        return weights
 
     def corrected(self, depth: int, sequences: int, seconds: float) -> DraftTimes:
         """After a proposal."""
