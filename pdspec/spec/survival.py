@@ -11,10 +11,10 @@ where the two models differ, that is far too sure. So it is a logistic regressio
     rank    log(1 + rank among the siblings)
     depth   below the root, from 0
 
-fitted online, one Newton step a verification, for each family and *kind* of request (temperature, coupled or not). At
-temperature 0 odds is the logit of q: calibrated q. Every child of a node that the target reached has been judged,
-whether its row was in the forward or not: the target's token is known there. So what is left out of a tree is learned
-from as well, and choosing by survival does not bias what is learned.
+fitted online, one Newton step for all verdicts of a step, for each family and *kind* of request (temperature, coupled
+or not). At temperature 0 odds is the logit of q: calibrated q. Every child of a node that the target reached has been
+judged, whether its row was in the forward or not: the target's token is known there. So what is left out of a tree is
+learned from as well, and choosing by survival does not bias what is learned.
 
     setting  q       a node's chance is its score
              fixed   the prior: drafts are a function of the request alone
@@ -87,12 +87,12 @@ class Calibration:
         odds = (features * self.weights.astype(np.float32)).sum(-1, dtype=np.float32)
         return -np.logaddexp(np.float32(0), -odds)
 
-    def updated(self, features: Floats, accepted: npt.NDArray[np.bool_]) -> Calibration:
-        """After one verification has judged nodes of ``features`` [n, F]: one Newton step of the log likelihood."""
+    def updated(self, features: Floats, accepted: npt.NDArray[np.bool_], verdicts: int = 1) -> Calibration:
+        """After ``verdicts`` that judged nodes of ``features`` [n, F]: one Newton step of the log likelihood."""
         x = features.astype(np.float64)
         chance = np.exp(self.log_chance(features).astype(np.float64))
         curvature = np.maximum(chance * (1.0 - chance), _LEAST_CURVATURE)
-        evidence = _MEMORY * self.evidence + (x * curvature[:, None]).T @ x
+        evidence = _MEMORY**verdicts * self.evidence + (x * curvature[:, None]).T @ x
         step = np.linalg.solve(np.diag(_PRIOR_PRECISION) + evidence, x.T @ (accepted - chance))
         step *= min(1.0, _LARGEST_STEP / max(float(np.abs(step).max()), 1e-9))
         return Calibration(weights=self.weights + step, evidence=evidence)
@@ -156,14 +156,17 @@ class SurvivalModel:
             return None
         return self._fitted.get(kind) or Calibration.prior(kind, has_q=self.has_q)
 
-    def learn(self, forecast: Forecast, output_ids: Sequence[int]) -> None:
-        """What the target said after the root of a tree."""
+    def learn(self, said: Sequence[tuple[Forecast, Sequence[int]]]) -> None:
+        """What the target said after the roots of trees, all of one step."""
         if self.mode != "online":
             return
-        nodes, accepted = forecast.judged(output_ids)
-        known = self.calibration(forecast.kind)
-        if len(nodes) and known is not None:
-            self._fitted[forecast.kind] = known.updated(forecast.features[nodes], accepted)
+        for kind in {forecast.kind for forecast, _ in said}:
+            ours = [(forecast, *forecast.judged(ids)) for forecast, ids in said if forecast.kind == kind]
+            features = np.concatenate([forecast.features[nodes] for forecast, nodes, _ in ours])
+            known = self.calibration(kind)
+            if len(features) and known is not None:
+                accepted = np.concatenate([judged for *_, judged in ours])
+                self._fitted[kind] = known.updated(features, accepted, len(ours))
 
 
 class Calibrated:
@@ -196,11 +199,13 @@ class Calibrated:
 
     def _learn(self, batch: Sequence[tuple[DraftContext, Verdict, HiddenRows]]) -> None:
         """Of each sequence that has a forecast for the root that was verified."""
+        said = []
         for ctx, verdict, _ in batch:
             state: Any = ctx.state
             forecast, state.forecast = state.forecast, None
             if forecast is not None and forecast.root == ctx.root_position - len(verdict.output_ids):
-                self.survival.learn(forecast, verdict.output_ids)
+                said.append((forecast, verdict.output_ids))
+        self.survival.learn(said)
 
 
 def _of_draft(draft: Draft, matched: int) -> Floats:
