@@ -53,8 +53,8 @@ def test_the_budget_s_figures_depend_on_the_table_alone():
     def figures() -> dict:
         return run(
             worker={"model": "tiny", "cache_tokens": 2048, "threads": 1, "heads": {"draft_model": "tiny"}},
-            drafter="draft_model", trees=["chain(4)"], cap="chain(4)", concurrency=[2], temperature=0.0, prompts=None, num_prompts=2, max_tokens=24,
-            table=table, wall_pairs=0, progress=lambda text: None,
+            drafter="draft_model", trees=["chain(4)"], cap="chain(4)", concurrency=[2], temperature=0.0, prompts=None,
+            num_prompts=2, max_tokens=24, table=table, wall_pairs=0, progress=lambda text: None,
         )["concurrency"]["2"]  # fmt: skip
 
     first = figures()
