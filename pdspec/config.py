@@ -16,6 +16,8 @@ ROLES = ("prefill", "decode")
 DTYPES = ("bfloat16", "float32")
 NUMERICS = ("auto", "exact", "fast")
 HANDOFFS = ("direct", "relay")
+SURVIVALS = ("auto", "online", "fixed", "q")
+BUDGETS = ("fixed", "goodput")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 
@@ -71,6 +73,19 @@ class WorkerConfig(Settings):
     options: dict[str, str] = option({}, "options of draft families by FAMILY:OPTION; see pdspec drafters")
     tree: str = option("", "draft tree of requests that name none, e.g. chain(4) or dynamic(4,4,8)")
     trees: dict[str, str] = option({}, "JSON files of static shapes by the name that static(NAME) then has")
+    survival: str = option(
+        "auto", "a draft node's chance: online, fitted on what this worker verifies; fixed, so that drafts depend on"
+        " the request alone; q, the drafter's own score; auto: online under budget goodput, else fixed",
+        choices=SURVIVALS,
+    )  # fmt: skip
+    budget: str = option(
+        "fixed", "what is drafted: fixed, the request's tree; goodput, the part of it that raises tokens per second",
+        choices=BUDGETS,
+    )  # fmt: skip
+    draft_queue: int = option(
+        1024, "plain steps of a sequence that its drafter may be behind under budget goodput; past that it stays plain",
+        low=1,
+    )  # fmt: skip
     draft_prefill: str = option("prefill", "who runs the drafter over the prompt", choices=ROLES)
     host: str = option("127.0.0.1", "address to listen on and to be reached at")
     port: int = option(0, "0: any free port", low=0, high=65535)
@@ -109,6 +124,12 @@ class WorkerConfig(Settings):
         for name in self.heads:
             if name not in self.drafters:
                 raise unknown_name("drafter", name, self.drafters, field="heads", where="drafters")
+
+    def survival_mode(self) -> str:
+        """online, fixed or q."""
+        if self.survival == "auto":
+            return "online" if self.budget == "goodput" else "fixed"
+        return self.survival
 
     def pages(self) -> int:
         """Size of the page pool."""

@@ -41,7 +41,7 @@ def build_app() -> typer.Typer:
     app.add_typer(_group("Proofs, run on this machine.", proofs), name="check")
     faults = {"fuzz": chaos.fuzz, "tls": chaos.tls}
     app.add_typer(_group("Faults, bad peers and bad input.", faults), name="chaos")
-    app.add_typer(_group("Measurements.", {"decode": bench.decode}), name="bench")
+    app.add_typer(_group("Measurements.", {"decode": bench.decode, "budget": bench.budget}), name="bench")
     compared = {name: study.comparison(name, *rest) for name, rest in study.COMPARISONS.items()}
     studies = {"acceptance": study.acceptance, **compared, "sparse": study.sparse}
     app.add_typer(_group("Comparisons.", studies), name="study")

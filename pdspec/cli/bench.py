@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pdspec.cli.options import Dtype, HandoffPath, Heads, Json, Model, Numerics, Prompts, Threads, given_flags
+from pdspec.cli.options import (
+    Dtype,
+    HandoffPath,
+    Heads,
+    Json,
+    Model,
+    Numerics,
+    Options,
+    Prompts,
+    Threads,
+    given_flags,
+)
 from pdspec.cli.output import notes, only_json, print_json
+from pdspec.settings import read_file
 
 
 def decode(
@@ -46,3 +59,47 @@ def decode(
         return
     for name, value in result.items():
         print(f"{name}: {value}")
+
+
+def budget(
+    drafter: Annotated[str, typer.Option(help="Whose drafts are budgeted.")] = "eagle3",
+    trees: Annotated[
+        str, typer.Option(help="Fixed settings beside none, semicolon separated.")
+    ] = "chain(1);chain(2);chain(3);dynamic(3,3,6);dynamic(4,4,8)",
+    cap: Annotated[str, typer.Option(help="The most that goodput may draft.")] = "dynamic(4,4,8)",
+    concurrency: Annotated[str, typer.Option(help="Answers written at once, comma separated.")] = "1,4,8,16",
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
+    table: Annotated[
+        Path | None, typer.Option(help="JSON report of an earlier run: its step times instead of new ones.")
+    ] = None,
+    wall: Annotated[int, typer.Option(min=0, help="Also so many interleaved pairs by the clock.")] = 0,
+    model: Model = None,
+    dtype: Dtype = None,
+    numerics: Numerics = None,
+    head: Heads = None,
+    option: Options = None,
+    threads: Threads = None,
+    prompts: Prompts = None,
+    num_prompts: Annotated[int, typer.Option(help="Prompts taken from the file.")] = 24,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
+    json: Json = False,
+) -> None:
+    """The goodput budget against fixed trees: counted rows at one table of step times, at several concurrencies."""
+    worker = given_flags(model=model, dtype=dtype, numerics=numerics, heads=head, options=option, threads=threads)
+    with only_json(json):
+        from pdspec.study import bench_budget as study
+
+        result = study.run(
+            worker=worker, drafter=drafter, trees=[text.strip() for text in trees.split(";") if text.strip()], cap=cap,
+            concurrency=[int(text) for text in concurrency.split(",")], temperature=temperature, prompts=prompts,
+            num_prompts=num_prompts, max_tokens=max_tokens, wall_pairs=wall, progress=notes().print,
+            table=read_file(table)["table"] if table else None,
+        )  # fmt: skip
+    if json:
+        print_json(result)
+    else:
+        for count, row in result["concurrency"].items():
+            print(f"{count} at once: goodput {row['goodput']['tokens_per_second']:.1f} tokens/s,"
+                  f" {row['ratio_to_best']:.3f} of {row['best_fixed']}, {row['ratio_to_none']:.3f} of none")
+    if not result["ok"]:
+        raise typer.Exit(1)

@@ -80,6 +80,8 @@ def comparison(name: str, summary: str, drafters: str) -> Callable[..., None]:
             return
         for row in result["rows"]:
             _print_row(row, ("setting", *_SHOWN, "kv_bytes", "draft_kv_bytes", "hidden_bytes"))
+        for order in result.get("orders", ()):
+            print(*(f"{name} {value}" for name, value in order.items()))
 
     command.__doc__ = summary
     return command
@@ -89,7 +91,7 @@ COMPARISONS = {
     "stable-kv": ("Draft KV made anew from target hidden states, or kept as drafted.", "eagle1"),
     "first-token-padding": ("EAGLE's prefill with a row in front, or without.", "eagle1"),
     "draft-prefill": ("Draft KV crosses the handoff, or the hidden rows that it is made from.", "eagle3"),
-    "trees": ("Chain, static and dynamic trees of equal nodes.", "eagle3"),
+    "trees": ("Chain, static and dynamic trees of equal nodes, ranked by survival or by q.", "eagle3"),
 }
 
 

@@ -19,10 +19,11 @@ import torch
 
 from pdspec.engine.prefill import hidden_rows, hidden_wanted, page_table
 from pdspec.engine.resources import Resources, tree_spec
+from pdspec.engine.speculation import Outlook, make_budget
 from pdspec.errors import PdspecError
 from pdspec.model.batch import ForwardBatch, ForwardOutput
 from pdspec.sampling import History, stopping_ids
-from pdspec.spec.protocol import Draft, DraftContext, Drafter, HiddenRows, empty_draft
+from pdspec.spec.protocol import Draft, DraftContext, Drafter, HiddenRows
 from pdspec.spec.tree import depths, tree_rows
 from pdspec.spec.verify import VerdictResult, verify
 from pdspec.types import DraftTrace, FinishReason, GenerateRequest, GenerationStats, TokenChunk, TokenLogprob
@@ -45,6 +46,7 @@ class DecodeSequence:
     accepted_at: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     reached_at: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     seconds: float = 0.0
+    outlook: Outlook = field(default_factory=Outlook)
 
     @property
     def num_rows(self) -> int:
@@ -77,10 +79,11 @@ StepResult = tuple[DecodeSequence, TokenChunk | PdspecError]
 
 
 class DecodeEngine:
-    """Stateless but for the resources and the clocks of its phases (seconds since start)."""
+    """Stateless but for the resources, what is known of budgets, and the clocks of its phases (seconds since start)."""
 
     def __init__(self, resources: Resources) -> None:
         self.resources = resources
+        self.budget = make_budget(resources)
         self.steps = 0
         self.clocks: dict[str, float] = defaultdict(float)
 
@@ -98,6 +101,7 @@ class DecodeEngine:
         batch = self.pack(sequences, drafts)
         output = self.resources.runner.forward(batch, self.resources.cache)
         forwarded = time.perf_counter()
+        self.budget.timed(batch.num_rows, sum(s.num_rows for s in sequences), forwarded - proposed)
         results: list[StepResult] = []
         observations: dict[str, list] = defaultdict(list)
         row = logit = 0
@@ -119,28 +123,15 @@ class DecodeEngine:
             results.append((sequence, self._chunk(sequence, draft, found)))
         verified = time.perf_counter()
         for name, group in observations.items():
-            self.resources.drafters[name].observe(group)
+            self.budget.observe(name, group)
         if self.resources.config.poison:
             self._poison([sequence for sequence in sequences if sequence.finish is None])
         self._count(sequences, began, proposed, forwarded, verified)
         return results
 
     def propose(self, sequences: Sequence[DecodeSequence]) -> list[Draft]:
-        """Drafts by family, trimmed to what the answer can still use."""
-        drafts: dict[int, Draft] = {}
-        groups: dict[str, list[DecodeSequence]] = defaultdict(list)
-        for sequence in sequences:
-            spec = tree_spec(sequence.ctx.tree)
-            if spec is None or sequence.remaining < 2:
-                drafts[id(sequence)] = empty_draft()
-            else:
-                groups[sequence.drafter.name].append(sequence)
-        for name, group in groups.items():
-            budgets = [s.max_nodes if (s := tree_spec(seq.ctx.tree)) else 0 for seq in group]
-            proposed = self.resources.drafters[name].propose([seq.ctx for seq in group], budgets)
-            for sequence, draft in zip(group, proposed, strict=True):
-                drafts[id(sequence)] = _shallow(draft, sequence.remaining - 1)
-        return [drafts[id(sequence)] for sequence in sequences]
+        """Drafts by family, trimmed to what the answer can still use and the budget allows."""
+        return self.budget.propose(sequences)
 
     def pack(self, sequences: Sequence[DecodeSequence], drafts: Sequence[Draft]) -> ForwardBatch:
         """The target rows of all sequences: each its root, then its nodes."""
@@ -240,14 +231,6 @@ class DecodeEngine:
             self.clocks[name] += seconds
         for sequence in sequences:
             sequence.seconds += ended - began
-
-
-def _shallow(draft: Draft, depth: int) -> Draft:
-    """The nodes that an answer of ``depth + 1`` more tokens can use."""
-    if draft.num_nodes == 0 or draft.num_nodes <= depth:
-        return draft
-    keep = depths(draft.parents) <= depth
-    return draft if keep.all() else draft.part(np.flatnonzero(keep))
 
 
 def _asked(draft: Draft) -> np.ndarray:

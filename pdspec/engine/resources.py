@@ -86,7 +86,7 @@ def load(config: WorkerConfig) -> Resources:
     runner = Runner(files.config, load_weights(files, config.dtype), ops=ops, dtype=config.dtype)
     setting = Setting(
         target=files, dtype=config.dtype, heads=config.heads, strict=config.strict_target, cache_dir=config.cache_dir,
-        options=config.options,
+        options=config.options, survival=config.survival_mode(),
     )
     drafts = draft_groups(config.drafters, setting)
     cache = PagedCache((runner.group, *drafts), config.pages(), config.page_size, ops.device)

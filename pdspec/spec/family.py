@@ -49,6 +49,7 @@ class Setting:
     strict: bool = False  # refuse a head made for other weights of the target's geometry
     cache_dir: str = ""
     options: Mapping[str, str] = field(default_factory=dict)  # by FAMILY:OPTION
+    survival: str = "fixed"  # see survival.py
 
     def option(self, family: Description, name: str) -> str:
         """What an option of a family is set to."""

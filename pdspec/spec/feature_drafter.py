@@ -152,6 +152,7 @@ class FeatureDrafter(TreeDrafter):
             parts.append(hidden.after(kept))
         if not batch:
             return
+        self._learn(batch)
         with torch.inference_mode():
             features = self.model.features(HiddenRows.joined(parts))
             ends = np.cumsum([len(one.slots) for one in rows]) - 1

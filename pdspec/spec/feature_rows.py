@@ -11,6 +11,7 @@ import torch
 from pdspec.model.batch import ForwardBatch
 from pdspec.spec.growth import Ranked
 from pdspec.spec.protocol import Candidates, HiddenRows
+from pdspec.spec.survival import Forecast
 from pdspec.spec.tree import TreeSpec
 
 _ROW_FIELDS = ("token_ids", "positions", "sequence", "slots", "prefix_len", "ancestors")
@@ -48,6 +49,7 @@ class FeatureState:
     candidates: Candidates | None = None
     first: Ranked | None = None
     made: dict[tuple[int, ...], int] = field(default_factory=dict)
+    forecast: Forecast | None = None
 
 
 def take_rows(batch: ForwardBatch, rows: np.ndarray) -> ForwardBatch:

@@ -2,9 +2,10 @@
 
     level 1 = best first tokens ─▶ frontier() ─▶ one draft forward ─▶ add(children) ─▶ frontier() ─▶ … ─▶ draft()
 
-A node's score is the sum of its path's log-softmax (log q + g). Scores only fall downwards, so a node that is not among
-the ``budget - 1`` best so far can have no descendant among the ``budget`` best of all: it is never expanded, and the
-result is the same as if it had been.
+A node's score is the log of its survival: the sum of its path's calibrated log chances (``survival.py``), or without a
+calibration of its log-softmax (log q + g). Scores only fall downwards, so a node that is not among the ``budget - 1``
+best so far can have no descendant among the ``budget`` best of all: it is never expanded, and the result is the same as
+if it had been.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pdspec.sampling import draft_scores
 from pdspec.spec.chooser import largest
 from pdspec.spec.draws import Drawing
 from pdspec.spec.protocol import Candidates, Draft, Law
+from pdspec.spec.survival import FEATURES, Calibration, Forecast, Kind, features_of
 from pdspec.spec.tree import DynamicTree, StaticTree, TreeSpec, select_nodes
 
 Floats = npt.NDArray[np.float32]
@@ -102,10 +104,12 @@ class Growth:
     tree whose children are drawn the first ``budget`` nodes stay: what they are may not decide over that."""
 
     def __init__(
-        self, spec: TreeSpec, budget: int, first: Ranked, max_depth: int, threshold: float = 0.0
+        self, spec: TreeSpec, budget: int, first: Ranked, max_depth: int, threshold: float = 0.0,
+        calibration: Calibration | None = None,
     ) -> None:
-        """``first`` is one row: the best first tokens. No node is deeper than ``max_depth``. Nodes whose path has a
-        probability (e to the score) below ``threshold`` are neither expanded nor kept; not so where they are drawn."""
+        """``first`` is one row: the best first tokens. No node is deeper than ``max_depth``. Nodes of a survival (e to
+        the score) below ``threshold`` are neither expanded nor kept. Where they are drawn, neither that nor the
+        ``calibration`` counts."""
         self._least = np.float32(np.log(threshold)) if threshold > 0.0 else -np.float32(np.inf)
         self.budget = max(0, min(budget, spec.max_nodes))
         self._static = spec if isinstance(spec, StaticTree) else None
@@ -119,6 +123,8 @@ class Growth:
         self._newest = range(0)
         self._laws: dict[int, Law] = {}
         self._drawn = bool(first.laws)
+        self._calibration = None if self._drawn else calibration
+        self._features = np.empty((0, len(FEATURES)), np.float32)
         if self._depth > 0:
             self.add([-1], first)
 
@@ -148,7 +154,12 @@ class Growth:
                 self._shape.append(place)
         parents = np.array(nodes, np.int32)[rows]
         above = np.where(parents < 0, np.float32(0), self._scores[parents] if start else np.float32(0))
-        scores = above + np.minimum(children.score[rows, ranks], np.float32(0))
+        chances = children.score[rows, ranks]
+        if self._calibration is not None:
+            features = features_of(children.score, children.log_q, self._level + 1)[rows, ranks]
+            self._features = np.concatenate([self._features, features])
+            chances = self._calibration.log_chance(features)
+        scores = above + np.minimum(chances, np.float32(0))
         self._tokens = np.concatenate([self._tokens, children.token_ids[rows, ranks]])
         self._log_q = np.concatenate([self._log_q, children.log_q[rows, ranks]])
         self._parents = np.concatenate([self._parents, parents])
@@ -187,6 +198,12 @@ class Growth:
             laws=self._laws,
         )
         return whole.part(self._chosen(self.budget))
+
+    def forecast(self, kind: Kind, root: int) -> Forecast | None:
+        """All nodes that were made, for the calibration of their ``kind`` to learn from; None without one."""
+        if self._calibration is None:
+            return None
+        return Forecast(kind=kind, root=root, token_ids=self._tokens, parents=self._parents, features=self._features)
 
     def _chosen(self, count: int) -> Ints:
         """Indices of the ``count`` nodes that stay."""

@@ -20,6 +20,8 @@ import torch
 from pdspec.spec.chooser import Chooser, Seeded
 from pdspec.types import CacheGroup, SamplingParams
 
+MAX_DEPTH = 256  # of any tree
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Law:
@@ -131,6 +133,7 @@ class DraftContext:
     pages: list[int]  # page ids, shared by all cache groups
     prompt_len: int
     tree: str  # tree specification of this request
+    deepest: int = MAX_DEPTH  # no draft is deeper, whatever the tree: set by the engine where it budgets
     state: Any = None  # the drafter's own per-sequence state
     metrics: dict[str, float] = field(default_factory=dict)
     other_chooser: Chooser | None = None

@@ -59,4 +59,7 @@ def check_options(options: Iterable[str]) -> None:
 def make_drafter(name: str, setting: Setting, parts: Parts) -> Drafter:
     """The drafter ``name`` for this target. Raises UnknownName, Incompatible (a head of another geometry or tokenizer;
     of other content when ``strict``), CheckpointError (a damaged head) or ConfigError (no head for this target)."""
-    return family(name).make(setting, parts)
+    drafter = family(name).make(setting, parts)
+    if use_survival := getattr(drafter, "use_survival", None):
+        use_survival(setting.survival)
+    return drafter

@@ -15,6 +15,7 @@ from pdspec.errors import InvalidRequest
 from pdspec.spec.draws import Drawing, candidate_noise, cut_law, draws_from_q, position_noise
 from pdspec.spec.growth import NO_CHILDREN, Growth, Ranked, expansions, first_children, rank_children, width
 from pdspec.spec.protocol import Candidates, Draft, DraftContext
+from pdspec.spec.survival import Calibrated, Forecast, Kind
 from pdspec.spec.tree import TreeSpec, parse_tree
 
 FIRST_CHOICES = 16  # first draft tokens kept (and shipped) at least, whatever the tree
@@ -31,15 +32,17 @@ class TreeState(Protocol):
     spec: TreeSpec
     candidates: Candidates | None
     first: Ranked | None
+    forecast: Forecast | None  # of the tree under verification
 
 
-class TreeDrafter:
+class TreeDrafter(Calibrated):
     """``target_ids`` int64 [draft vocabulary] are the target ids of its draft ids; ``tree`` is drafted where a request
     names none. A request's tree may have ``max_nodes`` nodes and expand as many."""
 
     threshold = 0.0  # see Growth
 
     def __init__(self, name: str, *, target_ids: torch.Tensor, tree: str, max_nodes: int) -> None:
+        super().__init__()
         self.name, self.max_nodes, self.default_tree = name, max_nodes, tree
         self._target_ids = target_ids
         self._ids = target_ids.numpy()
@@ -84,7 +87,13 @@ class TreeDrafter:
     def _growth(self, ctx: DraftContext, budget: int, deepest: int) -> Growth:
         """A tree with its first level, no deeper than ``deepest``."""
         first = ctx.state.first if budget > 0 else None
-        return Growth(ctx.state.spec, budget, NO_CHILDREN if first is None else first, deepest, self.threshold)
+        return Growth(ctx.state.spec, budget, NO_CHILDREN if first is None else first, min(deepest, ctx.deepest),
+                      self.threshold, self.survival.calibration(Kind.of(ctx.sampling)))
+
+    def _draft(self, ctx: DraftContext, growth: Growth) -> Draft:
+        """A grown tree; all that it was chosen from waits for the target's verdict."""
+        ctx.state.forecast = growth.forecast(Kind.of(ctx.sampling), ctx.root_position)
+        return growth.draft()
 
     def _grown(self, batch: Sequence[DraftContext], growths: Sequence[Growth], expand: Expand) -> list[Draft]:
         """Whole trees: one forward per level over all of them, none for what cannot enter a tree any more."""
@@ -98,4 +107,4 @@ class TreeDrafter:
                 ranked = self._rank(batch[i], logits[first:stop], level + 1, width(batch[i].state.spec))
                 growths[i].add(nodes, ranked)
                 first = stop
-        return [growth.draft() for growth in growths]
+        return [self._draft(ctx, growth) for ctx, growth in zip(batch, growths, strict=True)]

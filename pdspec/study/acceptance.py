@@ -25,7 +25,7 @@ from pdspec.spec.protocol import Draft
 from pdspec.spec.ratio import Masses, masses_of
 from pdspec.spec.registry import family
 from pdspec.spec.verify import VerdictResult
-from pdspec.study.ways import Progress, Way, behind_the_handoff, in_one_process, prompt_ids, row
+from pdspec.study.ways import STATIC_SHAPES, Progress, Way, behind_the_handoff, in_one_process, prompt_ids, row
 
 ONE = "chain(1)"
 
@@ -61,7 +61,7 @@ def run(
 
 def judged_ways(drafter: str, nodes: int) -> list[Way]:
     """One family at temperature 1: one node, then ``nodes`` nodes as chain, static and dynamic tree."""
-    static = {4: "static(2x1)", 8: "static(2x2x1)"}.get(nodes, f"static({nodes})")
+    static = STATIC_SHAPES.get(nodes, f"static({nodes})")
     dynamic = f"dynamic({max(2, nodes // 2)},4,{nodes})"
     found = [(ONE, verify) for verify in ("coupled", "rejection")] + [("dynamic(1,1,1)", "rejection")]
     found += [(f"chain({nodes})", verify) for verify in ("coupled", "rejection", "block")]

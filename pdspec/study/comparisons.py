@@ -14,9 +14,10 @@ from typing import Any
 from pdspec.config import WorkerConfig
 from pdspec.errors import ConfigError
 from pdspec.spec.registry import family
-from pdspec.study.ways import Progress, Way, behind_the_handoff, in_one_process, prompt_ids, row
+from pdspec.study.ways import STATIC_SHAPES, Progress, Way, behind_the_handoff, in_one_process, prompt_ids, row
 
 NODES = (4, 8)
+RANKINGS = ("online", "q")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,19 +50,44 @@ def draft_prefill(drafters: Sequence[str], temperature: float) -> list[Cell]:
 
 
 def trees(drafters: Sequence[str], temperature: float) -> list[Cell]:
-    """Chain, static and dynamic trees of equal nodes."""
+    """Chain, static and dynamic trees of equal nodes, and dynamic ones ranked by other settings of ``survival``."""
     cells = []
     for name in drafters:
         kinds = family(name).DESCRIPTION.trees
         for nodes in NODES:
             shapes = {
-                "chain": f"chain({nodes})", "static": {4: "static(2x1)", 8: "static(2x2x1)"}[nodes],
+                "chain": f"chain({nodes})", "static": STATIC_SHAPES[nodes],
                 "dynamic": f"dynamic({nodes // 2},4,{nodes})",
             }  # fmt: skip
             for kind in kinds:
                 way = Way(drafter=name, tree=shapes[kind], temperature=temperature)
                 cells.append(Cell(label=f"{kind}, {nodes} nodes", way=way))
+            if "dynamic" in kinds:
+                way = Way(drafter=name, tree=shapes["dynamic"], temperature=temperature)
+                cells += [
+                    Cell(label=f"dynamic by {mode}, {nodes} nodes", way=way, changes={"survival": mode})
+                    for mode in RANKINGS
+                ]
     return cells
+
+
+def tree_orders(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the rows of ``trees``, for each family, temperature and number of nodes: acceptance length by setting, and
+    whether dynamic >= static >= chain and survival (as deployed, and fitted online) >= q."""
+    lengths: dict[tuple[str, float, str], dict[str, float]] = {}
+    for one in rows:
+        kind, nodes = one["setting"].split(", ")
+        lengths.setdefault((one["drafter"], one["temperature"], nodes), {})[kind] = one["acceptance_length"]
+    orders = []
+    for (drafter, temperature, nodes), found in lengths.items():
+        shapes = [found[kind] for kind in ("dynamic", "static", "chain") if kind in found]
+        ranked = [found[kind] for kind in ("dynamic", "dynamic by online") if kind in found]
+        orders.append({
+            "drafter": drafter, "temperature": temperature, "nodes": nodes, "acceptance_length": found,
+            "dynamic_static_chain": shapes == sorted(shapes, reverse=True),
+            "survival_over_q": all(length >= found["dynamic by q"] for length in ranked),
+        })  # fmt: skip
+    return orders
 
 
 STUDIES: dict[str, Callable[[Sequence[str], float], list[Cell]]] = {
@@ -96,7 +122,8 @@ def run(
             way = cell.way
             table[id(cell)] = {"setting": cell.label, **row(way, behind[way], alone[way])}
     rows = [table[id(cell)] for cell in cells]
-    return {"ok": all(one["same_answers"] for one in rows), "study": study, "rows": rows}
+    result = {"ok": all(one["same_answers"] for one in rows), "study": study, "rows": rows}
+    return {**result, "orders": tree_orders(rows)} if study == "trees" else result
 
 
 def _switched(drafters: Sequence[str], option: str, temperature: float) -> list[Cell]:

@@ -37,6 +37,7 @@ Progress = Callable[[str], object]
 DTYPE_OF = {"proposals": "float32", "draft_state": "float32", "controls": "float32", "acceptance": "bfloat16"}
 PARTS = tuple(DTYPE_OF)
 TREES = ("chain(3)", "dynamic(4,4,8)")
+ALONE = {"survival": "fixed", "budget": "fixed"}  # proposals are a function of the request, whatever was served before
 CHUNKS = {"chunked": 24, "unchunked": 2048}
 STATE_PROMPTS = 2  # of ``draft_state``
 TOKENS = 20_000  # of ``acceptance``
@@ -75,7 +76,7 @@ def run(
     result: dict[str, dict[str, Any]] = {}
     for name in chosen:
         progress(f"{name}:")
-        config = WorkerConfig.from_mapping({**worker, "dtype": DTYPE_OF[name]})
+        config = WorkerConfig.from_mapping({**worker, **ALONE, "dtype": DTYPE_OF[name]})
         match name:
             case "proposals":
                 result[name] = _proposals(config, asked.requests(config), progress)

@@ -25,6 +25,9 @@ from pdspec.types import GenerateRequest, GenerationStats, SamplingParams, UserR
 
 Progress = Callable[[str], object]
 Prompts = Sequence[tuple[int, ...]]
+# By their number of nodes: of eight, those that a head is likeliest to have right whose first four children are right
+# in 40, 14, 7 and 4 of 100 cases (SmolLM2-135M's shipped EAGLE-3 head, greedy).
+STATIC_SHAPES = {4: "static(2x1)", 8: "static(0 1 2 3 0.0 0.1 1.0 0.0.0)"}
 _BYTES = ("kv_bytes", "draft_kv_bytes", "hidden_bytes")
 _SETTLE_S = 1.2  # two heartbeats of a router
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
+
+from pdspec.engine.speculation import observing
+from pdspec.engine.steptimes import DraftTimes, VerifyTimes
 from pdspec.spec.tree import parse_tree
+from pdspec.study.bench_budget import Step, Table, run
 from pdspec.study.bench_decode import Setting, _summary, settings_of
 from pdspec.study.repetition import repeated_share
 
@@ -36,3 +42,32 @@ def test_suffix_also_reports_its_first_try_since_it_remembers_the_answers():
     assert table["suffix"]["first_time"] == {
         "tree": "dynamic(8,4,8)", "tokens_per_second": 15.0, "acceptance_length": 1.5,
     }  # fmt: skip
+
+
+def test_the_budget_s_figures_depend_on_the_table_alone():
+    staircase = VerifyTimes(rows=np.array([1, 8, 16]), seconds=np.array([1.0, 1.2, 3.0]))
+    draft = DraftTimes.none().corrected(1, 1, 0.05).corrected(3, 2, 0.1)
+    drafts = {"chain(4)": {"draft_model": draft, observing("draft_model"): DraftTimes.none()}}
+    table = Table(verify=staircase, drafts=drafts).to_json()
+
+    def figures() -> dict:
+        return run(
+            worker={"model": "tiny", "cache_tokens": 2048, "threads": 1, "heads": {"draft_model": "tiny"}},
+            drafter="draft_model", trees=["chain(4)"], cap="chain(4)", concurrency=[2], temperature=0.0, prompts=None,
+            num_prompts=2, max_tokens=24, table=table, wall_pairs=0, progress=lambda text: None,
+        )["concurrency"]["2"]  # fmt: skip
+
+    first = figures()
+    assert first == figures() and first["same_tokens"]
+    assert first["fixed"]["none"]["tokens_per_second"] == pytest.approx(2 / 1.2, rel=1e-6)
+    assert first["goodput"]["rows_per_step"] > 2 and first["ratio_to_none"] > 1
+
+
+def test_a_step_costs_its_forward_its_drafts_and_what_caught_up():
+    times = DraftTimes.none()
+    drafts = {"ngram": times.corrected(0, 0, 0.5), observing("ngram"): times.corrected(0, 0, 0.25)}
+    table = Table(verify=VerifyTimes(rows=np.array([1, 4]), seconds=np.array([1.0, 2.0])), drafts={"chain(2)": drafts})
+    plain = Step(rows=1, kv_tokens=9, drafted={}, behind={})
+    both = Step(rows=3, kv_tokens=9, drafted={"ngram": (2, 1)}, behind={"ngram": 1})
+    assert table.seconds(plain, "") == 1.0
+    assert table.seconds(both, "chain(2)") == pytest.approx(2.0 + 0.5 + 0.25 + 0.25, abs=0.01)

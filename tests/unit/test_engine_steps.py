@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from pdspec.config import WorkerConfig
-from pdspec.engine.decode import _shallow
 from pdspec.engine.local import LocalGenerator, new_context
 from pdspec.engine.prefill import PrefillEngine, PrefillSequence, page_table
 from pdspec.engine.resources import Resources, check_fingerprint, load
 from pdspec.engine.selftest import first_difference
+from pdspec.engine.speculation import shallow
 from pdspec.errors import ConfigError, Incompatible, Overloaded, PdspecError, UnknownName
 from pdspec.spec.protocol import Draft
 from pdspec.types import DraftPrefill, FinishReason, GenerateRequest, SamplingParams
@@ -150,7 +150,7 @@ def draft(parents: list[int]) -> Draft:
     ],
 )
 def test_a_draft_is_cut_to_the_depth_that_the_answer_can_use(depth, ids, parents):
-    cut = _shallow(draft([-1, -1, 0, 1, 2]), depth)
+    cut = shallow(draft([-1, -1, 0, 1, 2]), depth)
     assert cut.token_ids.tolist() == ids and cut.parents.tolist() == parents
     assert len(cut.log_q) == len(cut.survival) == len(ids)
 

@@ -21,6 +21,7 @@ import torch
 
 from pdspec.spec.protocol import Candidates, Draft, DraftContext, Drafter, HiddenRows, Verdict
 from pdspec.spec.suffix.drafter import SuffixDrafter
+from pdspec.spec.survival import Calibrated
 from pdspec.spec.tree import ChainTree, DynamicTree, parse_tree
 from pdspec.types import CacheGroup
 
@@ -62,6 +63,12 @@ class CombinedDrafter:
         self.max_nodes = max(head.max_nodes, suffix.max_nodes)
         self.default_tree = tree
         self.target_matches = bool(getattr(head, "target_matches", True))
+
+    def use_survival(self, mode: str) -> None:
+        """Both begin anew in this mode."""
+        for drafter in (self.head, self.suffix):
+            if isinstance(drafter, Calibrated):
+                drafter.use_survival(mode)
 
     def fingerprint(self) -> str:
         """The head's: suffix ships nothing."""

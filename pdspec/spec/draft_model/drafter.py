@@ -26,6 +26,7 @@ from pdspec.model.runner import Runner
 from pdspec.spec.draft_rows import DraftRows, pack_rows
 from pdspec.spec.growth import Growth, Ranked, width
 from pdspec.spec.protocol import Candidates, Draft, DraftContext, HiddenRows, Verdict
+from pdspec.spec.survival import Forecast
 from pdspec.spec.tree import TreeSpec
 from pdspec.spec.tree_drafter import TreeDrafter
 from pdspec.types import CacheGroup
@@ -45,6 +46,7 @@ class ModelState:
     candidates: Candidates | None = None
     first: Ranked | None = None
     expanded: dict[tuple[int, int], int] = field(default_factory=dict)
+    forecast: Forecast | None = None
 
 
 class ModelDrafter(TreeDrafter):
@@ -148,6 +150,7 @@ class ModelDrafter(TreeDrafter):
                 waiting.append(DraftRows.committed(ctx, ctx.token_ids[state.rows :], state.rows))
             else:
                 state.rows = min(ctx.root_position + 1, self.max_positions)  # nothing reads them any more
+        self._learn(batch)
         if not waiting:
             return
         logits = self._forward(waiting, np.cumsum([len(one.slots) for one in waiting]) - 1)

@@ -19,6 +19,7 @@ import torch
 from pdspec.errors import InvalidRequest
 from pdspec.spec.lookahead.window import JacobiWindow, Ngram, most_rows
 from pdspec.spec.protocol import Candidates, Draft, DraftContext, HiddenRows, Verdict, empty_draft
+from pdspec.spec.survival import Calibrated, Forecast
 from pdspec.spec.tree import ChainTree, DynamicTree, parse_tree
 from pdspec.types import CacheGroup
 
@@ -37,9 +38,10 @@ class LookaheadState:
     proposed: bool = False  # whether an n-gram is under verification
     accepted: float = _PRIOR * _PRIOR_WEIGHT
     tried: float = _PRIOR_WEIGHT
+    forecast: Forecast | None = None
 
 
-class LookaheadDrafter:
+class LookaheadDrafter(Calibrated):
     """``window`` W columns, n-grams of ``level`` N tokens, at most ``guesses`` G of them for one first token. ``text``:
     what stands in prompt and output is in the pool. No row stands at ``max_positions`` or beyond."""
 
@@ -47,10 +49,12 @@ class LookaheadDrafter:
     groups: tuple[CacheGroup, ...] = ()
     capture: tuple[int, ...] = ()
     want_final = False
+    has_q = False
 
     def __init__(
         self, *, window: int = 7, level: int = 5, guesses: int = 7, text: bool = True, max_positions: int
     ) -> None:
+        super().__init__()
         self.window, self.level, self.guesses, self.text = window, level, guesses, text
         self.max_positions = max_positions
         self.draft_nodes = guesses * (level - 1)
@@ -95,6 +99,7 @@ class LookaheadDrafter:
             state.tried += state.proposed
             state.accepted += state.proposed and verdict.num_accepted > 0
             self._catch_up(ctx, state)
+        self._learn(batch)
 
     def _spec(self, tree: str) -> ChainTree | DynamicTree:
         spec = parse_tree(tree or self.default_tree)
@@ -142,10 +147,11 @@ class LookaheadDrafter:
         ngrams = state.pool.get(ctx.token_ids[-1], [])[::-1]
         tokens, parents, survival = _tree(ngrams, state.spec, budget, state.accepted / state.tried)
         state.proposed = bool(tokens)
-        return Draft(
+        draft = Draft(
             token_ids=np.array(tokens, np.int32), parents=np.array(parents, np.int32), branch=branch,
             log_q=np.full(len(tokens), np.nan, np.float32), survival=np.array(survival, np.float32),
         )
+        return self._calibrate(ctx, draft, self.level - 1)
 
 
 def _tree(

@@ -19,6 +19,7 @@ from pdspec.spec.growth import NO_CHILDREN, Growth, Ranked, width
 from pdspec.spec.medusa.checkpoint import Heads
 from pdspec.spec.medusa.head import MedusaHeads
 from pdspec.spec.protocol import Candidates, Draft, DraftContext, HiddenRows, Verdict
+from pdspec.spec.survival import Forecast, Kind
 from pdspec.spec.tree import TreeSpec, parse_tree
 from pdspec.spec.tree_drafter import TreeDrafter
 from pdspec.types import CacheGroup
@@ -33,6 +34,7 @@ class MedusaState:
     rows: int
     hidden: torch.Tensor | None = None
     candidates: Candidates | None = None
+    forecast: Forecast | None = None
 
 
 class MedusaDrafter(TreeDrafter):
@@ -97,12 +99,14 @@ class MedusaDrafter(TreeDrafter):
     def propose(self, batch: Sequence[DraftContext], budgets: Sequence[int]) -> list[Draft]:
         """One tree each; every head runs once over all sequences that draft as deep."""
         found = [self._state(ctx) for ctx in batch]
-        depths = [min(state.spec.depth, budget) for (state, _), budget in zip(found, budgets, strict=True)]
+        depths = [
+            min(state.spec.depth, budget, ctx.deepest)
+            for ctx, (state, _), budget in zip(batch, found, budgets, strict=True)
+        ]
         with torch.inference_mode():
             levels = self._levels(batch, [hidden for _, hidden in found], depths)
             return [
-                self._grow(state.spec, budget, ranked)
-                for (state, _), budget, ranked in zip(found, budgets, levels, strict=True)
+                self._grow(ctx, budget, ranked) for ctx, budget, ranked in zip(batch, budgets, levels, strict=True)
             ]
 
     def observe(self, batch: Sequence[tuple[DraftContext, Verdict, HiddenRows]]) -> None:
@@ -115,6 +119,7 @@ class MedusaDrafter(TreeDrafter):
                 raise ValueError(f"hidden rows {hidden.start}..+{hidden.num_rows} after {verdict.num_accepted}"
                                  f" accepted, {state.rows} seen, root at {ctx.root_position}")
             self._see(state, hidden.final, count)
+        self._learn(batch)
 
     def _spec(self, tree: str) -> TreeSpec:
         spec = parse_tree(tree or self.default_tree)
@@ -161,14 +166,15 @@ class MedusaDrafter(TreeDrafter):
             return self._shipped(ctx, state.spec, state.candidates)
         return self._rank(ctx, logits, depth, self._width(state.spec) if depth == 1 else width(state.spec))
 
-    def _grow(self, spec: TreeSpec, budget: int, levels: Sequence[Ranked]) -> Draft:
+    def _grow(self, ctx: DraftContext, budget: int, levels: Sequence[Ranked]) -> Draft:
         """The product of the levels, as far as the tree's shape and the budget go."""
-        growth = Growth(spec, budget, levels[0] if levels else NO_CHILDREN, len(levels))
+        growth = Growth(ctx.state.spec, budget, levels[0] if levels else NO_CHILDREN, len(levels),
+                        calibration=self.survival.calibration(Kind.of(ctx.sampling)))
         for level in levels[1:]:
             if not (nodes := growth.frontier()):
                 break
             growth.add(nodes, _repeated(level, len(nodes)))
-        return growth.draft()
+        return self._draft(ctx, growth)
 
 
 def _repeated(level: Ranked, count: int) -> Ranked:

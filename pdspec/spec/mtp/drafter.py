@@ -148,6 +148,7 @@ class MtpDrafter(FeatureDrafter):
                 raise ValueError(f"hidden rows {hidden.start}..+{hidden.num_rows} after {verdict.num_accepted}"
                                  f" accepted, rows of {made} tokens, root at {ctx.root_position}")
         if batch:
+            self._learn(batch)
             with torch.inference_mode():
                 features = self.model.features(HiddenRows.joined([hidden for _, _, hidden in batch]))
                 self._extend([(ctx, hidden.num_rows) for ctx, _, hidden in batch], features)

@@ -15,6 +15,7 @@ import torch
 
 from pdspec.errors import InvalidRequest
 from pdspec.spec.protocol import Candidates, Draft, DraftContext, HiddenRows, Verdict, empty_draft
+from pdspec.spec.survival import Calibrated, Forecast
 from pdspec.spec.tree import ChainTree, parse_tree
 from pdspec.types import CacheGroup
 
@@ -32,9 +33,10 @@ class NgramState:
     proposed: int = 0  # match length of the proposal under verification; 0: none
     accepted: list[float] = field(default_factory=list)
     tried: list[float] = field(default_factory=list)
+    forecast: Forecast | None = None
 
 
-class NgramDrafter:
+class NgramDrafter(Calibrated):
     """Chains copied out of the context; ``max_nodes`` bounds the chain that a request may ask for."""
 
     name = "ngram"
@@ -42,10 +44,12 @@ class NgramDrafter:
     capture: tuple[int, ...] = ()
     want_final = False
     default_tree = "chain(7)"
+    has_q = False
 
     def __init__(self, max_nodes: int = 32, longest: int = 4) -> None:
         if not 1 <= longest <= len(_PRIOR):
             raise ValueError(f"longest match {longest}, not in 1..{len(_PRIOR)}")
+        super().__init__()
         self.max_nodes = max_nodes
         self.longest = longest
 
@@ -80,6 +84,7 @@ class NgramDrafter:
                 state.tried[state.proposed - 1] += 1
                 state.accepted[state.proposed - 1] += verdict.num_accepted > 0
                 state.proposed = 0
+        self._learn(batch)
 
     def depth(self, tree: str) -> int:
         """Longest chain under a request's tree. Raises InvalidRequest for what this drafter cannot make."""
@@ -111,11 +116,12 @@ class NgramDrafter:
         source = tokens[end + 1 : end + 1 + length]
         chain = [source[i % period] for i in range(length)]
         acceptance = state.accepted[matched - 1] / state.tried[matched - 1]
-        return Draft(
+        draft = Draft(
             token_ids=np.array(chain, np.int32), parents=np.arange(-1, length - 1, dtype=np.int32),
             log_q=np.full(length, np.nan, np.float32),
             survival=np.power(np.float32(acceptance), np.arange(1, length + 1, dtype=np.float32)),
         )
+        return self._calibrate(ctx, draft, matched)
 
 
 def _catch_up(state: NgramState, tokens: Sequence[int]) -> None:

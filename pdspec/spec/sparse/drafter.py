@@ -29,6 +29,7 @@ from pdspec.spec.growth import Growth, Ranked, width
 from pdspec.spec.protocol import Candidates, Draft, DraftContext, HiddenRows, Verdict
 from pdspec.spec.sparse.config import Ints, View
 from pdspec.spec.sparse.select import choose_rows
+from pdspec.spec.survival import Forecast
 from pdspec.spec.tree import TreeSpec
 from pdspec.spec.tree_drafter import TreeDrafter
 from pdspec.types import CacheGroup
@@ -47,6 +48,7 @@ class SparseState:
     seen: Ints
     candidates: Candidates | None = None  # never: the root's row is needed anyway
     first: Ranked | None = None
+    forecast: Forecast | None = None
 
 
 class SparseDrafter(TreeDrafter):
@@ -122,6 +124,7 @@ class SparseDrafter(TreeDrafter):
 
     def observe(self, batch: Sequence[tuple[DraftContext, Verdict, HiddenRows]]) -> None:
         """The verification has written the rows of what it accepted; the next proposal looks at them."""
+        self._learn(batch)
 
     def _root(self, ctx: DraftContext) -> DraftRows:
         root = ctx.root_position

@@ -31,6 +31,7 @@ import torch
 from pdspec.errors import InvalidRequest
 from pdspec.spec.protocol import Candidates, Draft, DraftContext, HiddenRows, Verdict, empty_draft
 from pdspec.spec.suffix.tree import Match, RequestTree, SharedTree
+from pdspec.spec.survival import Calibrated, Forecast
 from pdspec.spec.tree import ChainTree, DynamicTree, parse_tree
 from pdspec.types import CacheGroup
 
@@ -48,17 +49,20 @@ class SuffixState:
     tree: RequestTree = field(default_factory=RequestTree)
     shared: int
     key: object = field(default_factory=object)
+    forecast: Forecast | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Grown:
-    """A draft with the sum of its nodes' survival: the expected number of accepted nodes, were frequencies chances."""
+    """A draft of a match of ``matched`` tokens, with the sum of its nodes' survival: the expected number of accepted
+    nodes, were frequencies chances."""
 
     draft: Draft
     score: float
+    matched: int = 0
 
 
-class SuffixDrafter:
+class SuffixDrafter(Calibrated):
     """Trees copied out of the context and of earlier answers. ``max_nodes`` bounds what a request may ask for,
     ``shared_tokens`` the tokens of all earlier answers together, ``alpha`` the nodes per matched token."""
 
@@ -67,11 +71,13 @@ class SuffixDrafter:
     capture: tuple[int, ...] = ()
     want_final = False
     default_tree = "dynamic(8,4,8)"
+    has_q = False
 
     def __init__(self, max_nodes: int = 32, shared_tokens: int = SHARED_TOKENS, alpha: float = ALPHA) -> None:
         """Raises ValueError for a bound below one token or an ``alpha`` that is not above 0."""
         if not alpha > 0:
             raise ValueError(f"alpha {alpha} is not above 0")
+        super().__init__()
         self.max_nodes = max_nodes
         self.alpha = alpha
         self.shared = SharedTree(shared_tokens)
@@ -106,6 +112,7 @@ class SuffixDrafter:
             state = self._state(ctx)
             self.shared.extend(state.key, ctx.token_ids[state.shared :])
             state.shared = len(ctx.token_ids)
+        self._learn(batch)
 
     def depth(self, tree: str) -> int:
         """Deepest node under a request's tree. Raises InvalidRequest for what this drafter cannot make."""
@@ -133,14 +140,16 @@ class SuffixDrafter:
         spec = state.spec
         nodes = min(spec.max_nodes, budget)
         depth = min(spec.depth, nodes)
+        state.forecast = None
         if depth < 1:
             return empty_draft()
         top_k = spec.top_k if isinstance(spec, DynamicTree) else 1
         own = self._grow(state.tree.match(depth), top_k, nodes)
         if own.score >= nodes:  # no tree of as many nodes can be better
-            return own.draft
+            return self._calibrate(ctx, own.draft, own.matched)
         others = self._grow(self.shared.match(ctx.token_ids, horizon=depth, besides=state.key), top_k, nodes)
-        return others.draft if others.score > own.score else own.draft
+        best = others if others.score > own.score else own
+        return self._calibrate(ctx, best.draft, best.matched)
 
     def _grow(self, match: Match, top_k: int, nodes: int) -> Grown:
         return grow(match, top_k=top_k, nodes=min(nodes, max(1, int(self.alpha * match.length))))
@@ -172,7 +181,7 @@ def grow(match: Match, *, top_k: int, nodes: int) -> Grown:
         token_ids=np.array(tokens, np.int32), parents=np.array(parents, np.int32),
         log_q=np.full(len(tokens), np.nan, np.float32), survival=survival,
     )
-    return Grown(draft=draft, score=sum(counts) / places)
+    return Grown(draft=draft, score=sum(counts) / places, matched=match.length)
 
 
 Rows = list[tuple[tuple[int, ...], int]]  # distinct continuations and how often each came
