@@ -15,7 +15,8 @@ import torch
 
 from pdspec.cache.paged import DTYPES
 from pdspec.model.batch import ForwardBatch
-from pdspec.model.ops import Ops, Rope, yarn_gain
+from pdspec.model.ops import Ops, Rope
+from pdspec.model.yarn import mscale
 from pdspec.spec.attention import Queries, Tensor, paired
 from pdspec.spec.geometry import LayerGeometry
 from pdspec.spec.mtp.variants import Latent
@@ -53,7 +54,7 @@ class LatentAttention:
         """YaRN's, of models that scale queries and keys by it instead of the tables."""
         scaling = self._config.rope_scaling or {}
         weight = scaling.get("mscale_all_dim") if scaling.get("rope_type") == "yarn" else None
-        return yarn_gain(float(scaling["factor"]), float(weight)) if weight else 1.0
+        return mscale(float(scaling["factor"]), float(weight)) if weight else 1.0
 
     def store(self, x: torch.Tensor, batch: ForwardBatch) -> Queries:
         """Writes the KV rows of inputs [R, H] and returns their queries."""
