@@ -24,7 +24,7 @@ COMMON: dict[str, Any] = {
     "max_position_embeddings": 2048, "bos_token_id": BOS, "eos_token_id": EOS, "tie_word_embeddings": False,
 }
 YARN = {
-    "rope_type": "yarn", "factor": 8.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64, "beta_fast": 32,
+    "rope_type": "yarn", "factor": 32.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64, "beta_fast": 32,
     "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 0.8,
 }
 DEEPSEEK: dict[str, Any] = {
@@ -34,7 +34,7 @@ DEEPSEEK: dict[str, Any] = {
     "qk_rope_head_dim": 16, "v_head_dim": 16, "rope_parameters": YARN, "num_nextn_predict_layers": 0,
 }
 MIXTRAL: dict[str, Any] = {
-    **COMMON, "num_hidden_layers": 2, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2,
+    **COMMON, "num_hidden_layers": 3, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2,
 }
 QWEN3_MOE: dict[str, Any] = {
     **COMMON, "num_hidden_layers": 3, "head_dim": 16, "intermediate_size": 96, "moe_intermediate_size": 32,
