@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -55,6 +56,23 @@ def save_moe(folder: Path, kind: str, seed: int = 0, **changes: Any) -> PreTrain
     model.save_pretrained(folder)
     (folder / "tokenizer.json").write_text(json.dumps(byte_tokenizer()))
     return model
+
+
+def add_mtp_layer(folder: Path, seed: int = 7) -> dict[str, torch.Tensor]:
+    """Puts one MTP module behind the layers of a saved DeepSeek checkpoint, under the public keys (a module's own, with
+    copies of what it shares, and a decoder layer like the last); its tensors by key."""
+    path, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
+    stored, last, hidden = load_file(path), config["num_hidden_layers"], config["hidden_size"]
+    before, prefix = f"model.layers.{last - 1}.", f"model.layers.{last}."
+    module = {key.replace(before, prefix): torch.empty_like(t) for key, t in stored.items() if key.startswith(before)}
+    module |= {f"{prefix}{name}.weight": torch.empty(hidden) for name in ("enorm", "hnorm", "shared_head.norm")}
+    module[f"{prefix}eh_proj.weight"] = torch.empty(hidden, 2 * hidden)
+    fill(module, seed)
+    module[f"{prefix}embed_tokens.weight"] = stored["model.embed_tokens.weight"].clone()
+    module[f"{prefix}shared_head.head.weight"] = stored["lm_head.weight"].clone()
+    save_file({**stored, **module}, path, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    return module
 
 
 def fill(tensors: dict[str, torch.Tensor], seed: int) -> None:

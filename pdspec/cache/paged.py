@@ -1,7 +1,7 @@
 """The KV tensors behind the pages, one per cache group, and the byte view of them that handoffs move.
 
-Group tensor ``[layers, num_pages, page_size, parts, kv_heads, head_dim]``, where the parts are k and v, or one alone (see
-``CacheGroup``): a page is in the canonical wire order ``[token][k|v][head][dim]``, so pages that follow one another in
+Group tensor ``[layers, num_pages, page_size, parts, kv_heads, head_dim]``; the parts are k and v, or one alone (see
+``CacheGroup``). A page is in the canonical wire order ``[token][k|v][head][dim]``, so pages that follow one another in
 memory move as one copy. Rows are addressed by a sequence's page list: row r lives in ``pages[r // page_size]`` at
 ``r % page_size``.
 """

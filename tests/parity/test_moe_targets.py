@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -10,13 +11,17 @@ import torch
 
 from pdspec.cache.paged import PagedCache
 from pdspec.cache.pool import pages_for
+from pdspec.config import WorkerConfig
+from pdspec.engine.resources import load
+from pdspec.errors import CheckpointError
 from pdspec.model.batch import ForwardBatch
+from pdspec.model.fingerprint import geometry_hash
 from pdspec.model.loader import load_weights, resolve
 from pdspec.model.native import NativeOps
 from pdspec.model.ops import TorchOps
 from pdspec.model.runner import Runner
 from tests.parity.roles import request, running
-from tests.tiny_moe import CLASSES, DEEPSEEK, save_moe
+from tests.tiny_moe import CLASSES, DEEPSEEK, add_mtp_layer, save_moe
 
 PROMPT, PAGE = 120, 8
 DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -66,6 +71,32 @@ def test_logits_are_those_of_transformers(tmp_path, kernels, variant):
         parts = [runner.forward(rows(ids[a:b], a), cache).logits for a, b in ((0, 50), (50, 51), (51, PROMPT))]
         assert (torch.cat(parts) - wanted).abs().max() < 1e-3, ops.name
         assert wanted.std() > 1  # nothing is proven by flat logits
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_exact_holds_in_bf16_and_the_correction_bias_is_not_rounded(tmp_path, kind):
+    theirs = save_moe(tmp_path, kind)
+    settings = {"drafter": "none", "drafters": ("none",), "cache_tokens": 512, "threads": 1, "numerics": "exact"}
+    resources = load(WorkerConfig(model=str(tmp_path), dtype="bfloat16", **settings))
+    assert resources.fingerprint["numerics"].startswith("exact/")
+    resources.close()
+    weights = load_weights(resources.files, "bfloat16")
+    stored = dict(theirs.named_buffers())
+    for key in (key for key in stored if key.endswith("e_score_correction_bias")):
+        assert torch.equal(weights[key], stored[key]) and weights[key].dtype == torch.float32
+    assert weights["lm_head.weight"].dtype == torch.bfloat16
+
+
+def test_mtp_modules_in_the_files_are_no_part_of_the_target(tmp_path):
+    save_moe(tmp_path, "deepseek")
+    alone = resolve(str(tmp_path))
+    add_mtp_layer(tmp_path)
+    beside = resolve(str(tmp_path))
+    assert beside.content_hash == alone.content_hash and geometry_hash(beside.config) == geometry_hash(alone.config)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 0}))
+    with pytest.raises(CheckpointError, match=r"model.layers.3.* has no place"):
+        resolve(str(tmp_path))
 
 
 @pytest.fixture(scope="module", params=CLASSES)
