@@ -23,7 +23,7 @@ import torch
 from pdspec.model.batch import ForwardBatch
 from pdspec.model.config import ModelConfig
 from pdspec.model.ops import Ops, Rope, rotate, store_latent
-from pdspec.model.variants import Moe
+from pdspec.model.variants import Mla, Moe
 from pdspec.model.yarn import softmax_factor
 
 LATENT_EPS = 1e-6  # of the norms inside MLA, whatever rms_norm_eps is
@@ -101,17 +101,18 @@ class LatentAttention:
         out_i = W_UV_i sum_t softmax(scale q_i row_t) row_t[:rank]
     """
 
-    def __init__(self, config: ModelConfig, tensors: LayerTensors, rope: Rope) -> None:
-        if config.mla is None:
-            raise ValueError(f"{config.name} has no latent attention")
-        self._ops, self._rope, self._mla, self._heads = tensors.ops, rope, config.mla, config.num_heads
-        mla, nope, rank = config.mla, config.mla.nope_head_dim, config.mla.kv_lora_rank
+    def __init__(
+        self, mla: Mla, heads: int, tensors: LayerTensors, rope: Rope, rope_scaling: dict[str, Any] | None
+    ) -> None:
+        self._ops, self._rope, self._mla, self._heads = tensors.ops, rope, mla, heads
+        nope, rank = mla.nope_head_dim, mla.kv_lora_rank
         self._q_a = tensors.matrix("self_attn.q_a_proj") if mla.q_lora_rank else None
         self._q_norm = tensors.vector("self_attn.q_a_layernorm.weight") if mla.q_lora_rank else None
         q = tensors.take(f"self_attn.{'q_b_proj' if mla.q_lora_rank else 'q_proj'}.weight")
         q = q.unflatten(0, (self._heads, nope + mla.rope_head_dim))
         self._q = tensors.pack(torch.cat((q[:, :nope], self._halves(q[:, nope:])), 1).flatten(0, 1))
         down = tensors.take("self_attn.kv_a_proj_with_mqa.weight")
+        self.hidden_size = down.shape[1]
         self._kv_a = tensors.pack(torch.cat((down[:rank], self._halves(down[None, rank:])[0])))
         self._kv_norm = tensors.vector("self_attn.kv_a_layernorm.weight")
         up = tensors.take("self_attn.kv_b_proj.weight").unflatten(0, (self._heads, nope + mla.v_head_dim))
@@ -119,7 +120,7 @@ class LatentAttention:
         self._v_up = self._ops.pack_heads(up[:, nope:].to(tensors.dtype))
         self._o = tensors.matrix("self_attn.o_proj")
         # ``Ops.attend`` divides by the root of a row's size.
-        scale = softmax_factor(config.rope_scaling) / math.sqrt(nope + mla.rope_head_dim)
+        scale = softmax_factor(rope_scaling) / math.sqrt(nope + mla.rope_head_dim)
         self._scale = scale * math.sqrt(mla.row_dim)
 
     def _halves(self, weight: torch.Tensor) -> torch.Tensor:
@@ -174,9 +175,15 @@ class Experts:
         self._experts = [
             Mlp(tensors, f"{moe.block}.experts.{expert}", moe.names) for expert in range(moe.num_experts)
         ]
-        self._shared = Mlp(tensors, f"{moe.block}.shared_experts") if moe.shared_size else None
+        shared = f"{moe.block}.{moe.shared_name}"
+        self._shared = Mlp(tensors, shared) if moe.shared_size else None
+        self._shared_gate = tensors.matrix(f"{shared}_gate") if moe.shared_gate else None
 
     def add(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        out.add_(self(x))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[R, H] of normed x [R, H]."""
         ids, weights = self._ops.route(self._ops.linear(x, self._gate), self._moe, self._bias)
         chosen = ids.reshape(-1)
         each = x.new_empty(len(chosen), x.shape[1])  # of pair (row, choice)
@@ -187,9 +194,17 @@ class Experts:
         total = each[:, 0]
         for choice in range(1, ids.shape[1]):
             total = total + each[:, choice]
-        if self._shared is not None:
-            total = total + self._shared(x)
-        out.add_(total)
+        if self._shared is None:
+            return total
+        shared = self._shared(x)
+        if self._shared_gate is not None:
+            shared = shared * sigmoid(self._ops.linear(x, self._shared_gate))
+        return total + shared
+
+
+def sigmoid(x: torch.Tensor) -> torch.Tensor:
+    """In float64 and rounded: torch's own in float32 rounds a row's end by where it stands among the rows."""
+    return torch.sigmoid(x.double()).float()
 
 
 @dataclass(frozen=True)
@@ -204,8 +219,10 @@ class Layer:
 
 def make_layer(config: ModelConfig, index: int, tensors: LayerTensors, rope: Rope) -> Layer:
     """Layer ``index`` of ``config``, its tensors taken out of ``tensors``."""
-    moe, attention = config.experts_of(index), LatentAttention if config.mla else Attention
+    moe, attention = config.experts_of(index), Attention(config, tensors, rope) if config.mla is None else (
+        LatentAttention(config.mla, config.num_heads, tensors, rope, config.rope_scaling)
+    )
     return Layer(
-        attention(config, tensors, rope), Experts(moe, tensors) if moe else Mlp(tensors),
+        attention, Experts(moe, tensors) if moe else Mlp(tensors),
         tensors.vector("input_layernorm.weight"), tensors.vector("post_attention_layernorm.weight"),
     )

@@ -90,13 +90,8 @@ def check_sizes(config: ModelConfig) -> None:
     """Raises ConfigError where the CPU kernels cannot run ``config``."""
     mla, moe = config.mla, config.moe
     sizes = {"hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size}
-    if mla:
-        sizes |= {"kv_lora_rank": mla.kv_lora_rank, "q_lora_rank": mla.q_lora_rank, "v_head_dim": mla.v_head_dim,
-                  "qk_nope_head_dim": mla.nope_head_dim, "qk_rope_head_dim": mla.rope_head_dim}
-    else:
-        sizes["head_dim"] = config.head_dim
-    if moe:
-        sizes |= {"moe_intermediate_size": moe.expert_size, "shared experts' size": moe.shared_size}
+    sizes |= mla.kernel_sizes if mla else {"head_dim": config.head_dim}
+    sizes |= moe.kernel_sizes if moe else {}
     wrong = [f"{name}={size}" for name, size in sizes.items() if size % 16]
     if mla and mla.row_dim > MAX_DIM:
         wrong.append(f"latent rows of {mla.row_dim}")

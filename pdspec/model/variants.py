@@ -33,6 +33,12 @@ class Mla:
         """Values of one KV row."""
         return self.kv_lora_rank + self.rope_head_dim
 
+    @property
+    def kernel_sizes(self) -> dict[str, int]:
+        """Sizes that the CPU kernels need in multiples of 16."""
+        return {"kv_lora_rank": self.kv_lora_rank, "q_lora_rank": self.q_lora_rank, "v_head_dim": self.v_head_dim,
+                "qk_nope_head_dim": self.nope_head_dim, "qk_rope_head_dim": self.rope_head_dim}
+
     def shapes(self, hidden: int, heads: int) -> Shapes:
         """Tensors of one layer's attention, by the rest of their keys."""
         q_rows, inner = heads * (self.nope_head_dim + self.rope_head_dim), self.q_lora_rank or hidden
@@ -73,8 +79,15 @@ class Moe:
     groups: int = 1
     groups_per_token: int = 1
     shared_size: int = 0  # intermediate size of the shared experts, which every token passes; 0: there are none
+    shared_gate: bool = False  # their output is multiplied with the sigmoid of a product of its own (Qwen3-Next)
+    shared_name: str = "shared_experts"
     block: str = "mlp"  # the keys' name for the layer's mixture ...
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # ... and for an expert's matrices
+
+    @property
+    def kernel_sizes(self) -> dict[str, int]:
+        """Sizes that the CPU kernels need in multiples of 16."""
+        return {"moe_intermediate_size": self.expert_size, "shared experts' size": self.shared_size}
 
     def shapes(self, hidden: int) -> Shapes:
         """Tensors of one layer's mixture, by the rest of their keys."""
@@ -87,8 +100,10 @@ class Moe:
             prefix = f"{self.block}.experts.{expert}."
             shapes |= {f"{prefix}{gate}.weight": (size, hidden), f"{prefix}{up}.weight": (size, hidden),
                        f"{prefix}{down}.weight": (hidden, size)}
-        shared = mlp_shapes(f"{self.block}.shared_experts", hidden, self.shared_size) if self.shared_size else {}
-        return {**shapes, **shared}
+        shared = f"{self.block}.{self.shared_name}"
+        if self.shared_gate:
+            shapes[f"{shared}_gate.weight"] = (1, hidden)
+        return {**shapes, **(mlp_shapes(shared, hidden, self.shared_size) if self.shared_size else {})}
 
     def wrong_fields(self) -> list[str]:
         """What cannot be, as ``field=value``."""

@@ -19,6 +19,7 @@ import torch
 
 from pdspec.cache.paged import DTYPES
 from pdspec.model.batch import ForwardBatch
+from pdspec.model.layers import sigmoid
 from pdspec.model.ops import HeadNorms, Ops, Rope, make_rope
 from pdspec.spec.geometry import LayerGeometry
 
@@ -104,11 +105,6 @@ class Attention:
         if queries.gate is not None:
             mixed = mixed * sigmoid(queries.gate)
         return self._ops.linear(mixed, self._o)
-
-
-def sigmoid(x: torch.Tensor) -> torch.Tensor:
-    """In float64 and rounded: torch's own in float32 rounds a row's end by where it stands among the rows."""
-    return torch.sigmoid(x.double()).float()
 
 
 class SwiGlu:
