@@ -92,18 +92,18 @@ def test_the_module_is_that_of_transformers_layer(checkpoint, tmp_path):
     kernels.close()
 
 
-@pytest.mark.parametrize("reuse", ["false", "true"])
-def test_it_drafts_behind_a_handoff_and_its_kv_travels_latent(checkpoint, reuse):
+@pytest.mark.parametrize(("reuse", "mode"), [("false", "prefill"), ("true", "prefill"), ("true", "decode")])
+def test_it_drafts_behind_a_handoff_and_its_kv_travels_latent(checkpoint, reuse, mode):
     folder = str(checkpoint[0])
     common = {"heads": {"mtp": folder}, "options": {"mtp:reuse": reuse}, "prefill": {"page_size": 8, "chunk": 7}}
     with running(model=folder, dtype="float32", drafter="mtp", drafters=("none", "mtp"), **common) as roles:
-        for mode, sampling in (("prefill", {}), ("decode", {"temperature": 0.8}), ("prefill", {"temperature": 0.8})):
-            asked = request("mtp", "chain(2)" if reuse == "true" else "chain(1)", sampling=sampling, draft_prefill=mode)
-            plain = roles.ask_local(dataclasses.replace(asked, drafter="none", tree=""))
-            local = roles.ask_local(asked)
-            (handed,) = roles.ask(asked)
-            assert handed.tokens == local.tokens == plain.tokens
-            assert handed.traces == local.traces and handed.stats.draft_rebuilds == 0
-            n = len(asked.prompt_ids)
-            assert handed.stats.kv_bytes == n * DEEPSEEK["num_hidden_layers"] * ROW_BYTES
-            assert handed.stats.draft_kv_bytes == (n * ROW_BYTES if mode == "prefill" else 0)
+        sampling = {"temperature": 0.8, "max_tokens": 20}
+        asked = request("mtp", "chain(2)" if reuse == "true" else "chain(1)", sampling=sampling, draft_prefill=mode)
+        plain = roles.ask_local(dataclasses.replace(asked, drafter="none", tree=""))
+        local = roles.ask_local(asked)
+        (handed,) = roles.ask(asked)
+        assert handed.tokens == local.tokens == plain.tokens and len(plain.tokens) == 20
+        assert handed.traces == local.traces and handed.stats.draft_rebuilds == 0
+        n = len(asked.prompt_ids)
+        assert handed.stats.kv_bytes == n * DEEPSEEK["num_hidden_layers"] * ROW_BYTES
+        assert handed.stats.draft_kv_bytes == (n * ROW_BYTES if mode == "prefill" else 0)
