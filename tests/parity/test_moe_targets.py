@@ -113,7 +113,7 @@ def test_handoff_and_drafts_give_plain_decodings_tokens(served, drafter, tree, s
     _, roles = served
     assert all(worker.engine.host.resources.fingerprint["numerics"].startswith("exact/")
                for worker in (roles.prefill, roles.decode))
-    asked = request(drafter, tree, n=50, sampling=sampling)
+    asked = request(drafter, tree, n=50, sampling={**sampling, "max_tokens": 24})
     plain = roles.ask_local(dataclasses.replace(asked, drafter="none", tree=""))
     local = roles.ask_local(asked)
     (handed,) = roles.ask(asked)
