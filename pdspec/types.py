@@ -189,18 +189,20 @@ class TokenChunk:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheGroup:
-    """One kind of KV rows: ``target``, ``draft/eagle3``, ... Row layout ``[k|v][head][dim]``."""
+    """One kind of KV rows: ``target``, ``draft/eagle3``, ... Row layout ``[k|v][head][dim]``, or, where ``parts`` is 1,
+    ``[head][dim]``: latent KV, a vector that keys and values are both made of (DeepSeek's MLA)."""
 
     name: str
     num_layers: int
     num_kv_heads: int
     head_dim: int
     dtype: str  # "bfloat16" | "float32"
+    parts: int = 2  # k and v
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one token in one layer."""
-        return 2 * self.num_kv_heads * self.head_dim * (2 if self.dtype == "bfloat16" else 4)
+        return self.parts * self.num_kv_heads * self.head_dim * (2 if self.dtype == "bfloat16" else 4)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,9 @@
 """The KV tensors behind the pages, one per cache group, and the byte view of them that handoffs move.
 
-Group tensor ``[layers, num_pages, page_size, 2, kv_heads, head_dim]``: a page is in the canonical wire order
-``[token][k|v][head][dim]``, so pages that follow one another in memory move as one copy. Rows are addressed by
-a sequence's page list: row r lives in ``pages[r // page_size]`` at ``r % page_size``.
+Group tensor ``[layers, num_pages, page_size, parts, kv_heads, head_dim]``; the parts are k and v, or one alone (see
+``CacheGroup``). A page is in the canonical wire order ``[token][k|v][head][dim]``, so pages that follow one another in
+memory move as one copy. Rows are addressed by a sequence's page list: row r lives in ``pages[r // page_size]`` at
+``r % page_size``.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class PagedCache:
         self._tensors = {group.name: self._zeros(group) for group in groups}
 
     def group(self, name: str) -> torch.Tensor:
-        """``[layers, num_pages, page_size, 2, kv_heads, head_dim]``; index it with a layer for a runner."""
+        """``[layers, num_pages, page_size, parts, kv_heads, head_dim]``; index it with a layer for a runner."""
         return self._tensors[name]
 
     def layout(self, name: str) -> CacheGroup:
@@ -66,7 +67,7 @@ class PagedCache:
         """The inverse of ``read_rows``. Raises ValueError for data of another length, before anything is written."""
         heads = self._heads(group, head_start, head_count)
         rows = self._row_bytes(group, layer)
-        shape = (stop - start, 2, heads.stop - heads.start, rows.shape[-1])
+        shape = (stop - start, rows.shape[1], heads.stop - heads.start, rows.shape[-1])
         if memoryview(data).nbytes != int(np.prod(shape)):
             size = memoryview(data).nbytes
             raise ValueError(f"{size} bytes for rows {start}..{stop} of {group}, {int(np.prod(shape))} expected")
@@ -102,7 +103,7 @@ class PagedCache:
 
     def _zeros(self, group: CacheGroup) -> torch.Tensor:
         """On the CPU the memory comes zeroed from the system and costs nothing until a row is written."""
-        shape = (group.num_layers, self.num_pages, self.page_size, 2, group.num_kv_heads, group.head_dim)
+        shape = (group.num_layers, self.num_pages, self.page_size, group.parts, group.num_kv_heads, group.head_dim)
         dtype = DTYPES[group.dtype]
         if self.device.type != "cpu":
             return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -112,7 +113,7 @@ class PagedCache:
         return torch.from_numpy(memory[offset : offset + size]).view(dtype).view(shape)
 
     def _row_bytes(self, group: str, layer: int) -> torch.Tensor:
-        """uint8 view of a layer: ``[num_pages * page_size, 2, kv_heads, bytes of one head]``."""
+        """uint8 view of a layer: ``[num_pages * page_size, parts, kv_heads, bytes of one head]``."""
         return self._tensors[group][layer].view(torch.uint8).flatten(0, 1)
 
     def _runs(self, pages: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int]]:

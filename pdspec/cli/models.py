@@ -10,7 +10,7 @@ from pdspec.cli.output import print_json
 
 
 def models(json: Json = False) -> None:
-    """List model aliases; any hub id or folder of a Llama, Mistral, Qwen2 or Qwen3 decoder works, too."""
+    """List model aliases; any hub id or folder of a supported decoder works, too."""
     from pdspec.model.config import SUPPORTED_ARCHITECTURES
     from pdspec.model.hub import ALIASES
 

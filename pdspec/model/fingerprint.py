@@ -53,11 +53,12 @@ def file_hash(path: Path) -> str:
 
 
 def geometry(config: ModelConfig) -> dict[str, object]:
-    """What of ``config`` a draft head must share with its target: all but name, special ids, context, stored dtype."""
+    """What of ``config`` a draft head must share with its target: all but name, special ids, context, stored dtype.
+    Variants that the target has not are left out: heads made before there were any know nothing of them."""
     values = asdict(config)
     for unrelated in ("name", "dtype", "bos_ids", "eos_ids", "max_context"):
         del values[unrelated]
-    return values
+    return {name: value for name, value in values.items() if name not in ("mla", "moe") or value is not None}
 
 
 def geometry_hash(config: ModelConfig) -> str:

@@ -24,7 +24,8 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def load_weights(files: ModelFiles, dtype: str = "bfloat16") -> dict[str, torch.Tensor]:
-    """Every tensor of ``files`` on the CPU as ``dtype``, by Hugging Face key; ``lm_head.weight`` only if untied.
+    """Every tensor of ``files`` on the CPU as ``dtype``, by Hugging Face key; ``lm_head.weight`` only if untied. The
+    bias that corrects experts' scores stays as it is stored: rounded, it would choose other experts.
 
     Tensors stored as ``dtype`` are mapped from the file, not copied: do not write to them. Raises CheckpointError
     naming the key and file that is missing, misshapen or cut.
@@ -39,7 +40,8 @@ def load_weights(files: ModelFiles, dtype: str = "bfloat16") -> dict[str, torch.
         try:
             with safe_open(path, framework="pt") as file:
                 for key in (key for key, entry in entries.items() if entry.path == path):
-                    weights[key] = file.get_tensor(key).to(wanted)
+                    tensor = file.get_tensor(key)
+                    weights[key] = tensor if key.endswith("e_score_correction_bias") else tensor.to(wanted)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read {path}: {error}", field="model", remedy="fetch it again") from error
     return {key: weights[key] for key in entries}

@@ -15,8 +15,10 @@ import torch
 from pdspec.errors import ConfigError
 from pdspec.model.batch import ForwardBatch
 from pdspec.model.build import load_kernels
+from pdspec.model.variants import Moe
 
 _i32, _f32, _ptr = c.c_int32, c.c_float, c.c_void_p
+MAX_GROUP, MAX_DIM = 16, 640  # attention.c: query heads that share a KV head, and its size
 
 
 class RowsStruct(c.Structure):
@@ -38,7 +40,9 @@ class RowsStruct(c.Structure):
 class CacheStruct(c.Structure):
     """layout.h: Cache."""
 
-    _fields_: ClassVar[Any] = [("data", _ptr), ("page_shift", _i32), ("heads", _i32), ("dim", _i32), ("bf16", _i32)]
+    _fields_: ClassVar[Any] = [("data", _ptr)] + [
+        (n, _i32) for n in ("page_shift", "heads", "dim", "bf16", "parts")
+    ]
 
 
 class LayerStruct(c.Structure):
@@ -64,6 +68,14 @@ class ScratchStruct(c.Structure):
     """decoder.c: Scratch."""
 
     _fields_: ClassVar[Any] = [(n, _ptr) for n in ("norm", "qkv", "attn", "gate_up", "act")]
+
+
+class RouteStruct(c.Structure):
+    """experts.c: Route."""
+
+    _fields_: ClassVar[Any] = [
+        (n, _i32) for n in ("experts", "chosen", "groups", "groups_kept", "sigmoid", "normalise")
+    ] + [("scaling", _f32)]
 
 
 @dataclass(frozen=True)
@@ -100,11 +112,12 @@ def rows_struct(batch: ForwardBatch) -> RowsStruct:
 
 
 def cache_struct(layer: torch.Tensor) -> CacheStruct:
-    """``layer``: [pages, page_size, 2, heads, dim]."""
-    _, page_size, _, heads, dim = layer.shape
+    """``layer``: [pages, page_size, k|v or 1, heads, dim]."""
+    _, page_size, parts, heads, dim = layer.shape
     if page_size & (page_size - 1):
         raise ConfigError(f"{page_size} is not a power of two", field="page_size", remedy="use 8, 16, 32 or 64")
-    return CacheStruct(layer.data_ptr(), page_size.bit_length() - 1, heads, dim, int(layer.dtype == torch.bfloat16))
+    bf16 = int(layer.dtype == torch.bfloat16)
+    return CacheStruct(layer.data_ptr(), page_size.bit_length() - 1, heads, dim, bf16, parts)
 
 
 class NativeOps:
@@ -212,8 +225,11 @@ class NativeOps:
         self.lib.pd_silu_mul(self.pool, _ptr(gate_up.data_ptr()), _ptr(out.data_ptr()), out.shape[0], out.shape[1])
         return out
 
-    def rope_store(self, qkv: torch.Tensor, rope: Any, batch: ForwardBatch, layer_cache: torch.Tensor) -> torch.Tensor:
-        """Rotate q and k of qkv[R, (Hq+2Hk)D] in place, store k and v at the rows' slots; a view of q [R, Hq, D]."""
+    def rope_store(
+        self, qkv: torch.Tensor, rope: Any, batch: ForwardBatch, layer_cache: torch.Tensor, norms: Any = None
+    ) -> torch.Tensor:
+        """Rotate q and k of qkv[R, (Hq+2Hk)D] in place (after ``norms``, see ops.HeadNorms), store k and v at the rows'
+        slots; a view of q [R, Hq, D]."""
         _, _, _, heads, dim = layer_cache.shape
         q_heads = qkv.shape[1] // dim - 2 * heads
         rows, cache = rows_struct(batch), cache_struct(layer_cache)
@@ -223,16 +239,20 @@ class NativeOps:
             q_heads,
             _ptr(rope.cos.data_ptr()),
             _ptr(rope.sin.data_ptr()),
-            None,
-            None,
-            _f32(0),
+            _ptr(_p(norms and norms[0])),
+            _ptr(_p(norms and norms[1])),
+            _f32(norms[2] if norms else 0),
             c.byref(rows),
             c.byref(cache),
         )
         return qkv[:, : q_heads * dim].unflatten(1, (q_heads, dim))
 
     def attend(self, q: torch.Tensor, batch: ForwardBatch, layer_cache: torch.Tensor) -> torch.Tensor:
-        """softmax(q k^T / sqrt(D)) v over each row's prefix and ancestors: q[R, Hq, D] → [R, Hq*D]."""
+        """softmax(q k^T / sqrt(D)) v over each row's prefix and ancestors: q[R, Hq, D] → [R, Hq*D]. Latent KV is both k
+        and v, and all query heads share it."""
+        if layer_cache.shape[2] == 1 and q.shape[1] > MAX_GROUP:
+            parts = [self.attend(part, batch, layer_cache) for part in q.split(MAX_GROUP, 1)]
+            return torch.cat(parts, 1)
         out = torch.empty(q.shape[0], q.shape[1] * q.shape[2])
         rows, cache = rows_struct(batch), cache_struct(layer_cache)
         if self.lib.pd_attend(
@@ -240,3 +260,28 @@ class NativeOps:
         ):
             raise MemoryError("attention scores")
         return out
+
+    def pack_heads(self, weight: torch.Tensor) -> list[Packed]:
+        """A matrix [N, K] for each head of [heads, N, K]."""
+        return [self.pack(matrix.contiguous()) for matrix in weight]
+
+    def per_head(self, x: torch.Tensor, weight: list[Packed]) -> torch.Tensor:
+        """x[R, heads, K], each head by its own matrix → [R, heads, N]."""
+        out = torch.empty(x.shape[0], len(weight), weight[0].rows)
+        for head, matrix in enumerate(weight):
+            self.linear(x[:, head], matrix, out=out[:, head])
+        return out
+
+    def route(self, logits: torch.Tensor, moe: Moe, bias: torch.Tensor | None) -> tuple[np.ndarray, torch.Tensor]:
+        """Experts of each row, best first, and their weights: router logits [R, E] → int32 [R, k], float32 [R, k]."""
+        ids = np.empty((len(logits), moe.experts_per_token), np.int32)
+        weights = torch.empty(ids.shape)
+        rule = RouteStruct(
+            moe.num_experts, moe.experts_per_token, moe.groups, moe.groups_per_token, int(moe.scoring == "sigmoid"),
+            int(moe.normalise), moe.scaling,
+        )
+        self.lib.pd_route(
+            _ptr(logits.data_ptr()), _ptr(_p(bias)), len(logits), c.byref(rule), _ptr(ids.ctypes.data),
+            _ptr(weights.data_ptr()),
+        )
+        return ids, weights

@@ -18,6 +18,8 @@ import torch
 from pdspec.errors import ConfigError
 from pdspec.model.batch import ForwardBatch
 from pdspec.model.build import NoCompiler
+from pdspec.model.variants import Moe
+from pdspec.model.yarn import attention_factor, stretch
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +30,11 @@ class Rope:
 
     cos: torch.Tensor
     sin: torch.Tensor
+
+    def at(self, positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [R, D/2] at positions [R]."""
+        rows = torch.from_numpy(positions.astype(np.int64)).to(self.cos.device)
+        return self.cos[rows], self.sin[rows]
 
 
 def make_rope(
@@ -41,17 +48,17 @@ def make_rope(
     """Rotary tables (Su et al., 2104.09864), half-split form; ``scaling`` as in Hugging Face configs
     (``linear``, ``llama3`` or ``yarn``). Computed in float64."""
     inverse = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    kind, gain = (scaling or {}).get("rope_type", "default"), 1.0
+    kind, factor = (scaling or {}).get("rope_type", "default"), 1.0
     if scaling and kind == "linear":
         inverse = inverse / float(scaling["factor"])
     elif scaling and kind == "llama3":
         inverse = _llama3(inverse, scaling)
     elif scaling and kind == "yarn":
-        inverse, gain = _yarn(inverse, scaling, theta)
+        inverse, factor = stretch(inverse, theta, scaling), attention_factor(scaling)
     elif kind != "default":
         raise ConfigError(f"RoPE rule {kind!r} is unknown", field="rope_scaling", remedy="use linear, llama3 or yarn")
     angle = torch.arange(max_positions, dtype=torch.float64)[:, None] * inverse
-    cos, sin = (gain * angle.cos()).float(), (gain * angle.sin()).float()
+    cos, sin = (factor * angle.cos()).float(), (factor * angle.sin()).float()
     return Rope(cos.contiguous().to(device), sin.contiguous().to(device))
 
 
@@ -63,39 +70,7 @@ def _llama3(inverse: torch.Tensor, scaling: dict[str, Any]) -> torch.Tensor:
     return inverse * smooth + inverse / factor * (1 - smooth)
 
 
-def _yarn(inverse: torch.Tensor, scaling: dict[str, Any], theta: float) -> tuple[torch.Tensor, float]:
-    """YaRN (Peng et al., 2309.00071): slow pairs are interpolated, fast ones kept, with a ramp between; and what cos
-    and sin are multiplied by."""
-    factor, original = float(scaling["factor"]), float(scaling["original_max_position_embeddings"])
-    pairs = len(inverse)
-
-    def pair_of(rotations: float) -> float:
-        return pairs * math.log(original / (rotations * 2 * math.pi)) / math.log(theta)
-
-    low, high = pair_of(float(scaling.get("beta_fast") or 32)), pair_of(float(scaling.get("beta_slow") or 1))
-    if scaling.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, 2 * pairs - 1)
-    ramp = ((torch.arange(pairs, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
-    gain = scaling.get("attention_factor")
-    if gain is None and scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        gain = yarn_gain(factor, float(scaling["mscale"])) / yarn_gain(factor, float(scaling["mscale_all_dim"]))
-    return inverse / factor * ramp + inverse * (1 - ramp), float(yarn_gain(factor, 1.0) if gain is None else gain)
-
-
-def yarn_gain(factor: float, weight: float) -> float:
-    """YaRN's attention temperature: 1 + 0.1 ``weight`` ln(factor)."""
-    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
-
-def norm_heads(
-    qkv: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor, kv_heads: int, eps: float
-) -> torch.Tensor:
-    """qkv [R, (Hq+2Hk) D] with each head of q and k normed over its D values (Qwen3)."""
-    heads = qkv.unflatten(1, (-1, len(q_norm)))
-    normed = heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + eps)
-    q, k = normed[:, : -2 * kv_heads] * q_norm, normed[:, -2 * kv_heads : -kv_heads] * k_norm
-    return torch.cat((q, k, heads[:, -kv_heads:]), 1).flatten(1).contiguous()
+HeadNorms = tuple[torch.Tensor, torch.Tensor, float]  # RMS norms of queries and of keys [D] each, and their epsilon
 
 
 class Ops(Protocol):
@@ -118,9 +93,15 @@ class Ops(Protocol):
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor: ...
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor: ...
     def rope_store(
-        self, qkv: torch.Tensor, rope: Rope, batch: ForwardBatch, layer_cache: torch.Tensor
+        self, qkv: torch.Tensor, rope: Rope, batch: ForwardBatch, layer_cache: torch.Tensor,
+        norms: HeadNorms | None = None,
     ) -> torch.Tensor: ...
     def attend(self, q: torch.Tensor, batch: ForwardBatch, layer_cache: torch.Tensor) -> torch.Tensor: ...
+    def pack_heads(self, weight: torch.Tensor) -> Any: ...
+    def per_head(self, x: torch.Tensor, weight: Any) -> torch.Tensor: ...
+    def route(
+        self, logits: torch.Tensor, moe: Moe, bias: torch.Tensor | None
+    ) -> tuple[np.ndarray, torch.Tensor]: ...
     def close(self) -> None: ...
 
 
@@ -184,32 +165,64 @@ class TorchOps:
         gate, up = gate_up.chunk(2, -1)
         return torch.nn.functional.silu(gate) * up
 
-    def rope_store(self, qkv: torch.Tensor, rope: Rope, batch: ForwardBatch, layer_cache: torch.Tensor) -> torch.Tensor:
+    def rope_store(
+        self, qkv: torch.Tensor, rope: Rope, batch: ForwardBatch, layer_cache: torch.Tensor,
+        norms: HeadNorms | None = None,
+    ) -> torch.Tensor:
         _, page_size, _, heads, dim = layer_cache.shape
         q_heads = qkv.shape[1] // dim - 2 * heads
         q, k, v = qkv.unflatten(1, (-1, dim)).split((q_heads, heads, heads), 1)
-        positions = torch.from_numpy(batch.positions.astype(np.int64)).to(self.device)
-        cos, sin = rope.cos[positions][:, None], rope.sin[positions][:, None]
+        if norms is not None:
+            q, k = self.rms_norm(q, norms[0], norms[2]), self.rms_norm(k, norms[1], norms[2])
+        cos, sin = (table[:, None] for table in rope.at(batch.positions))
         rows = torch.from_numpy(_flat_rows(batch, batch.slots[:, None], page_size)[:, 0]).to(self.device)
         flat = layer_cache.flatten(0, 1)
-        flat[rows, 0] = _rotate(k, cos, sin).to(flat.dtype)
+        flat[rows, 0] = rotate(k, cos, sin).to(flat.dtype)
         flat[rows, 1] = v.to(flat.dtype)
-        return _rotate(q, cos, sin)
+        return rotate(q, cos, sin)
 
     def attend(self, q: torch.Tensor, batch: ForwardBatch, layer_cache: torch.Tensor) -> torch.Tensor:
         _, page_size, _, heads, dim = layer_cache.shape
         flat, group = layer_cache.flatten(0, 1), q.shape[1] // heads
         slots, seen = _visible(batch)
         keys = torch.from_numpy(_flat_rows(batch, slots, page_size)).to(self.device)
-        k, v = flat[keys].float().unbind(2)  # [R, keys, heads, dim]
+        parts = flat[keys].float()  # [R, keys, k|v, heads, dim]
+        k, v = parts[:, :, 0], parts[:, :, -1]  # latent KV is both
         q_RHGD = (q / math.sqrt(dim)).unflatten(1, (heads, group))
         scores = torch.einsum("rhgd,rkhd->rhgk", q_RHGD, k)
         hidden = torch.from_numpy(~seen).to(self.device)[:, None, None, :]
         p = scores.masked_fill(hidden, -math.inf).softmax(-1)
         return torch.einsum("rhgk,rkhd->rhgd", p, v.masked_fill(hidden[:, 0, 0, :, None, None], 0)).flatten(1)
 
+    def pack_heads(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.to(self.device).contiguous()
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def per_head(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
+        return torch.einsum("rhk,hnk->rhn", x.to(weight.dtype), weight).float()
+
+    def route(self, logits: torch.Tensor, moe: Moe, bias: torch.Tensor | None) -> tuple[np.ndarray, torch.Tensor]:
+        scores = logits.sigmoid() if moe.scoring == "sigmoid" else logits.softmax(-1)
+        choice = scores if bias is None else scores + bias
+        if moe.groups > 1:
+            groups = choice.unflatten(1, (moe.groups, -1))
+            best = groups.topk(2).values.sum(-1).topk(moe.groups_per_token).indices
+            kept = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(1, best, True)
+            choice = groups.masked_fill(~kept[..., None], -math.inf).flatten(1)
+        ids = choice.topk(moe.experts_per_token).indices
+        weights = scores.gather(1, ids)
+        if moe.normalise:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return ids.cpu().numpy(), weights * moe.scaling
+
+
+def store_latent(rows: torch.Tensor, batch: ForwardBatch, layer_cache: torch.Tensor) -> None:
+    """Latent KV [R, D] into the slots of its rows; ``layer_cache`` [pages, page_size, 1, 1, D]."""
+    slots = torch.from_numpy(_flat_rows(batch, batch.slots[:, None], layer_cache.shape[1])[:, 0]).to(rows.device)
+    layer_cache.flatten(0, 1)[slots, 0, 0] = rows.to(layer_cache.dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE of x [..., D], half-split form; cos and sin [..., D/2]."""
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 

@@ -19,7 +19,8 @@ import torch
 
 from pdspec.cache.paged import DTYPES
 from pdspec.model.batch import ForwardBatch
-from pdspec.model.ops import Ops, Rope, make_rope, norm_heads
+from pdspec.model.layers import sigmoid
+from pdspec.model.ops import HeadNorms, Ops, Rope, make_rope
 from pdspec.spec.geometry import LayerGeometry
 
 Tensor = Callable[[str], torch.Tensor]  # by its name in the layer
@@ -76,9 +77,10 @@ class Attention:
             gate_bias = biases.pop("gate", None)
             self._bias = torch.cat([*biases.values()]).float().to(ops.device)
             self._gate_bias = None if gate_bias is None else gate_bias.float().to(ops.device)
-        self._norms: list[torch.Tensor] = []
+        self._norms: HeadNorms | None = None
         if config.qk_norm:
-            self._norms = [tensor(f"self_attn.{n}_norm.weight")[order].float().to(ops.device) for n in "qk"]
+            q, k = (tensor(f"self_attn.{n}_norm.weight")[order].float().to(ops.device) for n in "qk")
+            self._norms = q, k, config.rms_norm_eps
         self._o = ops.pack(tensor("self_attn.o_proj.weight").to(DTYPES[dtype]))
 
     def _parts(self, tensor: Tensor, kind: str, order: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -93,12 +95,9 @@ class Attention:
 
     def store(self, x: torch.Tensor, batch: ForwardBatch) -> Queries:
         """Writes the KV rows of inputs [R, *] and returns their queries."""
-        config = self._config
         qkv = self._ops.linear(x, self._qkv, self._bias)
-        if self._norms:
-            qkv = norm_heads(qkv, self._norms[0], self._norms[1], config.num_kv_heads, config.rms_norm_eps)
         gate = None if self._gate is None else self._ops.linear(x, self._gate, self._gate_bias)
-        return Queries(self._ops.rope_store(qkv, self._rope, batch, self._pages), gate)
+        return Queries(self._ops.rope_store(qkv, self._rope, batch, self._pages, self._norms), gate)
 
     def attend(self, queries: Queries, batch: ForwardBatch) -> torch.Tensor:
         """[R, H]: what attention adds to these rows."""
@@ -106,11 +105,6 @@ class Attention:
         if queries.gate is not None:
             mixed = mixed * sigmoid(queries.gate)
         return self._ops.linear(mixed, self._o)
-
-
-def sigmoid(x: torch.Tensor) -> torch.Tensor:
-    """In float64 and rounded: torch's own in float32 rounds a row's end by where it stands among the rows."""
-    return torch.sigmoid(x.double()).float()
 
 
 class SwiGlu:

@@ -12,7 +12,6 @@ from pdspec.model.config import SUPPORTED_ROPE, ModelConfig
 from pdspec.spec.heads import HEAD_REMEDY
 from pdspec.types import CacheGroup
 
-_ROPE = (*SUPPORTED_ROPE, "yarn")
 _FLAGS = ("qkv_bias", "qk_norm", "output_gate")
 
 
@@ -131,9 +130,9 @@ def parse_geometry(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
     head_dim = int(values.get("head_dim") or hidden // heads)
     partial = float(rope.pop("partial_rotary_factor", None) or values.get("partial_rotary_factor") or 1.0)
     kind = rope.pop("rope_type", None) or older or "default"
-    if kind not in _ROPE:
+    if kind not in SUPPORTED_ROPE:
         raise ConfigError(f"the head in {where} uses the RoPE rule {kind!r}", field="heads",
-                          remedy="choose a head whose rope_type is one of " + ", ".join(_ROPE))
+                          remedy="choose a head whose rope_type is one of " + ", ".join(SUPPORTED_ROPE))
     return {
         "hidden_size": hidden, "num_heads": heads, "num_kv_heads": int(values.get("num_key_value_heads") or heads),
         "head_dim": head_dim, "intermediate_size": int(values["intermediate_size"]),

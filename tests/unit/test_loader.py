@@ -131,7 +131,7 @@ def test_a_sliding_window_caps_the_context(changes: dict[str, Any], max_context:
         ({"mlp_bias": True}, "mlp_bias"),
         ({"attention_bias": True}, "attention_bias"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn'"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "'longrope'.*one of default, linear, llama3, yarn"),
         ({"num_key_value_heads": 3}, "no multiple of num_kv_heads=3"),
         ({"eos_token_id": 264}, "end token 264"),
         ({"hidden_size": 0}, "hidden_size=0"),

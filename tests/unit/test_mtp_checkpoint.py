@@ -96,7 +96,8 @@ def test_damaged_tensors_are_named(folder, change, message):
 
 @pytest.mark.parametrize(("changes", "error", "message"), [
     ({"kv_lora_rank": 512}, CheckpointError, "qk_nope_head_dim"),
-    ({"n_routed_experts": 256}, CheckpointError, "scoring_func"),
+    ({"n_routed_experts": 256}, CheckpointError, "moe_intermediate_size"),
+    ({"n_routed_experts": 256, "topk_method": "greedy"}, ConfigError, "topk_method to 'greedy'"),
     ({"quantization_config": {"quant_method": "fp8"}}, ConfigError, "quantization_config"),
     ({"attention_bias": True}, ConfigError, "attention_bias"),
     ({"num_nextn_predict_layers": 0}, CheckpointError, "num_nextn_predict_layers=0"),

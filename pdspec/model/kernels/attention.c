@@ -11,7 +11,7 @@
 
 #define MAX_QUERIES 16 /* of a tile: rows x query heads of a group */
 #define TILE_QUERIES 12
-#define MAX_DIM 256
+#define MAX_DIM 640 /* a latent row of DeepSeek-V3 has 576 values */
 #define AHEAD 8 /* keys between a prefetch and its use */
 #define KEY_BLOCK 128 /* keys that stay in the first cache while all queries visit them */
 
@@ -151,7 +151,7 @@ static void item(const Attend *t, int r0, int r1, int head, float *s, const char
     const Cache *c = t->cache;
     const Rows *rows = t->rows;
     const int D = c->dim, group = t->Hq / c->heads, queries = (r1 - r0) * group, size = bf16 ? 2 : 4;
-    const size_t lead = (size_t)head * D * size, offset = (size_t)c->heads * D * size;
+    const size_t lead = (size_t)head * D * size, offset = c->parts == 1 ? 0 : (size_t)c->heads * D * size;
     float q[MAX_QUERIES * MAX_DIM], out[MAX_QUERIES * MAX_DIM], scale = 1.0f / sqrtf((float)D);
     int shared = rows->prefix_len[r0], longest = 0;
     for (int r = r0; r < r1; r++) {

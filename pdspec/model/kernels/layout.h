@@ -11,7 +11,7 @@ typedef struct {
 
 typedef struct {
     char *data; /* [pages][page_size][k|v][heads][dim] */
-    int32_t page_shift, heads, dim, bf16;
+    int32_t page_shift, heads, dim, bf16, parts; /* parts: 2, or 1 where a row is key and value in one */
 } Cache;
 
 INLINE const int32_t *sequence_pages(const Rows *rows, int r) {
@@ -19,7 +19,7 @@ INLINE const int32_t *sequence_pages(const Rows *rows, int r) {
 }
 
 INLINE char *cache_row(const Cache *c, const int32_t *pages, int slot) {
-    size_t row = (size_t)2 * c->heads * c->dim * (c->bf16 ? 2 : 4);
+    size_t row = (size_t)c->parts * c->heads * c->dim * (c->bf16 ? 2 : 4);
     size_t index = ((size_t)pages[slot >> c->page_shift] << c->page_shift) + (size_t)(slot & ((1 << c->page_shift) - 1));
     return c->data + index * row;
 }

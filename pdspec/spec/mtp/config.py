@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from pdspec.errors import CheckpointError, ConfigError
-from pdspec.model.config import ModelConfig
+from pdspec.model.config import ModelConfig, latent_group
+from pdspec.model.variants import Mla, Moe
 from pdspec.spec.formats import settings
 from pdspec.spec.geometry import LayerGeometry, parse_geometry, target_geometry
 from pdspec.spec.heads import HEAD_REMEDY, TargetIdentity, read_section, section
-from pdspec.spec.mtp.variants import Experts, Latent, parse_experts, parse_latent
+from pdspec.spec.mtp.variants import parse_variants, variants_json
 from pdspec.types import CacheGroup
 
 FAMILY = "mtp"
@@ -33,20 +34,23 @@ class MtpConfig(LayerGeometry):
 
     num_modules: int
     target_layers: int
-    latent: Latent | None = None
-    experts: Experts | None = None
+    mla: Mla | None = None  # with it, ``head_dim`` is that of queries and keys
+    moe: Moe | None = None
 
     @property
     def is_plain(self) -> bool:
         """See ``LayerGeometry``."""
-        return super().is_plain and self.latent is None and self.experts is None
+        return super().is_plain and self.mla is None and self.moe is None
 
     def wrong_fields(self) -> list[str]:
         """See ``LayerGeometry``."""
         wrong = super().wrong_fields()
         counts = {"num_nextn_predict_layers": self.num_modules, "num_hidden_layers": self.target_layers}
         wrong += [f"{name}={count}" for name, count in counts.items() if count < 1]
-        return wrong + (self.experts.wrong_fields() if self.experts else [])
+        for variant in (self.mla, self.moe):
+            wrong += variant.wrong_fields() if variant else []
+            wrong += [f"{name}={size}" for name, size in variant.kernel_sizes.items() if size % 16] if variant else []
+        return wrong
 
     @classmethod
     def for_target(
@@ -59,7 +63,9 @@ class MtpConfig(LayerGeometry):
         )
 
     def cache_group(self, module: int, dtype: str) -> CacheGroup:
-        """KV rows of module 1..N: one layer, in ``dtype`` ("bfloat16" | "float32")."""
+        """KV rows of module 1..N: one layer, in ``dtype`` ("bfloat16" | "float32"), latent where the attention is."""
+        if self.mla is not None:
+            return latent_group(self.mla, group_name(module), 1, dtype)
         return self.layer_group(group_name(module), dtype)
 
     def prefix(self, module: int) -> str:
@@ -69,23 +75,15 @@ class MtpConfig(LayerGeometry):
     def module_shapes(self, module: int) -> dict[str, tuple[int, ...]]:
         """Tensors of module 1..N under DeepSeek's keys: matrices [N, K] and norms [H]."""
         prefix, hidden = self.prefix(module), self.hidden_size
-        attention = self.attention_shapes(prefix, hidden)
-        if self.latent is not None:
-            attention = self.latent.shapes(f"{prefix}.self_attn", hidden, self.num_heads)
+        attention, mlp = self.attention_shapes(prefix, hidden), self.mlp_shapes(f"{prefix}.mlp", self.intermediate_size)
+        if self.mla is not None:
+            attention = _below(prefix, self.mla.shapes(hidden, self.num_heads))
+        if self.moe is not None:
+            mlp = _below(prefix, self.moe.shapes(hidden))
         return {
-            f"{prefix}.eh_proj.weight": (hidden, 2 * hidden), **attention, **self._mlp_shapes(f"{prefix}.mlp"),
+            f"{prefix}.eh_proj.weight": (hidden, 2 * hidden), **attention, **mlp,
             **{f"{prefix}.{name}.weight": (hidden,) for name in _MODULE_NORMS},
         }
-
-    def _mlp_shapes(self, prefix: str) -> dict[str, tuple[int, ...]]:
-        if self.experts is None:
-            return self.mlp_shapes(prefix, self.intermediate_size)
-        shapes = self.experts.router_shapes(prefix, self.hidden_size)
-        for expert in range(self.experts.count):
-            shapes |= self.mlp_shapes(f"{prefix}.experts.{expert}", self.experts.inner)
-        if self.experts.shared:
-            shapes |= self.mlp_shapes(f"{prefix}.{self.experts.shared_name}", self.experts.shared)
-        return shapes
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of all modules."""
@@ -93,10 +91,14 @@ class MtpConfig(LayerGeometry):
         return {name: shape for module in modules for name, shape in self.module_shapes(module).items()}
 
 
+def _below(prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {f"{prefix}.{name}": shape for name, shape in shapes.items()}
+
+
 def head_json(config: MtpConfig, target: TargetIdentity | None, card: Mapping[str, Any]) -> dict[str, Any]:
     """``config.json``: DeepSeek's names for the counts, Llama's for the layers, ours under ``pdspec``."""
     counts = {"num_hidden_layers": config.target_layers, "num_nextn_predict_layers": config.num_modules}
-    variants = {**(config.latent.json() if config.latent else {}), **(config.experts.json() if config.experts else {})}
+    variants = variants_json(config.mla, config.moe)
     values = {"architectures": ["DeepSeekMTPModel"], **config.layer_json(), **variants, **counts}
     return {**values, "pdspec": section(target, card)}
 
@@ -115,13 +117,12 @@ def parse_head(
                           remedy="choose unquantised MTP modules with full attention and no other biases than q, k, v")
     target, card = read_section(values, where)
     try:
-        latent, experts = parse_latent(values), parse_experts(values)
+        mla, moe = parse_variants(values, where)
         geometry = parse_geometry({"intermediate_size": 16, **values, "num_hidden_layers": 1}, where)
-        if latent is not None:  # the config's own head_dim and KV heads are of something else
-            geometry |= {"head_dim": latent.plain + latent.turned, "num_kv_heads": geometry["num_heads"],
-                         "rotary_dim": latent.turned}  # fmt: skip
+        if mla is not None:  # the config's own head_dim and KV heads are of something else
+            geometry |= {"head_dim": mla.nope_head_dim + mla.rope_head_dim, "num_kv_heads": geometry["num_heads"]}
         config = MtpConfig(
-            **geometry, target_layers=int(values["num_hidden_layers"]), latent=latent, experts=experts,
+            **geometry, target_layers=int(values["num_hidden_layers"]), mla=mla, moe=moe,
             num_modules=int(values["num_nextn_predict_layers"]),
         )
         return config, target, card

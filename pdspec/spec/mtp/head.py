@@ -23,14 +23,14 @@ import torch
 from pdspec.cache.paged import DTYPES, PagedCache
 from pdspec.errors import Incompatible
 from pdspec.model.batch import ForwardBatch
-from pdspec.model.ops import Ops, Rope
+from pdspec.model.layers import Experts, LatentAttention, LayerTensors
+from pdspec.model.ops import Ops, Rope, make_rope
 from pdspec.spec.attention import Attention, SwiGlu, Tensor, draft_rope, row_index
 from pdspec.spec.embedding import is_same
 from pdspec.spec.feature_rows import take_rows
 from pdspec.spec.mtp.checkpoint import LM_HEAD, Head
 from pdspec.spec.mtp.config import group_name
-from pdspec.spec.mtp.experts import RoutedExperts
-from pdspec.spec.mtp.latent import LatentAttention
+from pdspec.spec.mtp.latent import LatentDraftAttention
 from pdspec.spec.protocol import HiddenRows
 from pdspec.spec.stored import EMBEDDING
 
@@ -60,19 +60,21 @@ class MtpModule:
             return tensor(f"{name}.weight").float().to(ops.device)
 
         self._eh_proj = ops.pack(tensor("eh_proj.weight").to(DTYPES[dtype]))
-        self._attention = self._make_attention(tensor, dtype)
-        if head.config.experts is None:
-            self._mlp: SwiGlu | RoutedExperts = SwiGlu(tensor, "mlp", ops=ops, dtype=dtype)
-        else:
-            self._mlp = RoutedExperts(head.config.experts, tensor, ops=ops, dtype=dtype)
+        tensors = LayerTensors(dict(head.tensors), prefix, ops, DTYPES[dtype])
+        self._attention = self._make_attention(tensor, tensors, dtype)
+        moe = head.config.moe
+        self._mlp = Experts(moe, tensors) if moe else SwiGlu(tensor, "mlp", ops=ops, dtype=dtype)
         self._enorm, self._hnorm, self._norm = norm("enorm"), norm("hnorm"), norm("shared_head.norm")
         self._input_norm, self._post_norm = norm("input_layernorm"), norm("post_attention_layernorm")
 
-    def _make_attention(self, tensor: Tensor, dtype: str) -> Attention | LatentAttention:
+    def _make_attention(
+        self, tensor: Tensor, tensors: LayerTensors, dtype: str
+    ) -> Attention | LatentDraftAttention:
         config, ops, pages, rope = self.config, self.ops, self._pages, self._rope
-        if config.latent is None:
+        if config.mla is None:
             return Attention(config, tensor, ops=ops, dtype=dtype, pages=pages, rope=rope)
-        return LatentAttention(config, config.latent, tensor, ops=ops, dtype=dtype, pages=pages, rope=rope)
+        layer = LatentAttention(config.mla, config.num_heads, tensors, rope, config.rope_scaling)
+        return LatentDraftAttention(layer, pages)
 
     def features(self, hidden: HiddenRows) -> torch.Tensor:
         """h^0 of target rows, [R, H]. Raises ValueError where the final hidden state was not asked for."""
@@ -117,7 +119,10 @@ def make_modules(
     if config.draft_vocab_size < config.vocab_size:
         rows = ops.embed(lm_head, head.target_ids.numpy().astype(np.int32))
         lm_head = ops.pack(rows.to(DTYPES[dtype]))
-    rope = draft_rope(config, max_positions, ops.device)
+    rope = draft_rope(config, max_positions, ops.device) if config.mla is None else make_rope(
+        head_dim=config.mla.rope_head_dim, theta=config.rope_theta, max_positions=max_positions,
+        scaling=config.rope_scaling, device=ops.device,
+    )
     return [
         MtpModule(head, module, ops=ops, embedding=embedding, lm_head=lm_head, rope=rope, cache=cache, dtype=dtype)
         for module in range(1, count + 1)
