@@ -38,6 +38,9 @@ def head(family: str, summary: str) -> Callable[..., None]:
         max_length: Annotated[int, typer.Option(help="Tokens of one sample.")] = 768,
         seed: Annotated[int, typer.Option()] = 0,
         threads: Threads = None,
+        loss: Annotated[
+            str, typer.Option(help="From the target's distribution: cross-entropy | kl | total-variation.")
+        ] = "cross-entropy",
         precision: Annotated[
             str, typer.Option(help="Of matrix products: auto (bfloat16 where the CPU has it), float32, bfloat16.")
         ] = "auto",
@@ -61,7 +64,7 @@ def head(family: str, summary: str) -> Callable[..., None]:
                 passes=0.0 if minutes > 0 else 3.0 if passes is None else passes,
                 ttt=ttt, draft_vocab=draft_vocab, tied_output=tied_output, learning_rate=learning_rate, batch=batch,
                 max_length=max_length,
-                seed=seed, threads=threads or 0, precision=precision, head=head, recount=recount, data=tuple(data or ()), work=work,
+                seed=seed, threads=threads or 0, loss=loss, precision=precision, head=head, recount=recount, data=tuple(data or ()), work=work,
                 resume=resume,
             )  # fmt: skip
             card = train(family, config)

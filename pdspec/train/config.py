@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdspec.errors import ConfigError
+from pdspec.train.divergence import LOSSES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class TrainConfig:
     max_length: int = 768  # tokens of a sample
     seed: int = 0
     threads: int = 0
+    loss: str = "cross-entropy"  # between draft and target: see divergence.py
     precision: str = "auto"  # of matrix products: auto (bfloat16 where the CPU has units for it) | float32 | bfloat16
     resume: bool = False
     head: Path | None = None
@@ -49,6 +51,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if (self.passes > 0) == (self.minutes > 0):
             raise ConfigError("give passes or minutes, not both", field="minutes", remedy="set the other to 0")
+        if self.loss not in LOSSES:
+            raise ConfigError(f"unknown loss {self.loss!r}", field="loss", remedy="choose " + " | ".join(LOSSES))
 
     @property
     def work_folder(self) -> Path:

@@ -14,6 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -67,6 +68,7 @@ def train(family: str, config: TrainConfig, *, show: bool = True) -> dict[str, A
         "ttt_steps": config.ttt,
         "learning_rate": config.learning_rate,
         "batch": config.batch,
+        "loss": config.loss,
         "precision": str(product_type(config.precision)).removeprefix("torch."),
         "training_seconds": round(progression.elapsed),
         "final_loss": round(_tail(progression.losses), 4),
@@ -97,7 +99,7 @@ def _command(family: str, config: TrainConfig) -> str:
     return (
         f"pdspec train {family} --model {config.model} --out {config.out}{files} --tokens {config.tokens} {length} "
         f"--ttt {config.ttt} --draft-vocab {config.draft_vocab} --learning-rate {config.learning_rate:g} "
-        f"--batch {config.batch} --precision {config.precision} --seed {config.seed}"
+        f"--batch {config.batch} --loss {config.loss} --precision {config.precision} --seed {config.seed}"
     )
 
 
@@ -156,6 +158,7 @@ def _train(
         counts += answer_counts(store.read_all(), files.config.vocab_size)
     weights = load_weights(files, "float32")
     trainer = chosen.new(Start(config=config, files=files, weights=weights, counts=counts, state=state))
+    trainer.objective = config.loss
     optimiser = torch.optim.AdamW(
         trainer.parameters.values(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
@@ -226,9 +229,18 @@ def schedule(share: float, warmup: float) -> float:
 
 
 def _ahead(reader: ExampleReader, config: TrainConfig, step: int) -> Iterator[list[Any]]:
-    while True:
-        yield reader.batch(step, config.batch, config.seed)
-        step += 1
+    """Batches from ``step`` on. Stored ones are read while the one before is trained on; hidden rows that have to be
+    computed would only take its cores."""
+    if not reader.stored:
+        while True:
+            yield reader.batch(step, config.batch, config.seed)
+            step += 1
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(reader.batch, step, config.batch, config.seed)
+        while True:
+            examples, step = coming.result(), step + 1
+            coming = pool.submit(reader.batch, step, config.batch, config.seed)
+            yield examples
 
 
 def _log(folder: Path, progression: Progression, hits: list[float]) -> None:
