@@ -49,6 +49,9 @@ def head(family: str, summary: str) -> Callable[..., None]:
             bool, typer.Option("--recount", help="With --head: choose its draft vocabulary anew, from --data.")
         ] = False,
         data: Annotated[list[Path] | None, typer.Option(help="Token stores made before; may be repeated.")] = None,
+        keep_hidden: Annotated[
+            bool, typer.Option("--keep-hidden", help="Store hidden rows instead of computing them at each use.")
+        ] = False,
         work: Annotated[Path | None, typer.Option(help="Data, state and log (default: OUT/work).")] = None,
         resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in WORK was cut.")] = False,
         json: Json = False,
@@ -65,7 +68,7 @@ def head(family: str, summary: str) -> Callable[..., None]:
                 ttt=ttt, draft_vocab=draft_vocab, tied_output=tied_output, learning_rate=learning_rate, batch=batch,
                 max_length=max_length,
                 seed=seed, threads=threads or 0, loss=loss, precision=precision, head=head, recount=recount, data=tuple(data or ()), work=work,
-                resume=resume,
+                keep_hidden=keep_hidden, resume=resume,
             )  # fmt: skip
             card = train(family, config)
         if json:

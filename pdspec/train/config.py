@@ -43,7 +43,8 @@ class TrainConfig:
     data: tuple[Path, ...] = ()
     work: Path | None = None
     cache_dir: str | None = None
-    keep_hidden: bool = True  # hidden rows are kept beside the tokens; else computed when a sample is used
+    keep_hidden: bool = False  # hidden rows are kept beside the tokens; else computed whenever a sample is used
+    max_answer: int = 400  # tokens of a generated answer
     generation_batch: int = 32
     evaluate: int = 24  # answers to prompts never trained on, to measure acceptance on; 0: none
     max_steps: int = 0  # stop (not anneal) after this many steps in all; 0: no limit
