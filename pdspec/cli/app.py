@@ -11,7 +11,9 @@ import sys
 
 import typer
 
-from pdspec.cli import bench, chaos, check, data, demo, doctor, down, drafters, generate, models, study, top, train, up
+from pdspec.cli import (
+    bench, chaos, check, data, demo, doctor, down, drafters, generate, models, study, top, train, train_data, up,
+)
 from pdspec.errors import PdspecError
 
 USER_ERROR = 2
@@ -34,8 +36,8 @@ def build_app() -> typer.Typer:
     app.command("demo")(demo.demo)
     app.command("models")(models.models)
     app.command("drafters")(drafters.drafters)
-    heads = {name: train.head(name, summary) for name, summary in train.FAMILIES.items()}
-    app.add_typer(_group("Train draft heads on answers that the target itself writes.", heads), name="train")
+    trained = {"data": train_data.data, **{name: train.head(name, text) for name, text in train.FAMILIES.items()}}
+    app.add_typer(_group("Train draft heads on answers that the target itself writes.", trained), name="train")
     app.add_typer(_group("Public prompt sets.", {"fetch": data.fetch}), name="data")
     proofs = {"parity": check.parity, "handoff": check.handoff, "lossless": check.lossless}
     app.add_typer(_group("Proofs, run on this machine.", proofs), name="check")

@@ -38,6 +38,9 @@ def head(family: str, summary: str) -> Callable[..., None]:
         max_length: Annotated[int, typer.Option(help="Tokens of one sample.")] = 768,
         seed: Annotated[int, typer.Option()] = 0,
         threads: Threads = None,
+        loss: Annotated[
+            str, typer.Option(help="From the target's distribution: cross-entropy | kl | total-variation.")
+        ] = "cross-entropy",
         precision: Annotated[
             str, typer.Option(help="Of matrix products: auto (bfloat16 where the CPU has it), float32, bfloat16.")
         ] = "auto",
@@ -46,6 +49,9 @@ def head(family: str, summary: str) -> Callable[..., None]:
             bool, typer.Option("--recount", help="With --head: choose its draft vocabulary anew, from --data.")
         ] = False,
         data: Annotated[list[Path] | None, typer.Option(help="Token stores made before; may be repeated.")] = None,
+        keep_hidden: Annotated[
+            bool, typer.Option("--keep-hidden", help="Store hidden rows instead of computing them at each use.")
+        ] = False,
         work: Annotated[Path | None, typer.Option(help="Data, state and log (default: OUT/work).")] = None,
         resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in WORK was cut.")] = False,
         json: Json = False,
@@ -61,8 +67,8 @@ def head(family: str, summary: str) -> Callable[..., None]:
                 passes=0.0 if minutes > 0 else 3.0 if passes is None else passes,
                 ttt=ttt, draft_vocab=draft_vocab, tied_output=tied_output, learning_rate=learning_rate, batch=batch,
                 max_length=max_length,
-                seed=seed, threads=threads or 0, precision=precision, head=head, recount=recount, data=tuple(data or ()), work=work,
-                resume=resume,
+                seed=seed, threads=threads or 0, loss=loss, precision=precision, head=head, recount=recount, data=tuple(data or ()), work=work,
+                keep_hidden=keep_hidden, resume=resume,
             )  # fmt: skip
             card = train(family, config)
         if json:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from pdspec.spec.geometry import LayerGeometry
+from pdspec.train.divergence import LOSSES
 from pdspec.train.layer import PackedLayer
 from pdspec.train.packing import Example, Keys, Packed, alive_in
 from pdspec.train.scoring import StepScores, TargetParts, draft_ids_of, score, teacher
@@ -35,6 +36,7 @@ class ChainTrainer:
         self, geometry: LayerGeometry, parameters: dict[str, torch.nn.Parameter], target_ids: torch.Tensor,
         parts: TargetParts, prefix: str, max_positions: int,
     ) -> None:  # fmt: skip
+        self.objective = LOSSES[0]
         self.geometry, self.parameters, self.target_ids, self.parts = geometry, parameters, target_ids, parts
         self.layer = PackedLayer(geometry, parameters, prefix, max_positions)
         self.draft_ids = draft_ids_of(target_ids, geometry.vocab_size)
@@ -83,5 +85,6 @@ class ChainTrainer:
         """Scores of one step."""
         y, output = self.scored(one.output)
         return score(
-            y, output, packed, one.rows, one.step, teacher_p=teacher_p, draft_ids=self.draft_ids, rank=rank
+            y, output, packed, one.rows, one.step, teacher_p=teacher_p, draft_ids=self.draft_ids, rank=rank,
+            objective=self.objective,
         )

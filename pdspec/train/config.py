@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdspec.errors import ConfigError
+from pdspec.train.divergence import LOSSES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +36,15 @@ class TrainConfig:
     max_length: int = 768  # tokens of a sample
     seed: int = 0
     threads: int = 0
+    loss: str = "cross-entropy"  # between draft and target: see divergence.py
     precision: str = "auto"  # of matrix products: auto (bfloat16 where the CPU has units for it) | float32 | bfloat16
     resume: bool = False
     head: Path | None = None
     data: tuple[Path, ...] = ()
     work: Path | None = None
     cache_dir: str | None = None
-    keep_hidden: bool = True  # hidden rows are kept beside the tokens; else computed when a sample is used
+    keep_hidden: bool = False  # hidden rows are kept beside the tokens; else computed whenever a sample is used
+    max_answer: int = 400  # tokens of a generated answer
     generation_batch: int = 32
     evaluate: int = 24  # answers to prompts never trained on, to measure acceptance on; 0: none
     max_steps: int = 0  # stop (not anneal) after this many steps in all; 0: no limit
@@ -49,6 +52,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if (self.passes > 0) == (self.minutes > 0):
             raise ConfigError("give passes or minutes, not both", field="minutes", remedy="set the other to 0")
+        if self.loss not in LOSSES:
+            raise ConfigError(f"unknown loss {self.loss!r}", field="loss", remedy="choose " + " | ".join(LOSSES))
 
     @property
     def work_folder(self) -> Path:

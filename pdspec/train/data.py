@@ -6,7 +6,7 @@ are row-invariant), so a killed run continues where it stopped; user turns that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from pdspec.model.ops import make_ops
 from pdspec.model.runner import Runner
 from pdspec.model.tokenizer import Tokenizer, load_tokenizer
 from pdspec.spec.eagle3.config import default_fused_layers
+from pdspec.train.draw import sample_tokens
 from pdspec.train.plan import DataConfig, Plan, plan, prompt_key
 from pdspec.train.store import Sample, TokenStore
 
@@ -50,26 +51,6 @@ def load_target(model: str, *, dtype: str = "bfloat16", threads: int = 0, cache_
     return Target(runner, load_tokenizer(files), model, files.content_hash, files.tokenizer_hash)
 
 
-def sample_tokens(
-    logits: torch.Tensor, temperature: Sequence[float], min_p: Sequence[float], uniform: Sequence[float]
-) -> tuple[np.ndarray, np.ndarray]:
-    """One token per row of ``logits`` [S, V] by inverse transform, and the best one: two int64 [S].
-
-    Temperature 0 takes the best. ``min_p`` drops tokens less likely than that share of the best one's chance.
-    """
-    top, best = logits.max(-1, keepdim=True)
-    heat = torch.tensor([max(t, 1e-6) for t in temperature])[:, None]
-    mass = (logits - top).div_(heat).exp_()  # 1 for the best token
-    for row, floor in enumerate(min_p):
-        if floor > 0:
-            mass[row].masked_fill_(mass[row] < floor, 0.0)
-    torch.cumsum(mass, -1, out=mass)
-    wanted = torch.tensor(uniform, dtype=mass.dtype)[:, None] * mass[:, -1:]
-    drawn = torch.searchsorted(mass, wanted, right=True).clamp_(max=logits.shape[1] - 1)
-    greedy = torch.tensor([t <= 0 for t in temperature])[:, None]
-    return torch.where(greedy, best, drawn)[:, 0].numpy(), best[:, 0].numpy()
-
-
 @dataclass(kw_only=True)
 class _Slot:
     """One running conversation."""
@@ -91,7 +72,7 @@ class Generator:
         self.config, self.target = config, target
         model = target.runner.config
         self.capture = default_fused_layers(model.num_layers) if config.keep_hidden else ()
-        self.max_prompt = model.max_context // 2
+        self.max_prompt = min(config.max_prompt, model.max_context // 2)
         self.max_tokens = min(model.max_context, self.max_prompt + config.max_answer)
         before, after = target.tokenizer.render_chat([{"role": "user", "content": MARK}]).split(MARK)
         self.before, self.after = target.tokenizer.encode(before), target.tokenizer.encode(after)
@@ -121,8 +102,7 @@ class Generator:
         """Finished samples as they come, in no fixed order. ``done`` are indices to skip, ``keys`` user turns to
         drop; both grow. Ends with the plan, or when the caller stops asking."""
         config, todo = self.config, plan(self.config)
-        rows = self.max_prompt + config.max_answer
-        pages_each = pages_for(rows, PAGE_SIZE)
+        pages_each = pages_for(self.max_tokens, PAGE_SIZE)
         cache = PagedCache((self.target.runner.group,), config.batch * pages_each, PAGE_SIZE)
         table = np.arange(config.batch * pages_each, dtype=np.int32).reshape(config.batch, pages_each)
         slots: list[_Slot | None] = [None] * config.batch

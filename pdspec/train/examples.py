@@ -42,6 +42,11 @@ class ExampleReader:
     def __len__(self) -> int:
         return len(self._where)
 
+    @property
+    def stored(self) -> bool:
+        """Whether all hidden rows are on disk."""
+        return all(store.has_hidden for store, _ in self._where)
+
     def batches_per_pass(self, size: int) -> int:
         """Whole batches of ``size`` samples (at least one)."""
         return max(1, len(self._where) // size)

@@ -14,6 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -26,20 +27,19 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pdspec.errors import ConfigError
 from pdspec.model.loader import load_weights, resolve
-from pdspec.prompts import load_prompts
 from pdspec.spec.heads import TargetIdentity
 from pdspec.train.card import CardText, write_card
 from pdspec.train.config import TrainConfig
 from pdspec.train.data import Target, generate, load_target
 from pdspec.train.evaluate import evaluate_head, held_out_answers
 from pdspec.train.examples import ExampleReader
-from pdspec.train.plan import DataConfig
+from pdspec.train.plan import DataConfig, prompt_sources
 from pdspec.train.precision import product_type, products_in
 from pdspec.train.recipe import Recipe, Start, Trainer, recipe
-from pdspec.train.store import TokenStore
+from pdspec.train.store import TokenStore, data_counts
 from pdspec.train.vocab import answer_counts, coverage
 
-__all__ = ["TrainConfig", "data_counts", "make_data", "train"]
+__all__ = ["TrainConfig", "make_data", "train"]
 STATE, LOG = "state.pt", "log.jsonl"
 CLIP = 1.0
 SAVE_SECONDS = 60.0
@@ -67,6 +67,7 @@ def train(family: str, config: TrainConfig, *, show: bool = True) -> dict[str, A
         "ttt_steps": config.ttt,
         "learning_rate": config.learning_rate,
         "batch": config.batch,
+        "loss": config.loss,
         "precision": str(product_type(config.precision)).removeprefix("torch."),
         "training_seconds": round(progression.elapsed),
         "final_loss": round(_tail(progression.losses), 4),
@@ -97,7 +98,7 @@ def _command(family: str, config: TrainConfig) -> str:
     return (
         f"pdspec train {family} --model {config.model} --out {config.out}{files} --tokens {config.tokens} {length} "
         f"--ttt {config.ttt} --draft-vocab {config.draft_vocab} --learning-rate {config.learning_rate:g} "
-        f"--batch {config.batch} --precision {config.precision} --seed {config.seed}"
+        f"--batch {config.batch} --loss {config.loss} --precision {config.precision} --seed {config.seed}"
     )
 
 
@@ -105,37 +106,20 @@ def make_data(config: TrainConfig, *, show: bool = True) -> list[TokenStore]:
     """The stores to train on, filled up to ``config.tokens`` unless ``config.data`` names them."""
     if config.data:
         return [TokenStore(folder) for folder in config.data]
-    sources = []
-    for path in config.prompts:
-        prompts = load_prompts(path)
-        sources.append(
-            (Path(path).stem, tuple(prompts[: len(prompts) - config.holdout] if config.holdout else prompts))
-        )
     wanted = DataConfig(
         out=config.work_folder / "data",
         tokens=config.tokens,
-        sources=tuple(sources),
+        sources=prompt_sources(config.prompts, config.holdout),
         self_share=config.self_share,
         seed=config.seed,
         keep_hidden=config.keep_hidden,
+        max_answer=config.max_answer,
         batch=config.generation_batch,
     )
     target = load_target(config.model, threads=config.threads, cache_dir=config.cache_dir)
     store = generate(wanted, target, show=show)
     target.runner.ops.close()
     return [store]
-
-
-def data_counts(stores: list[TokenStore]) -> dict[str, dict[str, int]]:
-    """Samples and answer tokens by source."""
-    counts: dict[str, dict[str, int]] = {}
-    for store in stores:
-        tokens = store.answer_tokens()
-        for name, samples in store.samples_by_source().items():
-            one = counts.setdefault(name, {"samples": 0, "answer_tokens": 0})
-            one["samples"] += samples
-            one["answer_tokens"] += tokens[name]
-    return counts
 
 
 def _train(
@@ -153,9 +137,10 @@ def _train(
     state = _load_state(folder / STATE) if config.resume else None
     counts = np.zeros(files.config.vocab_size, np.int64)
     for store in stores:
-        counts += answer_counts(store.read_all(), files.config.vocab_size)
+        counts += answer_counts(store.read_all(hidden_rows=False), files.config.vocab_size)
     weights = load_weights(files, "float32")
     trainer = chosen.new(Start(config=config, files=files, weights=weights, counts=counts, state=state))
+    trainer.objective = config.loss
     optimiser = torch.optim.AdamW(
         trainer.parameters.values(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
@@ -226,9 +211,18 @@ def schedule(share: float, warmup: float) -> float:
 
 
 def _ahead(reader: ExampleReader, config: TrainConfig, step: int) -> Iterator[list[Any]]:
-    while True:
-        yield reader.batch(step, config.batch, config.seed)
-        step += 1
+    """Batches from ``step`` on. Stored ones are read while the one before is trained on; hidden rows that have to be
+    computed would only take its cores."""
+    if not reader.stored:
+        while True:
+            yield reader.batch(step, config.batch, config.seed)
+            step += 1
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(reader.batch, step, config.batch, config.seed)
+        while True:
+            examples, step = coming.result(), step + 1
+            coming = pool.submit(reader.batch, step, config.batch, config.seed)
+            yield examples
 
 
 def _log(folder: Path, progression: Progression, hits: list[float]) -> None:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from pdspec.spec.heads import TargetIdentity
 from pdspec.spec.medusa.checkpoint import Heads, save_heads
 from pdspec.spec.medusa.config import MedusaConfig
+from pdspec.train.divergence import LOSSES
 from pdspec.train.packing import Example, Packed
 from pdspec.train.precision import product
 from pdspec.train.scoring import StepScores, TargetParts, draft_ids_of, score, teacher, weighted
@@ -35,6 +36,7 @@ class MedusaTrainer:
         self, config: MedusaConfig, parameters: dict[str, torch.nn.Parameter], target_ids: torch.Tensor,
         parts: TargetParts,
     ) -> None:  # fmt: skip
+        self.objective = LOSSES[0]
         self.config, self.parameters, self.target_ids, self.parts = config, parameters, target_ids, parts
         self.draft_ids = draft_ids_of(target_ids, config.vocab_size)
 
@@ -52,7 +54,10 @@ class MedusaTrainer:
             if self.config.own_lm_heads:
                 output = self.parameters[f"{head}.{self.config.num_layers}.weight"]
             found.append(
-                score(x, output, packed, rows, head, teacher_p=teacher_p, draft_ids=self.draft_ids, rank=rank)
+                score(
+                    x, output, packed, rows, head, teacher_p=teacher_p, draft_ids=self.draft_ids, rank=rank,
+                    objective=self.objective,
+                )
             )
         return found
 

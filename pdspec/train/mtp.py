@@ -16,6 +16,7 @@ import torch
 from pdspec.spec.heads import TargetIdentity
 from pdspec.spec.mtp.checkpoint import Head, save_head
 from pdspec.spec.mtp.config import MtpConfig
+from pdspec.train.divergence import LOSSES
 from pdspec.train.layer import PackedLayer
 from pdspec.train.packing import Example, Packed
 from pdspec.train.precision import product
@@ -49,6 +50,7 @@ class MtpTrainer:
         self, config: MtpConfig, parameters: dict[str, torch.nn.Parameter], target_ids: torch.Tensor,
         parts: TargetParts, max_positions: int,
     ) -> None:  # fmt: skip
+        self.objective = LOSSES[0]
         self.config, self.parameters, self.target_ids, self.parts = config, parameters, target_ids, parts
         self.draft_ids = draft_ids_of(target_ids, config.vocab_size)
         self.layers = [
@@ -71,7 +73,7 @@ class MtpTrainer:
             rows = packed.query[packed.alive(step)]
             found.append(score(
                 hidden[rows], self.parts.output, packed, rows, step, teacher_p=teacher_p, draft_ids=self.draft_ids,
-                rank=rank,
+                rank=rank, objective=self.objective,
             ))  # fmt: skip
         return found
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
 from pdspec.errors import ConfigError
-from pdspec.prompts import Prompt
+from pdspec.prompts import Prompt, load_prompts
 
 SELF = "self-synthesised"
 
@@ -27,6 +27,7 @@ class DataConfig:
     user_temperature: float = 1.0
     user_min_p: float = 0.02
     max_answer: int = 400
+    max_prompt: int = 2048  # longer ones are left out
     max_user: int = 160
     min_user: int = 6
     batch: int = 24
@@ -41,6 +42,12 @@ class Plan:
     index: int
     source: str
     prompt: Prompt | None
+
+
+def prompt_sources(files: Sequence[Path], holdout: int) -> tuple[tuple[str, tuple[Prompt, ...]], ...]:
+    """Prompt files as sources, each without its last ``holdout`` prompts. Raises what ``load_prompts`` raises."""
+    read = [(path.stem, load_prompts(path)) for path in files]
+    return tuple((name, tuple(prompts[: len(prompts) - holdout] if holdout else prompts)) for name, prompts in read)
 
 
 def plan(config: DataConfig) -> Iterator[Plan]:

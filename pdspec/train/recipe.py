@@ -81,11 +81,13 @@ class Start:
 
 
 class Trainer(Protocol):
-    """A head under training. ``draft_ids`` [V]: the draft id of each target id, -1 where it has none."""
+    """A head under training. ``draft_ids`` [V]: the draft id of each target id, -1 where it has none.
+    ``objective``: one of ``divergence.LOSSES``; the training loop sets it."""
 
     parameters: dict[str, torch.nn.Parameter]
     target_ids: torch.Tensor
     draft_ids: torch.Tensor
+    objective: str
 
     def steps(self, examples: Sequence[Example], num_steps: int, *, rank: int = 0) -> list[StepScores]:
         """Scores of the first ``num_steps`` draft positions; ``rank``: how many best draft ids to return per row."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,11 +122,11 @@ class TokenStore:
         start = last.start + last.tokens if last else 0
         self._entries.append(_Entry(start=start, **record))
 
-    def read(self, number: int) -> Sample:
-        """Sample ``number`` in order of writing."""
+    def read(self, number: int, *, hidden_rows: bool = True) -> Sample:
+        """Sample ``number`` in order of writing, with hidden rows where they are stored and wanted."""
         entry = self._entries[number]
         hidden = None
-        if self.row_shape:
+        if self.row_shape and hidden_rows:
             width = int(np.prod(self.row_shape))
             flat = self._slice(HIDDEN, np.uint16, entry.start * width, entry.tokens * width)
             hidden = flat.reshape(entry.tokens, *self.row_shape)
@@ -140,9 +140,9 @@ class TokenStore:
             hidden=hidden,
         )
 
-    def read_all(self) -> Iterable[Sample]:
-        """Every sample, in order of writing."""
-        return map(self.read, range(len(self)))
+    def read_all(self, *, hidden_rows: bool = True) -> Iterable[Sample]:
+        """Every sample, in order of writing; see ``read``."""
+        return (self.read(number, hidden_rows=hidden_rows) for number in range(len(self)))
 
     def _open_meta(self, meta: dict[str, Any] | None) -> dict[str, Any]:
         path = self.folder / META
@@ -204,3 +204,18 @@ class TokenStore:
     def _slice(self, name: str, dtype: type, start: int, count: int) -> np.ndarray:
         item = np.dtype(dtype).itemsize
         return np.fromfile(self.folder / name, dtype=dtype, count=count, offset=start * item)
+
+
+def data_counts(stores: Sequence[TokenStore]) -> dict[str, dict[str, Any]]:
+    """Samples and answer tokens by source, and its share of the answer tokens."""
+    counts: dict[str, dict[str, Any]] = {}
+    for store in stores:
+        tokens = store.answer_tokens()
+        for name, samples in store.samples_by_source().items():
+            one = counts.setdefault(name, {"samples": 0, "answer_tokens": 0})
+            one["samples"] += samples
+            one["answer_tokens"] += tokens[name]
+    whole = max(1, sum(one["answer_tokens"] for one in counts.values()))
+    for one in counts.values():
+        one["share"] = round(one["answer_tokens"] / whole, 4)
+    return counts

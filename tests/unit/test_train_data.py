@@ -13,7 +13,8 @@ import torch
 from pdspec.errors import ConfigError
 from pdspec.prompts import Prompt, load_prompts
 from pdspec.study.prompts import study_prompts
-from pdspec.train.data import Generator, Target, generate, load_target, sample_tokens
+from pdspec.train.data import Generator, Target, generate, load_target
+from pdspec.train.draw import sample_tokens
 from pdspec.train.examples import ExampleReader, hidden_rows
 from pdspec.train.plan import SELF, DataConfig, plan
 from pdspec.train.store import Sample, TokenStore
@@ -135,10 +136,23 @@ def test_sampling_follows_the_softmax_and_its_limits() -> None:
     for temperature, floor in ((0.7, 0.0), (1.0, 0.3)):
         p = torch.softmax(logits[0] / temperature, -1)
         p = torch.where(p >= floor * p.max(), p, 0.0)
-        ids, best = sample_tokens(logits, [temperature] * 4000, [floor] * 4000, uniform)
+        ids, best = sample_tokens(logits.clone(), [temperature] * 4000, [floor] * 4000, uniform)
         found = np.bincount(ids, minlength=4) / 4000
         assert np.abs(found - (p / p.sum()).numpy()).max() < 1e-3 and set(best) == {2}
-    assert set(sample_tokens(logits[:3], [0.0] * 3, [0.0] * 3, [0.0, 0.5, 0.999])[0]) == {2}
+    assert set(sample_tokens(logits[:3].clone(), [0.0] * 3, [0.0] * 3, [0.0, 0.5, 0.999])[0]) == {2}
+
+
+@pytest.mark.parametrize("size", [200, 256])
+def test_drawing_from_many_ids_follows_the_running_sum(size: int) -> None:
+    logits = 3 * torch.randn(64, size, generator=torch.Generator().manual_seed(1))
+    uniform = torch.rand(64, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    uniform[:2] = torch.tensor([0.0, 1 - 1e-12])
+    running = logits.double().softmax(-1).cumsum(-1)
+    wanted = torch.searchsorted(running / running[:, -1:], uniform[:, None], right=True)[:, 0]
+    ids, best = sample_tokens(logits.clone(), [1.0] * 64, [0.0] * 64, uniform.tolist())
+    away = (torch.from_numpy(ids) != wanted).sum()
+    assert away <= 1 and ids.max() < size  # the last one stands at the very end, where float32 has its say
+    assert (torch.from_numpy(best) == logits.argmax(-1)).all()
 
 
 def test_the_draft_vocabulary_holds_what_answers_hold_most() -> None:
