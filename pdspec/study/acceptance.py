@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from pdspec.config import WorkerConfig
-from pdspec.engine.decode import DecodeEngine, DecodeSequence
+from pdspec.engine.decode import DecodeEngine
 from pdspec.engine.resources import Resources
+from pdspec.engine.sequence import DecodeSequence
 from pdspec.sampling import support
 from pdspec.spec.protocol import Draft
 from pdspec.spec.ratio import Masses, masses_of

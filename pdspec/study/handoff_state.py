@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from pdspec.config import WorkerConfig
-from pdspec.engine.decode import DecodeSequence
+from pdspec.engine.sequence import DecodeSequence
 from pdspec.engine.serving import RunningWorker
 from pdspec.model.loader import load_weights, resolve
 from pdspec.model.reference import reference_model
