@@ -39,7 +39,8 @@ def build_app() -> typer.Typer:
     app.add_typer(_group("Proofs, run on this machine.", proofs), name="check")
     app.add_typer(_group("Measurements.", {"decode": bench.decode}), name="bench")
     compared = {name: study.comparison(name, *rest) for name, rest in study.COMPARISONS.items()}
-    studies = {"acceptance": study.acceptance, **compared, "sparse": study.sparse}
+    stepped = {name: study.stepping(name, *rest) for name, rest in study.STEPPINGS.items()}
+    studies = {"acceptance": study.acceptance, **compared, **stepped, "sparse": study.sparse}
     app.add_typer(_group("Comparisons.", studies), name="study")
     return app
 

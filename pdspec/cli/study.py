@@ -93,6 +93,53 @@ COMPARISONS = {
 }
 
 
+def stepping(name: str, summary: str, drafters: str) -> Callable[..., None]:
+    """The command ``pdspec study <name>`` of a study of batches; ``drafters`` step where none are named."""
+
+    def command(
+        drafters: Annotated[str, typer.Option(help="Comma separated.")] = drafters,
+        tree: Annotated[str, typer.Option(help="Of all of them (default: the study's, or each family's own).")] = "",
+        temperatures: Annotated[str, typer.Option(help="Comma separated; 0: greedy.")] = "0,1",
+        sequences: Annotated[int, typer.Option(min=1, help="Decoded together.")] = 4,
+        model: Model = None,
+        dtype: Dtype = None,
+        numerics: Numerics = None,
+        head: Heads = None,
+        option: Options = None,
+        threads: Threads = None,
+        prompts: Prompts = None,
+        num_prompts: Annotated[int, typer.Option(help="Prompts taken from the file.")] = 16,
+        max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
+        json: Json = False,
+    ) -> None:
+        worker = given_flags(model=model, dtype=dtype, numerics=numerics, heads=head, options=option, threads=threads)
+        with only_json(json):
+            from pdspec.study import steps as study
+
+            result = study.run(
+                name, worker=worker, drafters=_names(drafters), tree=tree,
+                temperatures=[float(text) for text in _names(temperatures)], sequences=sequences,
+                prompts=prompts, num_prompts=num_prompts, max_tokens=max_tokens, progress=notes().print,
+            )  # fmt: skip
+        if json:
+            print_json(result)
+        else:
+            for row in result["rows"]:
+                _print_row(row, ("setting", *_SHOWN, "step_ms", "forwards_per_step", "bytes_read_per_token",
+                                 "discarded_tokens", "kv_bytes", "draft_kv_bytes", "hidden_bytes"))
+        if not result["ok"]:
+            raise typer.Exit(1)
+
+    command.__doc__ = summary
+    return command
+
+
+STEPPINGS = {
+    "medusa-paths": ("A tree's paths verified one by one, one forward each, or the tree in one forward.", "medusa"),
+    "min-sync": ("Each sequence of a batch keeps what it accepted, or all keep as many as the least.", "ngram,eagle3"),
+}
+
+
 def sparse(
     sequences: Annotated[int, typer.Option(min=1, help="Decoded together.")] = 8,
     context: Annotated[int, typer.Option(min=64, help="Prompt tokens of each.")] = 6000,

@@ -6,9 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from pdspec.config import WorkerConfig
 from pdspec.engine.local import LocalGenerator
-from pdspec.errors import ConfigError
 from pdspec.spec.registry import NAMES, family
 from pdspec.study.audit import Audit, tolerance
 from pdspec.study.lossless_joint import joint
@@ -16,17 +14,6 @@ from pdspec.study.parity import CONCURRENT, audited, reference, requests_for
 from pdspec.types import SamplingParams
 
 JOINT = SamplingParams(temperature=0.8, top_k=20)
-
-
-def with_heads(config: WorkerConfig) -> WorkerConfig:
-    """The same worker with every family: one that has no head for this model drafts with a random one."""
-    names = tuple(name for name in NAMES if name != "none")
-    shipped = config.replace(drafters=("none", *names), drafter="none")
-    heads = dict(config.heads)
-    for name in names:
-        if name not in heads and not _has_head(shipped, name):
-            heads[name] = "random:7"
-    return shipped.replace(heads=heads)
 
 
 def answers(
@@ -82,19 +69,3 @@ def _trees(name: str) -> list[str]:
     others = {"chain": "chain(2)", "static": "static(2x2)", "dynamic": "dynamic(2,3,6)"}
     default = described.default_tree
     return [default, *(others[kind] for kind in described.trees if not default.startswith(kind))]
-
-
-def _has_head(config: WorkerConfig, name: str) -> bool:
-    from pdspec.model.loader import resolve
-    from pdspec.spec.family import Setting
-
-    files = resolve(config.model, config.cache_dir or None)
-    setting = Setting(target=files, dtype=config.dtype, heads=config.heads, cache_dir=config.cache_dir,
-                      options=config.options)
-    try:
-        family(name).groups(setting)
-    except ConfigError as error:
-        if not (error.field or "").startswith("heads."):
-            raise
-        return False
-    return True
