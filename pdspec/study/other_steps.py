@@ -17,6 +17,7 @@ from pdspec.engine.resources import Resources
 from pdspec.engine.sequence import DecodeSequence
 from pdspec.errors import PdspecError
 from pdspec.model.batch import ForwardBatch, ForwardOutput
+from pdspec.spec.feature_rows import take_rows
 from pdspec.spec.protocol import Draft, Verdict
 from pdspec.spec.tree import ancestor_lists
 from pdspec.spec.verify import VerdictResult
@@ -61,7 +62,8 @@ class PathByPath(Counting):
         whole: ForwardOutput | None = None
         for turn in range(max(map(len, rows))):
             taken = np.concatenate([paths[turn] for paths in rows if turn < len(paths)])
-            part = super().forward(_rows_of(batch, taken), drafts)
+            alone = replace(take_rows(batch, taken), logit_rows=np.arange(len(taken), dtype=np.int32))
+            part = super().forward(alone, drafts)
             whole = whole or _room(part, batch.num_rows)
             where = torch.from_numpy(taken).long()
             for name in ("logits", "captured", "final"):
@@ -97,15 +99,6 @@ def leaf_paths(draft: Draft) -> list[list[int]]:
     inner = set(draft.parents.tolist())
     lists = ancestor_lists(draft.parents)
     return [[n for n in lists[leaf].tolist() if n >= 0] for leaf in range(draft.num_nodes) if leaf not in inner] or [[]]
-
-
-def _rows_of(batch: ForwardBatch, rows: np.ndarray) -> ForwardBatch:
-    """A batch of some rows of another, with logits of all."""
-    return replace(
-        batch, token_ids=batch.token_ids[rows], positions=batch.positions[rows], sequence=batch.sequence[rows],
-        slots=batch.slots[rows], prefix_len=batch.prefix_len[rows],
-        ancestors=np.ascontiguousarray(batch.ancestors[rows]), logit_rows=np.arange(len(rows), dtype=np.int32),
-    )  # fmt: skip
 
 
 def _room(part: ForwardOutput, rows: int) -> ForwardOutput:
