@@ -19,11 +19,13 @@ EVERY = "all"
 
 def families(text: str) -> tuple[str, ...]:
     """The families that a comma separated list names, each once; ``all`` stands for the registry. Raises
-    UnknownName."""
+    UnknownName, and ConfigError for an empty list."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name != EVERY:
             family(name)
+    if not names:
+        raise ConfigError("no drafter is named", field="drafters", remedy="name some, or all")
     return tuple(dict.fromkeys(one for name in names for one in (NAMES if name == EVERY else (name,))))
 
 

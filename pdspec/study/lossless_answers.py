@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from pdspec.engine.local import LocalGenerator
-from pdspec.spec.registry import NAMES, family
+from pdspec.spec.registry import NAMES
 from pdspec.study.audit import Audit, tolerance
 from pdspec.study.lossless_joint import joint
-from pdspec.study.parity import CONCURRENT, audited, reference, requests_for
+from pdspec.study.parity import CONCURRENT, audited, reference, requests_for, trees_of
 from pdspec.types import SamplingParams
 
 JOINT = SamplingParams(temperature=0.8, top_k=20)
@@ -29,7 +29,7 @@ def answers(
     for name in NAMES:
         if name == "none":
             continue
-        for tree in _trees(name):
+        for tree in trees_of(resources.drafters[name]):
             wrong = 0
             asked = [replace(request, drafter=name, tree=tree) for request in requests]
             for start in range(0, len(asked), CONCURRENT):
@@ -61,11 +61,3 @@ def joints(
         for way in ("coupled", "rejection")
     ]  # fmt: skip
     return {"ok": all(part["ok"] for part in parts), "parts": parts}
-
-
-def _trees(name: str) -> list[str]:
-    """The default tree, and one of every other kind."""
-    described = family(name).DESCRIPTION
-    others = {"chain": "chain(2)", "static": "static(2x2)", "dynamic": "dynamic(2,3,6)"}
-    default = described.default_tree
-    return [default, *(others[kind] for kind in described.trees if not default.startswith(kind))]

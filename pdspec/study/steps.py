@@ -21,10 +21,8 @@ from pdspec.spec.registry import family
 from pdspec.study.heads import with_random_heads, worker_config
 from pdspec.study.other_steps import Counting, PathByPath, Synchronised
 from pdspec.study.pair import Pair, Traced
-from pdspec.study.ways import Progress, Served, Way, prompt_ids, row
+from pdspec.study.ways import REMEMBERING, Progress, Served, Way, prompt_ids, row
 from pdspec.types import GenerateRequest, GenerationStats
-
-MEMORY = ("suffix", "combined")  # draft from earlier answers: whoever steps second would know them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +51,7 @@ def run(
     that the study says nothing about, and for fewer than two tokens an answer."""
     asked = STUDIES[study]
     for name in drafters:
-        if name in MEMORY or asked.needs not in family(name).DESCRIPTION.trees:
+        if name in REMEMBERING or asked.needs not in family(name).DESCRIPTION.trees:
             raise ConfigError(f"study {study} says nothing about {name}", field="drafters",
                               remedy=f"name a family that drafts {asked.needs} trees and remembers no earlier answers")
     if max_tokens < 2:

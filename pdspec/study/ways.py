@@ -25,6 +25,7 @@ from pdspec.types import GenerateRequest, GenerationStats, SamplingParams, UserR
 
 Progress = Callable[[str], object]
 Prompts = Sequence[tuple[int, ...]]
+REMEMBERING = ("suffix", "combined")  # draft from earlier answers, too: an answer given before helps
 _BYTES = ("kv_bytes", "draft_kv_bytes", "hidden_bytes")
 _SETTLE_S = 1.2  # two heartbeats of a router
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
+from pdspec.errors import ConfigError, InvalidRequest
+from pdspec.spec.registry import NAMES
 from pdspec.spec.tree import parse_tree
-from pdspec.study.bench_decode import Setting, _summary, settings_of
+from pdspec.study.bench_decode import Setting, _summary, _tried, settings_of
 from pdspec.study.repetition import repeated_share
 
 
@@ -17,7 +21,7 @@ def test_repeated_share_counts_tokens_inside_ngrams_seen_before_in_the_same_answ
 
 
 def test_every_setting_that_is_tried_stays_within_the_node_budget():
-    for name in ("none", "ngram", "suffix", "eagle3"):
+    for name in NAMES:
         for budget in (2, 5, 8):
             settings = settings_of(name, budget)
             assert settings and len(set(settings)) == len(settings)
@@ -36,3 +40,23 @@ def test_suffix_also_reports_its_first_try_since_it_remembers_the_answers():
     assert table["suffix"]["first_time"] == {
         "tree": "dynamic(8,4,8)", "tokens_per_second": 15.0, "acceptance_length": 1.5,
     }  # fmt: skip
+
+
+class Modules:
+    """A bench of a family that drafts ``depth`` tokens ahead."""
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+
+    def run(self, setting: Setting) -> dict[str, str]:
+        if setting.tree and parse_tree(setting.tree).depth > self.depth:
+            raise InvalidRequest(f"{setting.tree} is too deep", field="tree", remedy="")
+        return {"ran": str(setting)}
+
+
+def test_settings_that_a_head_cannot_draft_are_left_out_and_named():
+    tried, refused = _tried(Modules(2), ("none", "mtp"), 5)
+    assert [str(setting) for setting in tried] == ["none", "mtp chain(2)", "mtp dynamic(2,3,5)"]
+    assert set(refused) == {"mtp chain(3)", "mtp chain(5)", "mtp dynamic(3,4,5)", "mtp dynamic(4,4,5)"}
+    with pytest.raises(ConfigError, match="mtp drafts no tree of 5 nodes"):
+        _tried(Modules(1), ("none", "mtp"), 5)
