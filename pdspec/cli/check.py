@@ -38,6 +38,7 @@ def parity(
 
 
 def handoff(
+    drafters: Annotated[str, typer.Option(help="Comma separated; all: every family.")] = "eagle3",
     model: Model = None,
     dtype: Dtype = None,
     numerics: Numerics = None,
@@ -58,6 +59,7 @@ def handoff(
     """Drafts behind the handoff against one process; draft state against the paper; broken handoffs must be seen."""
     with only_json(json):
         from pdspec.study import handoff_check as study
+        from pdspec.study.heads import families
 
         result = study.run(
             worker=given_flags(
@@ -66,7 +68,8 @@ def handoff(
             asked=study.Asked(
                 prompts=prompts, num_prompts=num_prompts, max_tokens=max_tokens, tokens=acceptance_tokens
             ),
-            parts=[part.strip() for part in parts.split(",") if part.strip()], progress=notes().print,
+            parts=[part.strip() for part in parts.split(",") if part.strip()],
+            drafters=[name for name in families(drafters) if name != "none"], progress=notes().print,
         )  # fmt: skip
     _finish(result, json)
 

@@ -105,8 +105,13 @@ def trees_of(drafter: Drafter) -> list[str]:
     """The default tree and one of every other kind that the family drafts; an empty one where it drafts nothing."""
     kinds, found = family(drafter.name).DESCRIPTION.trees, [drafter.default_tree]
     for kind in (one for one in kinds if not drafter.default_tree.startswith(one)):
-        found.append(next(tree for tree in TREES[kind] if _drafts(drafter, tree)))
+        found.append(first_drafted(drafter, TREES[kind]))
     return found
+
+
+def first_drafted(drafter: Drafter, trees: Sequence[str]) -> str:
+    """The first of ``trees`` that a drafter can draft. Raises StopIteration where there is none."""
+    return next(tree for tree in trees if _drafts(drafter, tree))
 
 
 def _drafts(drafter: Drafter, tree: str) -> bool:
