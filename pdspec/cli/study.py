@@ -13,7 +13,9 @@ from pdspec.errors import ConfigError
 
 
 def acceptance(
-    drafters: Annotated[str, typer.Option(help="Comma separated.")] = "ngram,suffix,eagle3",
+    drafters: Annotated[
+        str, typer.Option(help="Comma separated; all: every family (default: those that have a head or need none).")
+    ] = "",
     tree: Annotated[
         list[str] | None, typer.Option("--tree", help="DRAFTER=TREE where it is not the default; may be repeated.")
     ] = None,
@@ -35,10 +37,11 @@ def acceptance(
     worker = given_flags(model=model, dtype=dtype, numerics=numerics, heads=head, options=option, threads=threads)
     with only_json(json):
         from pdspec.study import acceptance as study
+        from pdspec.study.heads import families
 
         result = study.run(
             worker=worker,
-            drafters=_names(drafters), trees=dict(_pair(text) for text in tree or []),
+            drafters=families(drafters) if drafters else (), trees=dict(_pair(text) for text in tree or []),
             temperatures=[float(text) for text in _names(temperatures)], judged=judged, nodes=nodes,
             prompts=prompts, num_prompts=num_prompts, max_tokens=max_tokens, progress=notes().print,
         )  # fmt: skip
