@@ -11,10 +11,11 @@ from decode_worker.handoff import Handed
 from decode_worker.scheduler import DecodeScheduler
 from pdspec.cache.pool import pages_for
 from pdspec.config import WorkerConfig
-from pdspec.engine.decode import DecodeEngine, DecodeSequence, first_chunk
+from pdspec.engine.decode import DecodeEngine
 from pdspec.engine.local import Kept, new_context
 from pdspec.engine.prefill import PrefillEngine, PrefillSequence, prompt_history
 from pdspec.engine.resources import load
+from pdspec.engine.sequence import DecodeSequence, first_chunk
 from pdspec.engine.thread import tell
 from pdspec.errors import PdspecError, TransferDamaged
 from pdspec.spec.protocol import DraftContext, Drafter, HiddenRows

@@ -12,7 +12,21 @@ import sys
 import typer
 
 from pdspec.cli import (
-    bench, chaos, check, data, demo, doctor, down, drafters, generate, models, study, top, train, train_data, up,
+    bench,
+    chaos,
+    check,
+    data,
+    demo,
+    doctor,
+    down,
+    drafters,
+    generate,
+    models,
+    study,
+    top,
+    train,
+    train_data,
+    up,
 )
 from pdspec.errors import PdspecError
 
@@ -45,7 +59,8 @@ def build_app() -> typer.Typer:
     app.add_typer(_group("Faults, bad peers and bad input.", faults), name="chaos")
     app.add_typer(_group("Measurements.", {"decode": bench.decode, "budget": bench.budget}), name="bench")
     compared = {name: study.comparison(name, *rest) for name, rest in study.COMPARISONS.items()}
-    studies = {"acceptance": study.acceptance, **compared, "sparse": study.sparse}
+    stepped = {name: study.stepping(name, *rest) for name, rest in study.STEPPINGS.items()}
+    studies = {"acceptance": study.acceptance, **compared, **stepped, "sparse": study.sparse}
     app.add_typer(_group("Comparisons.", studies), name="study")
     return app
 

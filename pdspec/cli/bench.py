@@ -7,24 +7,15 @@ from typing import Annotated
 
 import typer
 
-from pdspec.cli.options import (
-    Dtype,
-    HandoffPath,
-    Heads,
-    Json,
-    Model,
-    Numerics,
-    Options,
-    Prompts,
-    Threads,
-    given_flags,
-)
+from pdspec.cli.options import Dtype, HandoffPath, Heads, Json, Model, Numerics, Options, Prompts, Threads, given_flags
 from pdspec.cli.output import notes, only_json, print_json
 from pdspec.settings import read_file
 
 
 def decode(
-    drafters: Annotated[str, typer.Option(help="Compared with each other, comma separated.")] = "none,ngram,eagle3",
+    drafters: Annotated[
+        str, typer.Option(help="Compared with each other, comma separated; all: every family.")
+    ] = "none,ngram,eagle3",
     vs_transformers: Annotated[
         bool, typer.Option("--vs-transformers", help="Also transformers generate, in the same run.")
     ] = False,
@@ -33,6 +24,7 @@ def decode(
     numerics: Numerics = None,
     handoff: HandoffPath = None,
     head: Heads = None,
+    option: Options = None,
     threads: Threads = None,
     prompts: Prompts = None,
     num_prompts: Annotated[int, typer.Option(help="Prompts taken from the file.")] = 8,
@@ -42,12 +34,13 @@ def decode(
     json: Json = False,
 ) -> None:
     """Tokens per second and acceptance length of drafters at an equal node budget, through router and workers."""
-    worker = given_flags(model=model, dtype=dtype, numerics=numerics, heads=head, threads=threads)
+    worker = given_flags(model=model, dtype=dtype, numerics=numerics, heads=head, options=option, threads=threads)
     with only_json(json):
         from pdspec.study import bench_decode as study
+        from pdspec.study.heads import families
 
         result = study.run(
-            drafters=tuple(name.strip() for name in drafters.split(",") if name.strip()),
+            drafters=families(drafters),
             vs_transformers=vs_transformers,
             worker=worker,
             handoff=handoff or "direct",

@@ -7,15 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from pdspec.cli.options import Dtype, Heads, Json, Model, Numerics, Prompts, Threads, given_flags
+from pdspec.cli.options import Dtype, Heads, Json, Model, Numerics, Options, Prompts, Threads, given_flags
 from pdspec.cli.output import notes, only_json, print_json
 
 
 def parity(
+    drafters: Annotated[str, typer.Option(help="Comma separated; all: every family.")] = "none,ngram,suffix,eagle3",
     model: Model = None,
     dtype: Dtype = None,
     numerics: Numerics = None,
     head: Heads = None,
+    option: Options = None,
     prompts: Prompts = None,
     num_prompts: Annotated[int, typer.Option(help="Prompts taken from the file.")] = 20,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 128,
@@ -25,20 +27,23 @@ def parity(
     """Every drafter, tree and handoff against `--local --drafter none`: token for token, or audited in fast mode."""
     with only_json(json):
         from pdspec.study import parity as study
+        from pdspec.study.heads import families
 
         result = study.run(
-            worker=given_flags(model=model, dtype=dtype, numerics=numerics, heads=head),
-            prompts=prompts, num_prompts=num_prompts, max_tokens=max_tokens, transformers=transformers,
-            progress=notes().print,
+            worker=given_flags(model=model, dtype=dtype, numerics=numerics, heads=head, options=option),
+            drafters=families(drafters), prompts=prompts, num_prompts=num_prompts, max_tokens=max_tokens,
+            transformers=transformers, progress=notes().print,
         )  # fmt: skip
     _finish(result, json)
 
 
 def handoff(
+    drafters: Annotated[str, typer.Option(help="Comma separated; all: every family.")] = "eagle3",
     model: Model = None,
     dtype: Dtype = None,
     numerics: Numerics = None,
     head: Heads = None,
+    option: Options = None,
     prompts: Prompts = None,
     num_prompts: Annotated[int, typer.Option(help="Prompts taken from the file.")] = 20,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 128,
@@ -54,13 +59,17 @@ def handoff(
     """Drafts behind the handoff against one process; draft state against the paper; broken handoffs must be seen."""
     with only_json(json):
         from pdspec.study import handoff_check as study
+        from pdspec.study.heads import families
 
         result = study.run(
-            worker=given_flags(model=model, dtype=dtype, numerics=numerics, heads=head, threads=threads),
+            worker=given_flags(
+                model=model, dtype=dtype, numerics=numerics, heads=head, options=option, threads=threads
+            ),
             asked=study.Asked(
                 prompts=prompts, num_prompts=num_prompts, max_tokens=max_tokens, tokens=acceptance_tokens
             ),
-            parts=[part.strip() for part in parts.split(",") if part.strip()], progress=notes().print,
+            parts=[part.strip() for part in parts.split(",") if part.strip()],
+            drafters=[name for name in families(drafters) if name != "none"], progress=notes().print,
         )  # fmt: skip
     _finish(result, json)
 
@@ -71,6 +80,7 @@ def lossless(
     dtype: Dtype = None,
     numerics: Numerics = None,
     head: Heads = None,
+    option: Options = None,
     prompts: Prompts = None,
     parts: Annotated[str, typer.Option(help="Some of law,paths,joint,answers (default: all).")] = "",
     seeds: Annotated[int, typer.Option(help="Of the drafts that mean harm (default: 100000; quick: 1500).")] = 0,
@@ -88,7 +98,7 @@ def lossless(
                  "max_tokens": max_tokens}  # fmt: skip
         sizes = dataclasses.replace(study.QUICK if quick else study.Sizes(), **{k: v for k, v in asked.items() if v})
         worker = given_flags(model=model or ("tiny" if quick else None), dtype=dtype, numerics=numerics, heads=head,
-                        threads=threads)  # fmt: skip
+                        options=option, threads=threads)  # fmt: skip
         result = study.run(
             worker=worker, sizes=sizes, parts=[part.strip() for part in parts.split(",") if part.strip()],
             prompts=prompts, progress=notes().print,

@@ -13,7 +13,9 @@ from pdspec.errors import ConfigError
 
 
 def acceptance(
-    drafters: Annotated[str, typer.Option(help="Comma separated.")] = "ngram,suffix,eagle3",
+    drafters: Annotated[
+        str, typer.Option(help="Comma separated; all: every family (default: those that have a head or need none).")
+    ] = "",
     tree: Annotated[
         list[str] | None, typer.Option("--tree", help="DRAFTER=TREE where it is not the default; may be repeated.")
     ] = None,
@@ -35,10 +37,11 @@ def acceptance(
     worker = given_flags(model=model, dtype=dtype, numerics=numerics, heads=head, options=option, threads=threads)
     with only_json(json):
         from pdspec.study import acceptance as study
+        from pdspec.study.heads import families
 
         result = study.run(
             worker=worker,
-            drafters=_names(drafters), trees=dict(_pair(text) for text in tree or []),
+            drafters=families(drafters) if drafters else (), trees=dict(_pair(text) for text in tree or []),
             temperatures=[float(text) for text in _names(temperatures)], judged=judged, nodes=nodes,
             prompts=prompts, num_prompts=num_prompts, max_tokens=max_tokens, progress=notes().print,
         )  # fmt: skip
@@ -92,6 +95,53 @@ COMPARISONS = {
     "first-token-padding": ("EAGLE's prefill with a row in front, or without.", "eagle1"),
     "draft-prefill": ("Draft KV crosses the handoff, or the hidden rows that it is made from.", "eagle3"),
     "trees": ("Chain, static and dynamic trees of equal nodes, ranked by survival or by q.", "eagle3"),
+}
+
+
+def stepping(name: str, summary: str, drafters: str) -> Callable[..., None]:
+    """The command ``pdspec study <name>`` of a study of batches; ``drafters`` step where none are named."""
+
+    def command(
+        drafters: Annotated[str, typer.Option(help="Comma separated.")] = drafters,
+        tree: Annotated[str, typer.Option(help="Of all of them (default: the study's, or each family's own).")] = "",
+        temperatures: Annotated[str, typer.Option(help="Comma separated; 0: greedy.")] = "0,1",
+        sequences: Annotated[int, typer.Option(min=1, help="Decoded together.")] = 4,
+        model: Model = None,
+        dtype: Dtype = None,
+        numerics: Numerics = None,
+        head: Heads = None,
+        option: Options = None,
+        threads: Threads = None,
+        prompts: Prompts = None,
+        num_prompts: Annotated[int, typer.Option(help="Prompts taken from the file.")] = 16,
+        max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
+        json: Json = False,
+    ) -> None:
+        worker = given_flags(model=model, dtype=dtype, numerics=numerics, heads=head, options=option, threads=threads)
+        with only_json(json):
+            from pdspec.study import steps as study
+
+            result = study.run(
+                name, worker=worker, drafters=_names(drafters), tree=tree,
+                temperatures=[float(text) for text in _names(temperatures)], sequences=sequences,
+                prompts=prompts, num_prompts=num_prompts, max_tokens=max_tokens, progress=notes().print,
+            )  # fmt: skip
+        if json:
+            print_json(result)
+        else:
+            for row in result["rows"]:
+                _print_row(row, ("setting", *_SHOWN, "step_ms", "forwards_per_step", "bytes_read_per_token",
+                                 "discarded_tokens", "kv_bytes", "draft_kv_bytes", "hidden_bytes"))
+        if not result["ok"]:
+            raise typer.Exit(1)
+
+    command.__doc__ = summary
+    return command
+
+
+STEPPINGS = {
+    "medusa-paths": ("A tree's paths verified one by one, one forward each, or the tree in one forward.", "medusa"),
+    "min-sync": ("Each sequence of a batch keeps what it accepted, or all keep as many as the least.", "ngram,eagle3"),
 }
 
 

@@ -67,7 +67,8 @@ def head(family: str, summary: str) -> Callable[..., None]:
                 passes=0.0 if minutes > 0 else 3.0 if passes is None else passes,
                 ttt=ttt, draft_vocab=draft_vocab, tied_output=tied_output, learning_rate=learning_rate, batch=batch,
                 max_length=max_length,
-                seed=seed, threads=threads or 0, loss=loss, precision=precision, head=head, recount=recount, data=tuple(data or ()), work=work,
+                seed=seed, threads=threads or 0, loss=loss, precision=precision, head=head, recount=recount,
+                data=tuple(data or ()), work=work,
                 keep_hidden=keep_hidden, resume=resume,
             )  # fmt: skip
             card = train(family, config)

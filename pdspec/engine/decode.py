@@ -12,68 +12,22 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from pdspec.engine.prefill import hidden_rows, hidden_wanted, page_table
 from pdspec.engine.resources import Resources, tree_spec
-from pdspec.engine.speculation import Outlook, make_budget
+from pdspec.engine.sequence import DecodeSequence
+from pdspec.engine.speculation import make_budget
 from pdspec.errors import PdspecError
 from pdspec.model.batch import ForwardBatch, ForwardOutput
-from pdspec.sampling import History, stopping_ids
-from pdspec.spec.protocol import Draft, DraftContext, Drafter, HiddenRows
-from pdspec.spec.tree import depths, tree_rows
+from pdspec.sampling import stopping_ids
+from pdspec.spec.protocol import Draft, DraftContext, Drafter, HiddenRows, Verdict
+from pdspec.spec.tree import tree_rows
 from pdspec.spec.verify import VerdictResult, verify
-from pdspec.types import DraftTrace, FinishReason, GenerateRequest, GenerationStats, TokenChunk, TokenLogprob
-
-
-@dataclass(kw_only=True, eq=False)
-class DecodeSequence:
-    """One answer being written. ``ctx.token_ids`` ends with the root, whose KV row comes with the next step."""
-
-    request: GenerateRequest
-    ctx: DraftContext
-    drafter: Drafter
-    history: History  # includes the root
-    num_output: int = 1
-    finish: FinishReason | None = None
-    verifications: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    first_accepted: int = 0
-    accepted_at: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-    reached_at: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-    seconds: float = 0.0
-    outlook: Outlook = field(default_factory=Outlook)
-
-    @property
-    def num_rows(self) -> int:
-        """Committed target KV rows; the root's slot."""
-        return self.ctx.root_position
-
-    @property
-    def remaining(self) -> int:
-        """Tokens that may still be put out."""
-        return self.request.sampling.max_tokens - self.num_output
-
-    def stats(self) -> GenerationStats:
-        """What is known on the decode side."""
-        depth = max([0, *self.reached_at]) + 1 if self.reached_at else 0
-        return GenerationStats(
-            prompt_tokens=self.ctx.prompt_len,
-            output_tokens=self.num_output,
-            verifications=self.verifications,
-            drafted_tokens=self.drafted,
-            accepted_tokens=self.accepted,
-            first_draft_accepted=self.first_accepted,
-            accepted_per_position=tuple(self.accepted_at[d] for d in range(depth)),
-            reached_per_position=tuple(self.reached_at[d] for d in range(depth)),
-            drafter=self.drafter.name,
-            decode_ms=1e3 * self.seconds,
-        )
-
+from pdspec.types import DraftTrace, FinishReason, GenerateRequest, TokenChunk
 
 StepResult = tuple[DecodeSequence, TokenChunk | PdspecError]
 
@@ -99,28 +53,11 @@ class DecodeEngine:
         drafts = self.propose(sequences)
         proposed = time.perf_counter()
         batch = self.pack(sequences, drafts)
-        output = self.resources.runner.forward(batch, self.resources.cache)
+        output = self.forward(batch, drafts)
         forwarded = time.perf_counter()
         self.budget.timed(batch.num_rows, sum(s.num_rows for s in sequences), forwarded - proposed)
-        results: list[StepResult] = []
-        observations: dict[str, list] = defaultdict(list)
-        row = logit = 0
-        for sequence, draft in zip(sequences, drafts, strict=True):
-            rows, judged = slice(row, row + 1 + len(draft.rows[0])), slice(logit, logit + 1 + draft.num_nodes)
-            told = slice(judged.stop, judged.stop + (0 if draft.branch is None else len(draft.branch.asked)))
-            row, logit = rows.stop, told.stop
-            try:
-                found = self.judge(sequence, draft, output.logits[judged])
-            except PdspecError as error:
-                sequence.finish = FinishReason.ERROR
-                results.append((sequence, error))
-                continue
-            hidden = self._commit(sequence, draft, found, output, rows)
-            if draft.branch is not None:
-                hidden = replace(hidden, branch_ids=output.logits[told].argmax(-1).cpu().numpy())
-            if sequence.finish is None:
-                observations[sequence.drafter.name].append((sequence.ctx, found.verdict, hidden))
-            results.append((sequence, self._chunk(sequence, draft, found)))
+        verdicts = self.verdicts(sequences, drafts, output.logits)
+        results, observations = self._commit_all(sequences, drafts, verdicts, output)
         verified = time.perf_counter()
         for name, group in observations.items():
             self.budget.observe(name, group)
@@ -153,6 +90,25 @@ class DecodeEngine:
             **hidden_wanted([s.drafter for s in sequences]),
         )
 
+    def forward(self, batch: ForwardBatch, drafts: Sequence[Draft]) -> ForwardOutput:
+        """The target over ``batch``, which has the roots and nodes of ``drafts``."""
+        return self.resources.runner.forward(batch, self.resources.cache)
+
+    def verdicts(
+        self, sequences: Sequence[DecodeSequence], drafts: Sequence[Draft], logits: torch.Tensor
+    ) -> list[VerdictResult | PdspecError]:
+        """What becomes of each draft, or why it cannot be said; ``logits`` [L, V] are those that ``pack`` asked for.
+        Changes nothing: all are judged before any is committed."""
+        results: list[VerdictResult | PdspecError] = []
+        first = 0
+        for sequence, draft in zip(sequences, drafts, strict=True):
+            try:
+                results.append(self.judge(sequence, draft, logits[first : first + 1 + draft.num_nodes]))
+            except PdspecError as error:
+                results.append(error)
+            first += len(_asked(draft))
+        return results
+
     def judge(self, sequence: DecodeSequence, draft: Draft, logits: torch.Tensor) -> VerdictResult:
         """``verify`` with what the engine knows; ``logits`` [1 + N, V]. Changes nothing."""
         params = sequence.request.sampling
@@ -168,18 +124,41 @@ class DecodeEngine:
             logprobs=params.logprobs,
         )
 
+    def _commit_all(
+        self, sequences: Sequence[DecodeSequence], drafts: Sequence[Draft],
+        verdicts: Sequence[VerdictResult | PdspecError], output: ForwardOutput,
+    ) -> tuple[list[StepResult], dict[str, list[tuple[DraftContext, Verdict, HiddenRows]]]]:  # fmt: skip
+        """The step's results, and by drafter what it is to observe."""
+        results: list[StepResult] = []
+        observations = defaultdict(list)
+        row = logit = 0
+        for sequence, draft, found in zip(sequences, drafts, verdicts, strict=True):
+            first, told = row, slice(logit + 1 + draft.num_nodes, logit + len(_asked(draft)))
+            row, logit = row + 1 + len(draft.rows[0]), told.stop
+            if isinstance(found, PdspecError):
+                sequence.finish = FinishReason.ERROR
+                results.append((sequence, found))
+                continue
+            hidden = self._commit(sequence, draft, found.verdict, output, first)
+            if draft.branch is not None:
+                hidden = replace(hidden, branch_ids=output.logits[told].argmax(-1).cpu().numpy())
+            if sequence.finish is None:
+                observations[sequence.drafter.name].append((sequence.ctx, found.verdict, hidden))
+            results.append((sequence, self._chunk(sequence, draft, found)))
+        return results, observations
+
     def _commit(
-        self, sequence: DecodeSequence, draft: Draft, found: VerdictResult, output: ForwardOutput, rows: slice
+        self, sequence: DecodeSequence, draft: Draft, verdict: Verdict, output: ForwardOutput, first: int
     ) -> HiddenRows:
         """Append the outputs, make the accepted rows contiguous, and hand on the hidden states of the accepted path."""
-        verdict, ctx, base = found.verdict, sequence.ctx, sequence.num_rows
+        ctx, base = sequence.ctx, sequence.num_rows
         target = self.resources.runner.group.name
         source = [base + 1 + node for node in verdict.path]
         wanted = list(range(base + 1, base + 1 + len(source)))
         if source != wanted:
             self.resources.cache.copy_rows(target, ctx.pages, source, wanted)
-        _tally(sequence, draft, verdict.num_accepted)
-        seen = [rows.start, *(rows.start + 1 + node for node in verdict.path)]
+        sequence.tally(draft, verdict.num_accepted)
+        seen = [first, *(first + 1 + node for node in verdict.path)]
         ctx.token_ids.extend(verdict.output_ids)
         sequence.history = sequence.history.extended(verdict.output_ids)
         sequence.num_output += len(verdict.output_ids)
@@ -237,33 +216,3 @@ def _asked(draft: Draft) -> np.ndarray:
     """Rows of one verification whose logits are wanted, int32: the root's, the nodes', those the branch asks about."""
     judged = np.arange(1 + draft.num_nodes, dtype=np.int32)
     return judged if draft.branch is None else np.concatenate((judged, draft.branch.asked + np.int32(len(judged))))
-
-
-def _tally(sequence: DecodeSequence, draft: Draft, accepted: int) -> None:
-    deepest = int(depths(draft.parents).max(initial=0))
-    for depth in range(min(accepted + 1, deepest)):
-        sequence.reached_at[depth] += 1
-        sequence.accepted_at[depth] += depth < accepted
-    if sequence.verifications == 0:
-        sequence.first_accepted = accepted
-    sequence.verifications += 1
-    sequence.drafted += draft.num_nodes
-    sequence.accepted += accepted
-
-
-def first_chunk(sequence: DecodeSequence, logprob: TokenLogprob | None, end_ids: Sequence[int]) -> TokenChunk:
-    """The chunk of t_n alone; sets ``finish`` where it ends the answer."""
-    token = sequence.ctx.token_ids[-1]
-    if token in stopping_ids(sequence.request.sampling, end_ids):
-        sequence.finish = FinishReason.STOP
-    elif sequence.remaining <= 0:
-        sequence.finish = FinishReason.LENGTH
-    return TokenChunk(
-        request_id=sequence.request.request_id,
-        start=0,
-        token_ids=(token,),
-        logprobs=(logprob,) if logprob else (),
-        finish_reason=sequence.finish,
-        stop_match=str(token) if sequence.finish is FinishReason.STOP else "",
-        stats=sequence.stats() if sequence.finish else None,
-    )

@@ -10,9 +10,10 @@ import torch
 
 from pdspec.cache.pool import pages_for
 from pdspec.config import WorkerConfig
-from pdspec.engine.decode import DecodeEngine, DecodeSequence, first_chunk
+from pdspec.engine.decode import DecodeEngine
 from pdspec.engine.prefill import PrefillEngine, PrefillSequence, prompt_history
 from pdspec.engine.resources import Resources, load
+from pdspec.engine.sequence import DecodeSequence, first_chunk
 from pdspec.errors import PdspecError
 from pdspec.spec.protocol import Candidates, DraftContext, HiddenRows
 from pdspec.types import DraftPrefill, GenerateRequest, TokenChunk, TokenLogprob

@@ -27,7 +27,7 @@ from pdspec.spec.protocol import MAX_DEPTH, Draft, DraftContext, HiddenRows, Ver
 from pdspec.spec.tree import ChainTree, TreeSpec, depths
 
 if TYPE_CHECKING:
-    from pdspec.engine.decode import DecodeSequence
+    from pdspec.engine.sequence import DecodeSequence
 
 Floats = npt.NDArray[np.float32]
 Group = list[tuple[DraftContext, Verdict, HiddenRows]]

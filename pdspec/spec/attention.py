@@ -10,6 +10,7 @@ in which each turned pair stands as half-split RoPE has it and the pairs behind 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +83,12 @@ class Attention:
             q, k = (tensor(f"self_attn.{n}_norm.weight")[order].float().to(ops.device) for n in "qk")
             self._norms = q, k, config.rms_norm_eps
         self._o = ops.pack(tensor("self_attn.o_proj.weight").to(DTYPES[dtype]))
+
+    def over(self, pages: torch.Tensor) -> Attention:
+        """The same weights over other pages."""
+        other = copy.copy(self)
+        other._pages = pages
+        return other
 
     def _parts(self, tensor: Tensor, kind: str, order: torch.Tensor) -> dict[str, torch.Tensor]:
         """Rows of q, k, v and of the gate, in order of the kernels."""

@@ -7,9 +7,9 @@ at import), ``drafter.py`` and, where it has weights, ``config.py``, ``checkpoin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pdspec.model.files import ModelFiles
 from pdspec.spec.heads import TargetIdentity
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pdspec.model.ops import Ops
     from pdspec.model.runner import Runner
     from pdspec.spec.protocol import Drafter
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +68,21 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a drafter works with. ``runner`` is the target: embedding and lm_head are packed by ``ops``."""
+    """What a drafter works with. ``runner`` is the target: embedding and lm_head are packed by ``ops``. ``loaded`` has
+    what ``once`` made, for as long as drafters are made."""
 
     ops: Ops
     cache: PagedCache
     runner: Runner
+    loaded: dict[tuple[str, str], Any] = field(default_factory=dict)
+
+    def once(self, family: str, where: str, load: Callable[[], T]) -> T:
+        """What ``load`` makes of the head at ``where`` (as ``find_head`` names it): drafters of one worker that use the
+        same head hold its weights once."""
+        if (family, where) not in self.loaded:
+            self.loaded[family, where] = load()
+        found: T = self.loaded[family, where]
+        return found
 
 
 class Family(Protocol):

@@ -17,14 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from pdspec.config import WorkerConfig
-from pdspec.engine.decode import DecodeEngine, DecodeSequence
+from pdspec.engine.decode import DecodeEngine
 from pdspec.engine.resources import Resources
+from pdspec.engine.sequence import DecodeSequence
 from pdspec.sampling import support
 from pdspec.spec.protocol import Draft
 from pdspec.spec.ratio import Masses, masses_of
 from pdspec.spec.registry import family
 from pdspec.spec.verify import VerdictResult
+from pdspec.study.heads import at_hand, worker_config
 from pdspec.study.ways import STATIC_SHAPES, Progress, Way, behind_the_handoff, in_one_process, prompt_ids, row
 
 ONE = "chain(1)"
@@ -34,10 +35,12 @@ def run(
     *, worker: dict[str, Any], drafters: Sequence[str], trees: dict[str, str], temperatures: Sequence[float],
     judged: str, nodes: int, prompts: str | None, num_prompts: int, max_tokens: int, progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
-    """``drafters`` at their trees (``trees``, else each family's default); ``judged`` names the family whose ways of
-    verifying are compared at ``nodes`` draft nodes (empty: none). Raises ConfigError and UnknownName."""
+    """``drafters`` (none named: all that have a head or need none) at their trees (``trees``, else each family's
+    default); ``judged`` names the family whose ways of verifying are compared at ``nodes`` draft nodes (empty: none).
+    Raises ConfigError and UnknownName."""
+    drafters = drafters or at_hand(worker)
     names = tuple(dict.fromkeys(("none", *drafters, *([judged] if judged else []))))
-    config = WorkerConfig.from_mapping({"drafter": "none", **worker, "drafters": names})
+    config = worker_config(worker, names)
     ids = prompt_ids(config, prompts, num_prompts)
     ways = [
         Way(drafter=name, tree=trees.get(name) or family(name).DESCRIPTION.default_tree, temperature=temperature)
@@ -55,7 +58,9 @@ def run(
     }  # fmt: skip
     if compared:
         table = [rows[way] for way in compared]
-        result["judged"] = {"drafter": judged, "nodes": nodes, "ways": table, "overlap": float(np.mean(sums))}
+        result["judged"] = {
+            "drafter": judged, "nodes": nodes, "ways": table, "overlap": float(np.mean(sums)), **ordered(table, nodes),
+        }  # fmt: skip
     return result
 
 
@@ -67,6 +72,14 @@ def judged_ways(drafter: str, nodes: int) -> list[Way]:
     found += [(f"chain({nodes})", verify) for verify in ("coupled", "rejection", "block")]
     found += [(tree, verify) for tree in (static, dynamic) for verify in ("coupled", "rejection")]
     return [Way(drafter=drafter, tree=tree, temperature=1.0, verify=verify) for tree, verify in found]
+
+
+def ordered(rows: Sequence[dict[str, Any]], nodes: int) -> dict[str, Any]:
+    """Acceptance lengths of ``nodes`` coupled draft nodes by kind of tree, and whether dynamic >= static >= chain."""
+    coupled = [one for one in rows if one["verify"] == "coupled" and one["tree"] != ONE]
+    by_kind = {one["tree"].split("(")[0]: one["acceptance_length"] for one in coupled}
+    in_order = by_kind["dynamic"] >= by_kind["static"] >= by_kind["chain"]
+    return {"by_kind_of_tree": by_kind, "dynamic_static_chain": in_order}
 
 
 class Overlapping(DecodeEngine):

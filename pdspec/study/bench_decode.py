@@ -19,19 +19,20 @@ from typing import Any
 from pdspec.client import Answer, RouterClient
 from pdspec.config import WorkerConfig
 from pdspec.engine.local import LocalGenerator
-from pdspec.errors import PdspecError
+from pdspec.errors import ConfigError, InvalidRequest, PdspecError
+from pdspec.spec.registry import family
+from pdspec.study.heads import with_random_heads, worker_config
 from pdspec.study.machine import read_bandwidth, weight_bytes
 from pdspec.study.repetition import repeated_share
 from pdspec.study.stack import Stack
 from pdspec.study.transformers_peer import TransformersPeer
-from pdspec.study.ways import prompt_ids
+from pdspec.study.ways import REMEMBERING, prompt_ids
 from pdspec.telemetry import usable_cores
 from pdspec.types import GenerateRequest, SamplingParams, UserRequest
 
 Progress = Callable[[str], object]
 PREFILL_LENGTHS = (128, 512, 1024, 2040)  # 2048 with its answer would be beyond small models' context
 TTFT_TOKENS = 512
-REMEMBERING = ("suffix",)  # drafters that an answer given before helps
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,12 @@ class Setting:
 def settings_of(drafter: str, nodes: int) -> list[Setting]:
     """What is tried within a budget of ``nodes`` draft nodes per verification."""
     chains = [Setting(drafter, f"chain({k})") for k in (2, 3, 5, 8) if k <= nodes]
-    if drafter == "none":
-        return [Setting("none")]
-    if drafter == "ngram":
+    kinds = family(drafter).DESCRIPTION.trees
+    if not kinds:
+        return [Setting(drafter)]
+    if "dynamic" not in kinds:
         return chains
-    if drafter == "suffix":
+    if drafter in REMEMBERING:
         return [Setting(drafter, f"dynamic({depth},4,{nodes})") for depth in sorted({min(8, nodes), nodes})] + chains
     shapes = ((2, 3, min(5, nodes)), (3, 4, nodes), (4, 4, nodes))
     return [*chains[:3], *(Setting(drafter, f"dynamic({depth},{k},{n})") for depth, k, n in shapes if k <= n)]
@@ -90,15 +92,15 @@ def run(
     *, drafters: Sequence[str], vs_transformers: bool, worker: dict[str, Any], handoff: str, prompts: str | None,
     num_prompts: int, max_tokens: int, nodes: int, runs: int, progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
-    """The whole benchmark. Raises ConfigError for settings that cannot work."""
-    config = WorkerConfig.from_mapping({**worker, "drafters": tuple(dict.fromkeys(("none", *drafters)))} | (
-        {} if "drafter" in worker else {"drafter": drafters[-1]}))  # fmt: skip
+    """The whole benchmark. Families without a head draft with a random one (``random_heads``). Raises ConfigError for
+    settings that cannot work."""
+    config, random_heads = with_random_heads(worker_config({"drafter": drafters[-1], **worker}, drafters))
     ids = prompt_ids(config, prompts, num_prompts)
     threads = config.threads or usable_cores()
     peer = TransformersPeer(config.model, config.dtype, threads, config.cache_dir or None) if vs_transformers else None
     with Stack(config, progress=progress) as stack, RouterClient(stack.endpoint) as client:
         bench = Bench(client, ids, max_tokens, handoff)
-        tried = {setting: bench.run(setting) for name in drafters for setting in settings_of(name, nodes)}
+        tried, refused = _tried(bench, drafters, nodes)
         for setting, result in tried.items():
             rate, length = result["tokens_per_second"], result["acceptance_length"]
             progress(f"tried {setting}: {rate:.1f} tokens/s, {length:.2f} per verification")
@@ -108,10 +110,32 @@ def run(
         }
         measured, peer_rates = _interleaved(bench, list(best.values()), peer, runs, progress)
         result = _summary(tried, best, measured, nodes)
+        result |= {"settings_refused": refused, "random_heads": list(random_heads)}
         result["floors"] = _floors(client, config, threads)
         if peer is not None:
             result |= _against(bench, config, peer, measured, peer_rates, runs, progress)
     return result
+
+
+def _tried(
+    bench: Bench, drafters: Sequence[str], nodes: int
+) -> tuple[dict[Setting, dict[str, Any]], dict[str, str]]:
+    """Every setting once, and why some could not be: a family may have fewer heads than a tree is deep. Raises
+    ConfigError for a family that drafts none of its settings."""
+    tried: dict[Setting, dict[str, Any]] = {}
+    refused: dict[str, str] = {}
+    for name in drafters:
+        for setting in settings_of(name, nodes):
+            try:
+                tried[setting] = bench.run(setting)
+            except InvalidRequest as error:
+                if error.field != "tree":
+                    raise
+                refused[str(setting)] = str(error)
+        if not any(setting.drafter == name for setting in tried):
+            raise ConfigError(f"{name} drafts no tree of {nodes} nodes or fewer", field="nodes",
+                              remedy="allow more nodes, or leave the family out")
+    return tried, refused
 
 
 def _interleaved(

@@ -57,9 +57,12 @@ class HiddenShift(_Behind):
 
     def prefill(self, ctx: DraftContext, hidden: HiddenRows) -> None:
         """As the real one, of other hidden states."""
-        if hidden.start or hidden.captured is None or len(hidden.captured) != ctx.prompt_len:
+        if hidden.start or hidden.num_rows != ctx.prompt_len:
             raise ValueError("hidden rows can be shifted within one chunk only")
-        self._real.prefill(ctx, replace(hidden, captured=hidden.captured[_shifted(len(hidden.captured), self._by)]))
+        rows = _shifted(hidden.num_rows, self._by)
+        captured = None if hidden.captured is None else hidden.captured[rows]
+        final = None if hidden.final is None else hidden.final[rows]
+        self._real.prefill(ctx, replace(hidden, captured=captured, final=final))
 
 
 class PositionShift(_Behind):
@@ -112,46 +115,58 @@ def _shifted(count: int, by: int) -> list[int]:
     return [min(max(i + by, 0), count - 1) for i in range(count)]
 
 
-def _drafter(wrap: Callable[[Any], Any], resources: Resources) -> Callable[[], None]:
-    real = resources.drafters[DRAFTER]
-    resources.drafters[DRAFTER] = wrap(real)
-    return partial(resources.drafters.__setitem__, DRAFTER, real)
+def _drafter(wrap: Callable[[Any], Any], resources: Resources, name: str) -> Callable[[], None]:
+    real = resources.drafters[name]
+    resources.drafters[name] = wrap(real)
+    return partial(resources.drafters.__setitem__, name, real)
 
 
-def _layers(resources: Resources) -> Callable[[], None]:
-    return _drafter(lambda real: WrongLayers(real, resources.files.config.num_layers), resources)
+def _layers(resources: Resources, name: str) -> Callable[[], None]:
+    return _drafter(lambda real: WrongLayers(real, resources.files.config.num_layers), resources, name)
 
 
-def _attribute(owner: Callable[[Resources], Any], name: str, wrap: Callable[[Any], Any], resources: Resources) -> Any:
-    thing = owner(resources)
-    real = getattr(thing, name)
-    setattr(thing, name, wrap(real))
-    return partial(setattr, thing, name, real)
+def _attribute(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Callable[[], None]:
+    real = getattr(owner, name)
+    setattr(owner, name, wrap(real))
+    return partial(setattr, owner, name, real)
 
 
-def _positions(by: int) -> Callable[[Resources], Any]:
-    return partial(_attribute, lambda r: r.drafters[DRAFTER], "model", lambda real: PositionShift(real, by))
+def _positions(by: int, resources: Resources, name: str) -> Callable[[], None]:
+    drafter: Any = resources.drafters[name]
+    if name == "mtp":  # modules in series run one by one
+        return _attribute(drafter, "_modules", lambda modules: [PositionShift(module, by) for module in modules])
+    return _attribute(drafter, "model", lambda real: PositionShift(real, by))
 
 
-# name → how it is put onto a worker's resources; what that returns takes it off again
-BREAKAGES: dict[str, Callable[[Resources], Callable[[], None]]] = {
+def _empty(resources: Resources, name: str) -> Callable[[], None]:
+    return _attribute(resources, "cache", EmptyDraftRows)
+
+
+# name → how it is put onto a worker's resources, for the drafter named; what that returns takes it off again
+BREAKAGES: dict[str, Callable[[Resources, str], Callable[[], None]]] = {
     "token shift +1": partial(_drafter, lambda real: TokenShift(real, 1)),
     "token shift -1": partial(_drafter, lambda real: TokenShift(real, -1)),
     "hidden shift +1": partial(_drafter, lambda real: HiddenShift(real, 1)),
     "hidden shift -1": partial(_drafter, lambda real: HiddenShift(real, -1)),
-    "position +1": _positions(1),
-    "position -1": _positions(-1),
+    "position +1": partial(_positions, 1),
+    "position -1": partial(_positions, -1),
     "wrong fused layer": _layers,
-    "empty draft KV": partial(_attribute, lambda r: r, "cache", EmptyDraftRows),
+    "empty draft KV": _empty,
     "another request's DraftStart": partial(_drafter, OtherStart),
 }
+_ONE_LEVEL = tuple(name for name in BREAKAGES if name != "wrong fused layer")
+# Those that a family's state can suffer. Medusa reads one hidden row, the last: no token, position or later row.
+APPLY = {
+    "eagle1": _ONE_LEVEL, "eagle2": _ONE_LEVEL, "eagle3": tuple(BREAKAGES), "mtp": _ONE_LEVEL,
+    "medusa": ("hidden shift -1", "another request's DraftStart"),
+}  # fmt: skip
 
 
 @contextmanager
-def broken(pair: Pair, name: str) -> Iterator[None]:
-    """The prefill worker of ``pair`` with one breakage of ``BREAKAGES``, for as long as the block."""
+def broken(pair: Pair, name: str, drafter: str = DRAFTER) -> Iterator[None]:
+    """The prefill worker of ``pair`` with one breakage of ``BREAKAGES`` of ``drafter``, for as long as the block."""
     resources = pair.prefill.engine.host.resources
-    undo = pair.on_engine(pair.prefill, lambda: BREAKAGES[name](resources))
+    undo = pair.on_engine(pair.prefill, lambda: BREAKAGES[name](resources, drafter))
     try:
         yield
     finally:

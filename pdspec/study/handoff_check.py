@@ -5,7 +5,8 @@
 ``draft_state``  draft KV and next-draft logits on the decode worker equal a recompute by other code, after the handoff
                  and after each of 20 verifications (``handoff_state``);
 ``controls``     an overfitted head is accepted behind the handoff, and each way of breaking what is handed over is
-                 seen (``handoff_controls``);
+                 seen (``handoff_controls``); a draft model that is the target, and sparse KV that is all of it, are
+                 accepted whole (``full_acceptance``);
 ``acceptance``   in bf16 the acceptance length is within 1 % of one process over many tokens, and the acceptance of the
                  first verification after the handoff within two standard deviations.
 
@@ -17,28 +18,35 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pdspec.client import RouterClient
 from pdspec.config import WorkerConfig
-from pdspec.engine.local import LocalGenerator
 from pdspec.errors import ConfigError
 from pdspec.settings import unknown_name
-from pdspec.study.handoff_controls import controls
+from pdspec.spec.registry import NAMES
+from pdspec.study.handoff_controls import CONTROLLED, control
+from pdspec.study.handoff_proposals import local, one_process, proposals, served
+from pdspec.study.handoff_state import FAMILIES as STATES
 from pdspec.study.handoff_state import draft_state
-from pdspec.study.pair import CONCURRENT, Traced
+from pdspec.study.heads import with_random_heads, worker_config
+from pdspec.study.pair import Traced
 from pdspec.study.parity import requests_for
 from pdspec.study.stack import Stack
-from pdspec.types import DraftTrace, GenerateRequest, UserRequest
+from pdspec.study.ways import REMEMBERING
+from pdspec.types import GenerateRequest
 
 Progress = Callable[[str], object]
 DTYPE_OF = {"proposals": "float32", "draft_state": "float32", "controls": "float32", "acceptance": "bfloat16"}
 PARTS = tuple(DTYPE_OF)
-TREES = ("chain(3)", "dynamic(4,4,8)")
 ALONE = {"survival": "fixed", "budget": "fixed"}  # proposals are a function of the request, whatever was served before
-CHUNKS = {"chunked": 24, "unchunked": 2048}
+DRAFTERS = ("eagle3",)
+# What each part can be about: a proposal needs a drafter, a recompute other code, a control something to know by heart,
+# and what is drafted must not depend on what was answered before.
+SUBJECTS = {
+    "proposals": NAMES[1:], "draft_state": STATES, "controls": CONTROLLED,
+    "acceptance": tuple(name for name in NAMES[1:] if name not in REMEMBERING),
+}
 STATE_PROMPTS = 2  # of ``draft_state``
 TOKENS = 20_000  # of ``acceptance``
 TEMPERATURES = (0.6, 0.8, 1.0)  # of prompts that are asked again
@@ -54,16 +62,18 @@ class Asked:
     tokens: int = TOKENS
 
     def requests(self, config: WorkerConfig) -> list[GenerateRequest]:
-        """Each prompt greedy and sampled, traced, for the learned drafter."""
+        """Each prompt greedy and sampled, traced."""
         found = requests_for(config, self.prompts, self.num_prompts, self.max_tokens)
-        return [replace(request, drafter="eagle3", trace=True) for request in found]
+        return [replace(request, trace=True) for request in found]
 
 
 def run(
     *, worker: dict[str, Any], asked: Asked, progress: Progress, parts: Sequence[str] = (),
+    drafters: Sequence[str] = DRAFTERS,
 ) -> dict[str, Any]:  # fmt: skip
-    """``ok`` when every part holds. ``parts``: those of PARTS to run; none named: all of the dtype given, or all.
-    Raises ConfigError for a part that does not exist, or that another dtype than the one given belongs to."""
+    """``ok`` when every part holds for ``drafters``; families without a head draft with a random one
+    (``random_heads``). ``parts``: those of PARTS to run; none named: all of the dtype given, or all. Raises ConfigError
+    for a part that does not exist, or that another dtype than the one given belongs to."""
     dtype = worker.get("dtype")
     chosen = parts or [name for name in PARTS if dtype in (None, DTYPE_OF[name])]
     for name in chosen:
@@ -74,81 +84,50 @@ def run(
                 f"part {name} is about {DTYPE_OF[name]}, not {dtype}", field="parts", remedy="leave --dtype out"
             )
     result: dict[str, dict[str, Any]] = {}
+    random_heads: tuple[str, ...] = ()
     for name in chosen:
+        about = [one for one in drafters if one in SUBJECTS[name]]
+        if not about and not parts:
+            continue
+        if not about:
+            raise ConfigError(f"part {name} says nothing about {', '.join(drafters)}", field="parts",
+                              remedy="name some of " + ", ".join(SUBJECTS[name]) + " in drafters")
         progress(f"{name}:")
-        config = WorkerConfig.from_mapping({**worker, **ALONE, "dtype": DTYPE_OF[name]})
+        asked_for = {**worker, **ALONE, "dtype": DTYPE_OF[name]}
+        config, random_heads = with_random_heads(worker_config(asked_for, drafters))
         match name:
             case "proposals":
-                result[name] = _proposals(config, asked.requests(config), progress)
+                result[name] = proposals(config, about, asked.requests(config), progress)
             case "draft_state":
-                result[name] = draft_state(config, asked.requests(config)[: 2 * STATE_PROMPTS : 2], progress)
+                requests = asked.requests(config)[: 2 * STATE_PROMPTS : 2]
+                result[name] = _each({
+                    one: draft_state(config, requests, progress, drafter=one, accepting=one not in random_heads)
+                    for one in about
+                })
             case "controls":
-                result[name] = controls(config, progress)
+                result[name] = _each({one: control(config, one, progress) for one in about})
             case "acceptance":
-                result[name] = _acceptance(config, asked, progress)
-    return {"ok": all(part["ok"] for part in result.values()), **result}
+                result[name] = _each({one: _acceptance(config, one, asked, progress) for one in about})
+    return {"ok": all(part["ok"] for part in result.values()), "drafters": list(drafters),
+            "random_heads": list(random_heads), **result}  # fmt: skip
 
 
-def _local(config: WorkerConfig, requests: Sequence[GenerateRequest]) -> list[Traced]:
-    """The reference: the same requests in this process, ``CONCURRENT`` at a time."""
-    generator = LocalGenerator(config)
-    tokens: list[list[int]] = [[] for _ in requests]
-    traces: list[list[DraftTrace]] = [[] for _ in requests]
-    try:
-        for start in range(0, len(requests), CONCURRENT):
-            for index, chunk in generator.generate_batch(requests[start : start + CONCURRENT]):
-                tokens[start + index] += chunk.token_ids
-                traces[start + index] += [chunk.trace] if chunk.trace else []
-    finally:
-        generator.resources.close()
-    return [Traced(tokens=tuple(t), traces=tuple(d)) for t, d in zip(tokens, traces, strict=True)]
+def _each(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A part's report over families: the first one's figures, as where it is alone, and all in ``families``."""
+    first = next(iter(found.values()))
+    return {**first, "ok": all(one["ok"] for one in found.values()), "families": found}
 
 
-def _served(endpoint: str, requests: Sequence[GenerateRequest], handoff: str) -> list[Traced]:
-    def ask(request: GenerateRequest) -> Traced:
-        user = UserRequest(
-            prompt_ids=request.prompt_ids, sampling=request.sampling, drafter=request.drafter, tree=request.tree,
-            draft_prefill=request.draft_prefill, handoff=handoff, trace=True,
-        )  # fmt: skip
-        with RouterClient(endpoint) as client:
-            chunks = [piece.chunk for piece in client.stream(user)]
-        return Traced(
-            tokens=tuple(token for chunk in chunks for token in chunk.token_ids),
-            traces=tuple(chunk.trace for chunk in chunks if chunk.trace),
-        )
-
-    with ThreadPoolExecutor(CONCURRENT) as pool:
-        return list(pool.map(ask, requests))
-
-
-def _proposals(config: WorkerConfig, base: Sequence[GenerateRequest], progress: Progress) -> dict[str, Any]:
-    wanted = {tree: _local(config, [replace(r, tree=tree) for r in base]) for tree in TREES}
-    cases = verifications = 0
-    different: list[str] = []
-    for name, chunk in CHUNKS.items():
-        with Stack(config, prefill_changes={"chunk": chunk}) as stack:
-            for handoff in ("direct", "relay"):
-                for mode in ("prefill", "decode"):
-                    for tree in TREES:
-                        requests = [replace(r, tree=tree, draft_prefill=mode) for r in base]
-                        answers = _served(stack.endpoint, requests, handoff)
-                        bad = [r.request_id for r, a, b in zip(requests, answers, wanted[tree], strict=True) if a != b]
-                        cases, verifications = cases + len(answers), verifications + sum(len(a.traces) for a in answers)
-                        label = f"{name} {handoff} draft_prefill={mode} {tree}"
-                        different += [f"{label}: {one}" for one in bad]
-                        progress(f"  {label}: {len(bad)} of {len(answers)} differ")
-    return {"ok": not different, "cases": cases, "verifications": verifications, "different": different[:20]}
-
-
-def _acceptance(config: WorkerConfig, asked: Asked, progress: Progress) -> dict[str, Any]:
-    base, requests, alone = asked.requests(config), list[GenerateRequest](), list[Traced]()
-    turn = 0
-    while sum(len(answer.tokens) for answer in alone) < asked.tokens:  # every turn writes a token per request at least
-        more = base if turn == 0 else [_again(request, turn) for request in base]
-        requests, alone, turn = [*requests, *more], [*alone, *_local(config, more)], turn + 1
-        progress(f"  {sum(len(answer.tokens) for answer in alone)} tokens in one process")
+def _acceptance(config: WorkerConfig, drafter: str, asked: Asked, progress: Progress) -> dict[str, Any]:
+    base = [replace(request, drafter=drafter) for request in asked.requests(config)]
+    requests, alone, turn = list[GenerateRequest](), list[Traced](), 0
+    with one_process(config) as generator:
+        while sum(len(answer.tokens) for answer in alone) < asked.tokens:  # each turn writes a token a request at least
+            more = base if turn == 0 else [_again(request, turn) for request in base]
+            requests, alone, turn = [*requests, *more], [*alone, *local(generator, more)], turn + 1
+            progress(f"  {sum(len(answer.tokens) for answer in alone)} tokens in one process")
     with Stack(config) as stack:
-        behind = _served(stack.endpoint, requests, "direct")
+        behind = served(stack.endpoint, requests, "direct")
     lengths = [_length(answers) for answers in (behind, alone)]
     first = [[a.traces[0].accepted for a in answers if a.traces] for answers in (behind, alone)]
     means = [statistics.fmean(values) if values else 0.0 for values in first]

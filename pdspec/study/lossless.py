@@ -19,7 +19,8 @@ from pdspec.engine.local import LocalGenerator
 from pdspec.errors import ConfigError
 from pdspec.spec.registry import NAMES
 from pdspec.study import lossless_paths as paths
-from pdspec.study.lossless_answers import answers, joints, with_heads
+from pdspec.study.heads import with_random_heads, worker_config
+from pdspec.study.lossless_answers import answers, joints
 from pdspec.study.lossless_joint import joint
 from pdspec.study.lossless_law import PLAIN, PROCESSED, PROMPT, law_case
 from pdspec.study.toy import toy_config, write_toys
@@ -71,7 +72,7 @@ def run(
         with tempfile.TemporaryDirectory() as folder:
             found.update(on_toy(Path(folder), wanted, sizes, drafters, progress))
     if "answers" in wanted:
-        found.update(_on_model(WorkerConfig.from_mapping(worker), sizes, prompts, progress))
+        found.update(_on_model(worker_config(worker, NAMES), sizes, prompts, progress))
     return _summed(found, drafters)
 
 
@@ -145,10 +146,11 @@ def _paths(local: LocalGenerator, sizes: Sizes, drafters: Sequence[str]) -> dict
 
 def _on_model(config: WorkerConfig, sizes: Sizes, prompts: str | None, progress: Progress) -> dict[str, Any]:
     progress(f"answers of {config.model} …")
-    local = LocalGenerator(with_heads(config))
+    config, random_heads = with_random_heads(config)
+    local = LocalGenerator(config)
     try:
         found = {"answers": answers(local, num_prompts=sizes.num_prompts, max_tokens=sizes.max_tokens, prompts=prompts,
-                                    progress=progress)}
+                                    progress=progress) | {"random_heads": list(random_heads)}}
         if sizes.joint_seeds:
             progress(f"joint, {config.model} …")
             found["joint.model"] = joints(local, prompts=prompts, seeds=sizes.joint_seeds, progress=progress)

@@ -6,27 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from pdspec.config import WorkerConfig
 from pdspec.engine.local import LocalGenerator
-from pdspec.errors import ConfigError
-from pdspec.spec.registry import NAMES, family
+from pdspec.spec.registry import NAMES
 from pdspec.study.audit import Audit, tolerance
 from pdspec.study.lossless_joint import joint
-from pdspec.study.parity import CONCURRENT, audited, reference, requests_for
+from pdspec.study.parity import CONCURRENT, audited, reference, requests_for, trees_of
 from pdspec.types import SamplingParams
 
 JOINT = SamplingParams(temperature=0.8, top_k=20)
-
-
-def with_heads(config: WorkerConfig) -> WorkerConfig:
-    """The same worker with every family: one that has no head for this model drafts with a random one."""
-    names = tuple(name for name in NAMES if name != "none")
-    shipped = config.replace(drafters=("none", *names), drafter="none")
-    heads = dict(config.heads)
-    for name in names:
-        if name not in heads and not _has_head(shipped, name):
-            heads[name] = "random:7"
-    return shipped.replace(heads=heads)
 
 
 def answers(
@@ -42,7 +29,7 @@ def answers(
     for name in NAMES:
         if name == "none":
             continue
-        for tree in _trees(name):
+        for tree in trees_of(resources.drafters[name]):
             wrong = 0
             asked = [replace(request, drafter=name, tree=tree) for request in requests]
             for start in range(0, len(asked), CONCURRENT):
@@ -74,27 +61,3 @@ def joints(
         for way in ("coupled", "rejection")
     ]  # fmt: skip
     return {"ok": all(part["ok"] for part in parts), "parts": parts}
-
-
-def _trees(name: str) -> list[str]:
-    """The default tree, and one of every other kind."""
-    described = family(name).DESCRIPTION
-    others = {"chain": "chain(2)", "static": "static(2x2)", "dynamic": "dynamic(2,3,6)"}
-    default = described.default_tree
-    return [default, *(others[kind] for kind in described.trees if not default.startswith(kind))]
-
-
-def _has_head(config: WorkerConfig, name: str) -> bool:
-    from pdspec.model.loader import resolve
-    from pdspec.spec.family import Setting
-
-    files = resolve(config.model, config.cache_dir or None)
-    setting = Setting(target=files, dtype=config.dtype, heads=config.heads, cache_dir=config.cache_dir,
-                      options=config.options)
-    try:
-        family(name).groups(setting)
-    except ConfigError as error:
-        if not (error.field or "").startswith("heads."):
-            raise
-        return False
-    return True

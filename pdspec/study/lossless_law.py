@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from pdspec.engine.decode import DecodeSequence
 from pdspec.engine.local import LocalGenerator
+from pdspec.engine.sequence import DecodeSequence
 from pdspec.errors import PdspecError
 from pdspec.sampling import History, Support, support
 from pdspec.spec.protocol import Draft

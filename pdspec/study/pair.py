@@ -10,9 +10,9 @@ processes are saved, so that their engines can be watched, or broken on purpose.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -22,7 +22,7 @@ import decode_worker.service
 import prefill_worker.service
 from pdspec.config import WorkerConfig
 from pdspec.engine.serving import RunningWorker
-from pdspec.types import DraftTrace, GenerateRequest, Route, TokenChunk
+from pdspec.types import DraftTrace, GenerateRequest, GenerationStats, Route, TokenChunk
 from pdspec.wire import pdspec_pb2_grpc as rpc
 from pdspec.wire.channels import USER_MESSAGE_BYTES, size_options
 from pdspec.wire.codec import chunk_from_pb, decode_request_to_pb
@@ -35,10 +35,12 @@ _TIMEOUT_S = 900.0  # of one answer: prompts of others stand before it
 
 @dataclass(frozen=True, kw_only=True)
 class Traced:
-    """An answer with the draft of each verification."""
+    """An answer with the draft of each verification. ``stats``, which no two runs share, do not count in a
+    comparison."""
 
     tokens: tuple[int, ...]
     traces: tuple[DraftTrace, ...]
+    stats: GenerationStats | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, chunks: Sequence[TokenChunk]) -> Traced:
@@ -46,7 +48,16 @@ class Traced:
         return cls(
             tokens=tuple(token for chunk in chunks for token in chunk.token_ids),
             traces=tuple(chunk.trace for chunk in chunks if chunk.trace),
+            stats=next((chunk.stats for chunk in reversed(chunks) if chunk.stats), None),
         )
+
+    @classmethod
+    def batch(cls, chunks: Iterable[tuple[int, TokenChunk]], count: int) -> list[Traced]:
+        """Of ``count`` answers that are written together: (index, chunk), each answer's in order."""
+        own: list[list[TokenChunk]] = [[] for _ in range(count)]
+        for index, chunk in chunks:
+            own[index].append(chunk)
+        return [cls.of(one) for one in own]
 
 
 class Pair:

@@ -16,36 +16,43 @@ import torch
 from pdspec.client import RouterClient
 from pdspec.config import DTYPES, WorkerConfig
 from pdspec.engine.local import LocalGenerator
+from pdspec.errors import InvalidRequest
 from pdspec.model.reference import reference_model
 from pdspec.model.tokenizer import load_tokenizer
+from pdspec.spec.protocol import Drafter
+from pdspec.spec.registry import family
 from pdspec.study.audit import CAPS, Audit, forced_logits, judge, tolerance, transformers_logits
+from pdspec.study.heads import with_random_heads, worker_config
 from pdspec.study.prompts import study_prompts
 from pdspec.study.stack import Stack
 from pdspec.telemetry import usable_cores
 from pdspec.types import GenerateRequest, SamplingParams, UserRequest
 
 Progress = Callable[[str], object]
-CASES = (
-    ("none", ""), ("ngram", "chain(7)"), ("suffix", "dynamic(8,4,8)"), ("eagle3", "chain(3)"),
-    ("eagle3", "dynamic(4,4,8)"),
-)  # fmt: skip
+# Of each kind the first that a family can draft: heads and modules may be fewer than a tree is deep.
+TREES = {
+    "chain": ("chain(3)", "chain(2)", "chain(1)"), "static": ("static(2x2)", "static(4)"),
+    "dynamic": ("dynamic(4,4,8)", "dynamic(2,3,6)", "dynamic(1,4,4)"),
+}  # fmt: skip
 HANDOFFS = ("direct", "relay")
 CONCURRENT = 8
 
 
 def run(
-    *, worker: dict[str, Any], prompts: str | None, num_prompts: int, max_tokens: int, transformers: bool,
-    progress: Progress,
+    *, worker: dict[str, Any], drafters: Sequence[str], prompts: str | None, num_prompts: int, max_tokens: int,
+    transformers: bool, progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
-    """Both dtypes unless one is given. ``ok``: no mismatch in exact numerics, nothing unaudited anywhere."""
+    """Both dtypes unless one is given. ``ok``: no mismatch in exact numerics, nothing unaudited anywhere. Families
+    without a head draft with a random one (``random_heads``): their tokens are right or wrong all the same."""
     dtypes = (worker["dtype"],) if "dtype" in worker else DTYPES[::-1]
     parts = {}
     for dtype in dtypes:
-        config = WorkerConfig.from_mapping({**worker, "dtype": dtype})
+        config, random_heads = with_random_heads(worker_config({**worker, "dtype": dtype}, drafters))
         progress(f"{dtype}:")
-        parts[dtype] = _one(config, prompts, num_prompts, max_tokens, transformers, progress)
+        parts[dtype] = _one(config, drafters, prompts, num_prompts, max_tokens, transformers, progress)
     totals = {key: sum(part[key] for part in parts.values()) for key in ("cases", "mismatched", "ties", "unaudited")}
-    return {"ok": all(part["ok"] for part in parts.values()), **totals, "tokens": max_tokens, "dtypes": parts}
+    return {"ok": all(part["ok"] for part in parts.values()), **totals, "tokens": max_tokens, "dtypes": parts,
+            "drafters": list(drafters), "random_heads": list(random_heads)}
 
 
 def requests_for(config: WorkerConfig, prompts: str | None, num_prompts: int, max_tokens: int) -> list[GenerateRequest]:
@@ -94,8 +101,30 @@ def served(
     return [answers[index % CONCURRENT][index // CONCURRENT] for index in range(len(requests))]
 
 
+def trees_of(drafter: Drafter) -> list[str]:
+    """The default tree and one of every other kind that the family drafts; an empty one where it drafts nothing."""
+    kinds, found = family(drafter.name).DESCRIPTION.trees, [drafter.default_tree]
+    for kind in (one for one in kinds if not drafter.default_tree.startswith(one)):
+        found.append(first_drafted(drafter, TREES[kind]))
+    return found
+
+
+def first_drafted(drafter: Drafter, trees: Sequence[str]) -> str:
+    """The first of ``trees`` that a drafter can draft. Raises StopIteration where there is none."""
+    return next(tree for tree in trees if _drafts(drafter, tree))
+
+
+def _drafts(drafter: Drafter, tree: str) -> bool:
+    try:
+        drafter.depth(tree)
+    except InvalidRequest:
+        return False
+    return True
+
+
 def _one(
-    config: WorkerConfig, prompts: str | None, num_prompts: int, max_tokens: int, transformers: bool, progress: Progress
+    config: WorkerConfig, drafters: Sequence[str], prompts: str | None, num_prompts: int, max_tokens: int,
+    transformers: bool, progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     requests = requests_for(config, prompts, num_prompts, max_tokens)
     local = LocalGenerator(config)
@@ -105,8 +134,9 @@ def _one(
         progress(f"  plain decoding in one process: {sum(map(len, expected))} tokens")
         tau = tolerance(local.resources, requests[0].prompt_ids, expected[0])
         found, mismatched, cases = Audit(), 0, 0
+        asked = [(name, tree) for name in drafters for tree in trees_of(local.resources.drafters[name])]
         with Stack(config) as stack:
-            for drafter, tree in CASES:
+            for drafter, tree in asked:
                 for handoff in HANDOFFS:
                     answers = served(stack.endpoint, requests, drafter=drafter, tree=tree, handoff=handoff)
                     different = [i for i, answer in enumerate(answers) if answer != expected[i]]

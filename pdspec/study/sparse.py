@@ -15,9 +15,10 @@ from typing import Any
 
 from pdspec.cache.pool import pages_for
 from pdspec.config import WorkerConfig
-from pdspec.engine.decode import DecodeEngine, DecodeSequence
+from pdspec.engine.decode import DecodeEngine
 from pdspec.engine.local import Kept, LocalGenerator, new_context
 from pdspec.engine.prefill import PrefillSequence, prompt_history
+from pdspec.engine.sequence import DecodeSequence
 from pdspec.errors import PdspecError
 from pdspec.study.machine import read_bandwidth, weight_bytes
 from pdspec.study.ways import Progress, prompt_ids

@@ -28,6 +28,7 @@ Prompts = Sequence[tuple[int, ...]]
 # By their number of nodes: of eight, those that a head is likeliest to have right whose first four children are right
 # in 40, 14, 7 and 4 of 100 cases (SmolLM2-135M's shipped EAGLE-3 head, greedy).
 STATIC_SHAPES = {4: "static(2x1)", 8: "static(0 1 2 3 0.0 0.1 1.0 0.0.0)"}
+REMEMBERING = ("suffix", "combined")  # draft from earlier answers, too: an answer given before helps
 _BYTES = ("kv_bytes", "draft_kv_bytes", "hidden_bytes")
 _SETTLE_S = 1.2  # two heartbeats of a router
 
@@ -74,6 +75,16 @@ class Served:
         """Output tokens per verification; the first token of an answer comes from prefill."""
         tokens = sum(len(answer) - 1 for answer in self.answers)
         return tokens / max(1, sum(stats.verifications for stats in self.stats))
+
+    def rates(self) -> dict[str, Any]:
+        """Acceptance, milliseconds of drafting and verifying per verification, tokens per second."""
+        verifications = max(1, sum(stats.verifications for stats in self.stats))
+        return {
+            "acceptance_length": self.acceptance_length, "acceptance_per_position": self.positions(),
+            "draft_ms": 1e3 * self.clocks["draft"] / verifications,
+            "verify_ms": 1e3 * (self.clocks["forward"] + self.clocks["verify"]) / verifications,
+            "tokens_per_second": sum(len(answer) - 1 for answer in self.answers) / self.decode_seconds,
+        }  # fmt: skip
 
     def positions(self) -> list[float]:
         """Acceptance at each depth, of the verifications that reached it."""
@@ -156,16 +167,11 @@ def _settled(clocks: Callable[[], dict[str, float]]) -> dict[str, float]:
 
 
 def row(way: Way, behind: Served, alone: Served) -> dict[str, Any]:
-    """What a table shows of a way: rates behind the handoff, the acceptance length of both."""
+    """What a table shows of a way: rates and acceptance behind the handoff, and, ``local_``, in one process."""
     verifications = max(1, sum(stats.verifications for stats in behind.stats))
-    tokens = sum(len(answer) - 1 for answer in behind.answers)
     return {
         "drafter": way.drafter, "tree": way.tree, "temperature": way.temperature, "verify": way.verify,
-        "acceptance_length": behind.acceptance_length, "local_acceptance_length": alone.acceptance_length,
-        "acceptance_per_position": behind.positions(),
-        "draft_ms": 1e3 * behind.clocks["draft"] / verifications,
-        "verify_ms": 1e3 * (behind.clocks["forward"] + behind.clocks["verify"]) / verifications,
-        "tokens_per_second": tokens / behind.decode_seconds,
+        **behind.rates(), **{f"local_{name}": value for name, value in alone.rates().items()},
         "drafted_per_verification": sum(stats.drafted_tokens for stats in behind.stats) / verifications,
         "repeated_8gram_share": repeated_share(behind.answers),
         **{name: sum(getattr(stats, name) for stats in behind.stats) for name in _BYTES},

@@ -52,8 +52,8 @@ class Packed:
         return torch.cat([example.hidden[: len(example.tokens) - 2, -1] for example in examples])
 
     def ids_after(self, rows: torch.Tensor, step: int) -> torch.Tensor:
-        """t_{i+1+step} of flat rows."""
-        return self._tokens[self._token_row[rows] + 1 + step]
+        """t_{i+1+step} of flat rows; any token where there is none."""
+        return self._tokens[(self._token_row[rows] + 1 + step).clamp(max=len(self._tokens) - 1)]
 
     def alive(self, step: int) -> torch.Tensor:
         """Indices into ``query`` of rows that still have a token to predict in ``step``."""

@@ -54,7 +54,8 @@ def score(
     teacher_p: torch.Tensor, draft_ids: torch.Tensor, rank: int, objective: str,
 ) -> StepScores:  # fmt: skip
     """``y`` [M, H] of flat ``rows`` [M] through ``output`` [draft vocabulary, H] against what the target says ``step``
-    tokens beyond each row's next but one. ``rank``: how many best draft ids to return per row; ``objective``: see ``divergence.py``."""
+    tokens beyond each row's next but one. ``rank``: how many best draft ids to return per row;
+    ``objective``: see ``divergence.py``."""
     where = packed.final_row[rows] + step  # the target row whose distribution is predicted
     best = draft_ids[packed.best[where].clamp(min=0)]
     counted = (packed.best[where] >= 0) & (best >= 0)

@@ -137,8 +137,9 @@ BUGS = (
             " [setattr(s.ctx, 'other_chooser', sequences[0].ctx.chooser) for s in sequences if changed]",
     ),
     Bug(
-        name="penalties computed once per batch", function=DecodeEngine.step, check="paths.batches",
-        old="found = self.judge(", new="sequence.history = sequences[0].history; found = self.judge(",
+        name="penalties computed once per batch", function=DecodeEngine.verdicts, check="paths.batches",
+        old="results.append(self.judge(",
+        new="sequence.history = sequences[0].history; results.append(self.judge(",
     ),
 )  # fmt: skip
 

@@ -64,18 +64,19 @@ def test_the_recompute_would_notice_a_row_shifted_by_one(roles, reference):
         roles.ask(request("eagle3", "chain(3)", n=20, sampling={"max_tokens": 8}))
     ((snapshot,),) = found.values()
     assert reference.compare(snapshot).largest <= BAR
-    row = len(snapshot.kv) // (len(snapshot.tokens) - 1)
+    (kv,) = snapshot.kv
+    row = len(kv) // (len(snapshot.tokens) - 1)
     ids = snapshot.first_ids
     for broken in (
-        dataclasses.replace(snapshot, kv=snapshot.kv[row:] + snapshot.kv[:row]),
-        dataclasses.replace(snapshot, kv=b"\xff" * len(snapshot.kv)),  # NaN
+        dataclasses.replace(snapshot, kv=(kv[row:] + kv[:row],)),
+        dataclasses.replace(snapshot, kv=(b"\xff" * len(kv),)),  # NaN
         dataclasses.replace(snapshot, tokens=(*snapshot.tokens[:-1], (snapshot.tokens[-1] + 1) % 256)),
         dataclasses.replace(snapshot, logits=snapshot.logits.roll(1)),
         dataclasses.replace(snapshot, first_ids=(ids[1], ids[0], *ids[2:])),
     ):
         assert not reference.compare(broken).largest <= BAR
     with pytest.raises(ValueError, match="are due"):
-        reference.compare(dataclasses.replace(snapshot, kv=snapshot.kv[row:]))
+        reference.compare(dataclasses.replace(snapshot, kv=(kv[row:],)))
 
 
 def test_the_part_of_the_command_and_what_fails_it():

@@ -13,7 +13,8 @@ import pytest
 from pdspec.config import WorkerConfig
 from pdspec.errors import ConfigError
 from pdspec.study import handoff_check
-from pdspec.study.breakages import BREAKAGES, DRAFTER, broken
+from pdspec.study.breakages import APPLY, BREAKAGES, DRAFTER, broken
+from pdspec.study.full_acceptance import KNOWS, full_acceptance
 from pdspec.study.handoff_controls import BROKEN, DEPTH, HEALTHY, Accepted, controls, count, cut, judge
 from pdspec.study.memorised import Memorised, memorise
 from pdspec.study.pair import Pair
@@ -23,6 +24,7 @@ CONFIG = WorkerConfig(
     **{**TINY, "dtype": "float32", "heads": {}, "poison": False, "chunk": 2048, "drafters": ("none", DRAFTER)}
 )
 CUTS = 12
+TINY_WORKER = {"model": "tiny", "threads": 1}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,7 @@ def test_the_verdict_fails_for_each_thing_that_must_not_be():
 
 
 def test_a_breakage_that_breaks_nothing_would_be_missed(pair, known, monkeypatch):
-    monkeypatch.setitem(BREAKAGES, "position +1", lambda resources: lambda: None)
+    monkeypatch.setitem(BREAKAGES, "position +1", lambda resources, name: lambda: None)
     with broken(pair, "position +1"):
         same = measure(pair, known[0])
     assert same.acceptance >= BROKEN
@@ -95,6 +97,24 @@ def test_parts_are_chosen_by_name():
         handoff_check.run(worker={}, asked=asked, progress=print, parts=["control"])
     with pytest.raises(ConfigError, match="is about bfloat16"):
         handoff_check.run(worker={"dtype": "float32"}, asked=asked, progress=print, parts=["acceptance"])
+
+
+def test_parts_that_say_nothing_about_a_family_are_refused_where_named():
+    asked = handoff_check.Asked(prompts=None, num_prompts=1, max_tokens=4)
+    for part in ("draft_state", "controls"):
+        with pytest.raises(ConfigError, match=f"part {part} says nothing about ngram"):
+            handoff_check.run(worker=TINY_WORKER, asked=asked, progress=print, parts=[part], drafters=["ngram"])
+
+
+@pytest.mark.parametrize("drafter", KNOWS)
+def test_who_has_the_target_s_scores_is_accepted_whole_greedy_and_sampled(drafter):
+    result = full_acceptance(CONFIG, drafter, lambda text: None)
+    assert result["ok"] and result["acceptance"] == {"0": 1.0, "1": 1.0} and result["answers"] == 16
+
+
+def test_heads_of_medusa_are_accepted_and_their_breakages_seen():
+    result = controls(CONFIG, lambda text: None, "medusa", cuts=CUTS)
+    assert result["ok"] and set(result["breakages"]) == set(APPLY["medusa"])
 
 
 def test_acceptance_asks_again_until_there_are_tokens_enough():

@@ -5,88 +5,22 @@ hidden states by transformers. Both workers poison what they erase."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import pytest
-import torch
 
-from pdspec.model.files import resolve
-from pdspec.model.loader import load_weights
-from pdspec.model.reference import reference_model
-from pdspec.spec.mtp.checkpoint import random_head
-from pdspec.spec.mtp.config import MtpConfig
-from pdspec.study.mtp_reference import PaperMtp
-from tests.parity.roles import Roles, request, running
-
-VERIFICATIONS, BAR = 20, 1e-4
-SEED = 7
-
-
-class Reference:
-    """The modules of ``random:SEED``, and the target, by other code."""
-
-    def __init__(self, modules: int, *, shift: int = 0) -> None:
-        files = resolve("tiny")
-        weights = load_weights(files, "float32")
-        head = random_head(MtpConfig.for_target(files.config, files.config.vocab_size // 2, modules), SEED)
-        self.paper = PaperMtp(head, weights["model.embed_tokens.weight"], weights["lm_head.weight"], shift=shift)
-        self.target = reference_model(files, "float32").double()
-
-    @torch.inference_mode()
-    def difference(self, snapshot: dict[str, Any]) -> float:
-        tokens = list(snapshot["tokens"])
-        final = self.target(torch.tensor([tokens[:-1]]), output_hidden_states=True).hidden_states[-1][0]
-        apart = []
-        for wanted, found in zip(self.paper.committed(tokens, final), snapshot["kv"], strict=True):
-            got = torch.frombuffer(bytearray(found), dtype=torch.float32) if found else torch.empty(0)
-            assert got.numel() == wanted.numel()
-            apart += [(got.view(wanted.shape).double() - wanted).abs().max()] if found else []
-        logits = self.paper.logits(tokens, final, ())
-        if snapshot["logits"] is not None:
-            apart.append((snapshot["logits"].double() - logits).abs().max())
-        if snapshot["first"] is not None:
-            chosen = logits[[self.paper.target_ids.tolist().index(token) for token in snapshot["first"]]]
-            apart.append((chosen - logits.topk(len(chosen)).values).abs().max())
-        largest = torch.stack(apart).max()
-        return float("inf") if largest.isnan() else float(largest)
-
-
-@contextmanager
-def watching(roles: Roles) -> Iterator[dict[str, list[dict[str, Any]]]]:
-    """What each sequence had before its steps on the decode worker, by request id."""
-    host, found = roles.decode.engine.host, dict[str, list[dict[str, Any]]]()
-    real = host.decode.step
-
-    def step(sequences):
-        for sequence in sequences:
-            ctx, drafter, cache = sequence.ctx, sequence.drafter, host.resources.cache
-            rows, feature, first = drafter.rows_at(ctx.root_position), ctx.state.feature, ctx.state.candidates
-            kv = [cache.read_rows(name, 0, list(ctx.pages), 0, count) for name, count in rows.items()]
-            with torch.inference_mode():
-                known = not feature[:, 0].isnan().any()  # of one module nothing but the first tokens is shipped
-                logits = drafter.model.logits(feature)[0].clone() if known else None
-            assert known or first is not None
-            found.setdefault(ctx.request_id, []).append({
-                "tokens": tuple(ctx.token_ids), "kv": kv, "logits": logits,
-                "first": None if first is None else first.token_ids.tolist(),
-            })  # fmt: skip
-        return real(sequences)
-
-    roles.decode.engine.post(lambda: setattr(host.decode, "step", step)).result()
-    try:
-        yield found
-    finally:
-        roles.decode.engine.post(lambda: delattr(host.decode, "step")).result()
+from pdspec.config import WorkerConfig
+from pdspec.study.handoff_state import BAR, VERIFICATIONS, Reference, watching
+from tests.parity.roles import TINY, request, running
 
 
 @pytest.mark.parametrize("modules", [1, 2, 3])
 def test_every_module_s_kv_and_next_logits_equal_a_recompute_after_every_verification(modules):
     trees = ("chain({})", "dynamic({},3,6)", "static({})")
     changes = {"prefill": {"chunk": 7, "page_size": 4}, "decode": {"page_size": 16}, "drafters": ("none", "mtp")}
-    common = {"heads": {"mtp": f"random:{SEED}"}, "options": {"mtp:modules": str(modules)}, "drafter": "mtp"}
-    reference, unshifted = Reference(modules), Reference(modules, shift=1)
+    common = {"heads": {"mtp": "random:7"}, "options": {"mtp:modules": str(modules)}, "drafter": "mtp"}
+    config = WorkerConfig(**{**TINY, **common, "drafters": ("none", "mtp"), "dtype": "float32"})
+    reference, unshifted = Reference(config, "mtp"), Reference(config, "mtp")
+    unshifted.paper.shift = 1  # type: ignore[union-attr]
     with running(dtype="float32", **changes, **common) as roles:
         for mode in ("prefill", "decode", "alone"):
             asked = [
@@ -98,16 +32,16 @@ def test_every_module_s_kv_and_next_logits_equal_a_recompute_after_every_verific
                 for tree, n in zip(trees, (29, 1, 50), strict=True)
             ]
             route = roles.route() if mode != "alone" else dataclasses.replace(roles.route(), prefill=())
-            with watching(roles) as found:
+            with watching(roles.decode, VERIFICATIONS + 1) as found:
                 answers = roles.ask(*asked, route=route)
             for one, answer in zip(asked, answers, strict=True):
                 assert answer.stats.draft_rebuilds == 0
-                snapshots = found[one.request_id][: VERIFICATIONS + 1]
+                snapshots = found[one.request_id]
                 assert len(snapshots) == VERIFICATIONS + 1
-                assert snapshots[0]["tokens"] == (*one.prompt_ids, answer.tokens[0])
+                assert snapshots[0].tokens == (*one.prompt_ids, answer.tokens[0])
                 for snapshot in snapshots:
-                    assert reference.difference(snapshot) <= BAR
-                assert unshifted.difference(snapshots[0]) > BAR and unshifted.difference(snapshots[-1]) > BAR
+                    assert reference.compare(snapshot).largest <= BAR
+                assert all(unshifted.compare(snapshots[i]).largest > BAR for i in (0, -1))
 
 
 @pytest.mark.parametrize("mode", ["prefill", "decode"])

@@ -7,9 +7,11 @@ import pytest
 
 from pdspec.engine.speculation import observing
 from pdspec.engine.steptimes import DraftTimes, VerifyTimes
+from pdspec.errors import ConfigError, InvalidRequest
+from pdspec.spec.registry import NAMES
 from pdspec.spec.tree import parse_tree
 from pdspec.study.bench_budget import Step, Table, run
-from pdspec.study.bench_decode import Setting, _summary, settings_of
+from pdspec.study.bench_decode import Setting, _summary, _tried, settings_of
 from pdspec.study.repetition import repeated_share
 
 
@@ -23,7 +25,7 @@ def test_repeated_share_counts_tokens_inside_ngrams_seen_before_in_the_same_answ
 
 
 def test_every_setting_that_is_tried_stays_within_the_node_budget():
-    for name in ("none", "ngram", "suffix", "eagle3"):
+    for name in NAMES:
         for budget in (2, 5, 8):
             settings = settings_of(name, budget)
             assert settings and len(set(settings)) == len(settings)
@@ -71,3 +73,23 @@ def test_a_step_costs_its_forward_its_drafts_and_what_caught_up():
     both = Step(rows=3, kv_tokens=9, drafted={"ngram": (2, 1)}, behind={"ngram": 1})
     assert table.seconds(plain, "") == 1.0
     assert table.seconds(both, "chain(2)") == pytest.approx(2.0 + 0.5 + 0.25 + 0.25, abs=0.01)
+
+
+class Modules:
+    """A bench of a family that drafts ``depth`` tokens ahead."""
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+
+    def run(self, setting: Setting) -> dict[str, str]:
+        if setting.tree and parse_tree(setting.tree).depth > self.depth:
+            raise InvalidRequest(f"{setting.tree} is too deep", field="tree", remedy="")
+        return {"ran": str(setting)}
+
+
+def test_settings_that_a_head_cannot_draft_are_left_out_and_named():
+    tried, refused = _tried(Modules(2), ("none", "mtp"), 5)
+    assert [str(setting) for setting in tried] == ["none", "mtp chain(2)", "mtp dynamic(2,3,5)"]
+    assert set(refused) == {"mtp chain(3)", "mtp chain(5)", "mtp dynamic(3,4,5)", "mtp dynamic(4,4,5)"}
+    with pytest.raises(ConfigError, match="mtp drafts no tree of 5 nodes"):
+        _tried(Modules(1), ("none", "mtp"), 5)

@@ -200,3 +200,51 @@ def test_what_is_no_head_is_refused():
     for name in ("suffix", "none", "combined", "hydra"):
         with pytest.raises(ConfigError, match=r"combined:head.*eagle3"):
             LocalGenerator(WorkerConfig(**BASE, options={"combined:head": name}))
+
+
+@pytest.mark.parametrize("head", ["eagle1", "eagle2", "eagle3"])
+def test_a_head_that_keeps_its_drafts_rows_is_refused(head):
+    options = {"combined:head": head, f"{head}:stable_kv": "false"}
+    with pytest.raises(ConfigError, match=f"combined cannot use {head} with {head}:stable_kv=false") as raised:
+        LocalGenerator(WorkerConfig(**BASE, heads={"combined": "random:0"}, options=options))
+    assert raised.value.field == f"options.{head}:stable_kv"
+
+
+def loaded(heads: dict[str, str], **options: str):
+    names = ("none", "eagle1", "eagle2", "eagle3", "mtp", "medusa", "draft_model", "combined")
+    config = WorkerConfig(**{**BASE, "drafters": names}, heads=heads, options=options)
+    local = LocalGenerator(config)
+    local.resources.close()
+    return local.resources.drafters
+
+
+HEADS = {"eagle1": "random:1", "eagle3": "random:0", "mtp": "random:0", "medusa": "random:0", "draft_model": "random:0"}
+
+
+@pytest.mark.parametrize("head", ["eagle3", "eagle1", "mtp", "medusa", "draft_model"])
+def test_the_head_and_its_own_family_hold_the_weights_once(head):
+    drafters = loaded(HEADS, **{"combined:head": head})
+    ours, theirs = drafters["combined"].head, drafters[head]
+    assert ours is not theirs and ours.fingerprint() == theirs.fingerprint()
+    if head == "draft_model":
+        assert ours.runner is theirs.runner
+    elif head == "mtp":
+        assert ours.model.modules is theirs.model.modules
+    elif head == "eagle1":
+        assert ours.model._qkv is theirs.model._qkv and ours.model._pages.data_ptr() == theirs.model._pages.data_ptr()
+    else:
+        assert ours.model is theirs.model
+
+
+def test_eagle_2_shares_eagle_1_s_weights_over_pages_of_its_own():
+    drafters = loaded(HEADS)
+    one, two = drafters["eagle1"].model, drafters["eagle2"].model
+    assert one._qkv is two._qkv and one._lm_head is two._lm_head
+    assert one._pages.data_ptr() != two._pages.data_ptr()
+
+
+def test_other_heads_are_not_shared():
+    drafters = loaded({**HEADS, "eagle2": "random:5", "combined": "random:6"})
+    assert drafters["eagle2"].model._qkv is not drafters["eagle1"].model._qkv
+    assert drafters["combined"].head.model is not drafters["eagle3"].model
+    assert drafters["combined"].head.fingerprint() != drafters["eagle3"].fingerprint()

@@ -21,7 +21,8 @@ from decode_worker.scheduler import DecodeScheduler
 from pdspec.cache.paged import PagedCache
 from pdspec.cache.pool import PagePool, pages_for
 from pdspec.config import WorkerConfig
-from pdspec.engine.decode import DecodeEngine, DecodeSequence
+from pdspec.engine.decode import DecodeEngine
+from pdspec.engine.sequence import DecodeSequence
 from pdspec.model.batch import ForwardBatch, ForwardOutput
 from pdspec.sampling import History, choose
 from pdspec.spec.protocol import Draft, DraftContext, Verdict

@@ -15,6 +15,7 @@ from pdspec.train.config import TrainConfig
 from pdspec.train.data import generate, load_target
 from pdspec.train.examples import ExampleReader
 from pdspec.train.loop import train
+from pdspec.train.packing import Example, Packed
 from pdspec.train.plan import DataConfig
 from pdspec.train.recipe import RECIPES, recipe
 from pdspec.train.store import TokenStore
@@ -100,3 +101,12 @@ def test_scores_are_of_the_rows_and_tokens_that_they_name(store, family, tmp_pat
             best = trainer.draft_ids[example.best[rows + 1 + depth]]
             np.testing.assert_array_equal(step.hits.numpy(), (step.ranked[:, 0] == best).numpy())
             assert int(rows.max()) + 2 + depth == len(example.tokens) - 1
+
+
+def test_the_last_rows_of_the_last_sequence_may_ask_for_tokens_that_are_not_there():
+    """A third module in series does; nobody sees what it reads."""
+    example = Example(torch.arange(6), torch.arange(1, 7), torch.zeros(6, 2, 16), 3)
+    packed = Packed([example])
+    rows = torch.arange(4)
+    assert packed.ids_after(rows, 0).tolist() == [1, 2, 3, 4]
+    assert packed.ids_after(rows, 3).tolist() == [4, 5, 5, 5]

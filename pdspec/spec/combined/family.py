@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pdspec.errors import ConfigError
 from pdspec.spec import registry
 from pdspec.spec.family import Description, Family, Parts, Setting
+from pdspec.spec.options import flag
 from pdspec.types import CacheGroup
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def groups(setting: Setting) -> tuple[CacheGroup, ...]:
 
 
 def make(setting: Setting, parts: Parts) -> Drafter:
-    """A suffix drafter of its own beside a head of its own."""
+    """A suffix drafter of its own beside a head, whose weights it shares with the head's own family where both use the
+    same."""
     from pdspec.spec.combined.drafter import CombinedDrafter
     from pdspec.spec.suffix.drafter import SuffixDrafter
 
@@ -38,12 +40,19 @@ def make(setting: Setting, parts: Parts) -> Drafter:
 
 
 def _head(setting: Setting) -> tuple[Family, Setting]:
-    """The head's family and what it is to be made with. Raises ConfigError for a family that is no head."""
+    """The head's family and what it is to be made with. Raises ConfigError for a family that is no head, and for a head
+    that keeps rows of its own drafts: accepted tokens may be of a draft that it never made."""
     name = setting.option(DESCRIPTION, "head")
     if name not in registry.NAMES or name in _NO_HEADS:
         raise ConfigError(f"{name!r} is no head to combine suffix with", field="options.combined:head",
                           remedy="use one of " + ", ".join(one for one in registry.NAMES if one not in _NO_HEADS))
+    family = registry.family(name)
+    if "stable_kv" in family.DESCRIPTION.options and not flag(setting, family.DESCRIPTION, "stable_kv"):
+        raise ConfigError(
+            f"combined cannot use {name} with {name}:stable_kv=false: it rebuilds the rows of accepted tokens",
+            field=f"options.{name}:stable_kv", remedy="set it to true, or leave combined out",
+        )
     heads = dict(setting.heads)
     if own := heads.pop(DESCRIPTION.name, ""):
         heads[name] = own
-    return registry.family(name), replace(setting, heads=heads)
+    return family, replace(setting, heads=heads)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pdspec.spec.draft_model.config import GROUP, draft_config
+from pdspec.spec.draft_model.config import GROUP, draft_config, draft_name
 from pdspec.spec.family import Description, Parts, Setting
 from pdspec.types import CacheGroup
 
 if TYPE_CHECKING:
+    from pdspec.model.runner import Runner
+    from pdspec.spec.draft_model.checkpoint import DraftModel
     from pdspec.spec.protocol import Drafter
 
 _TREE, _TREE_GPU = "chain(4)", "dynamic(5,4,8)"
@@ -34,8 +36,11 @@ def make(setting: Setting, parts: Parts) -> Drafter:
     from pdspec.spec.draft_model.checkpoint import open_model
     from pdspec.spec.draft_model.drafter import ModelDrafter
 
-    model = open_model(setting)
-    runner = Runner(model.config, model.weights, ops=parts.ops, dtype=setting.dtype, group=GROUP)
+    def load() -> tuple[DraftModel, Runner]:
+        model = open_model(setting)
+        return model, Runner(model.config, model.weights, ops=parts.ops, dtype=setting.dtype, group=GROUP)
+
+    model, runner = parts.once(DESCRIPTION.name, draft_name(setting), load)
     tree = _TREE if parts.ops.device.type == "cpu" else _TREE_GPU
     vocabulary = min(model.config.vocab_size, setting.target.config.vocab_size)
     return ModelDrafter(runner, parts.cache, vocab_size=vocabulary, content_hash=model.content_hash, tree=tree)

@@ -15,6 +15,7 @@ from pdspec.types import CacheGroup
 
 if TYPE_CHECKING:
     from pdspec.spec.eagle1.checkpoint import Head
+    from pdspec.spec.eagle1.head import Eagle1Head
     from pdspec.spec.protocol import Drafter
 
 _RANDOM_DRAFT_VOCABULARY = 4096
@@ -54,15 +55,10 @@ def make_drafter(
 ) -> Drafter:
     """A drafter of ``family`` over the head at ``where``."""
     from pdspec.spec.eagle1.drafter import Eagle1Drafter
-    from pdspec.spec.eagle1.head import Eagle1Head
-    from pdspec.spec.headfile import check_target
 
-    head, group = open_head(where, setting), group_name(family)
-    matches = check_target(head, setting.identity, where, strict=setting.strict)
-    model = Eagle1Head(
-        head, ops=parts.ops, embedding=parts.runner.embedding, lm_head=parts.runner.lm_head, cache=parts.cache,
-        group=group, dtype=setting.dtype, max_positions=setting.target.config.max_context,
-    )
+    group = group_name(family)
+    head, matches, model = parts.once(DESCRIPTION.name, where, lambda: _load(where, group, setting, parts))
+    model = model.over(parts.cache, group)
     gpu = parts.ops.device.type != "cpu" and family.default_tree_gpu
     return Eagle1Drafter(
         family.name, head, model, parts.cache, group=group, dtype=setting.dtype,
@@ -70,6 +66,20 @@ def make_drafter(
         stable_kv=flag(setting, family, "stable_kv"), padding=flag(setting, family, "first_token_padding"),
         threshold=threshold,
     )
+
+
+def _load(where: str, group: str, setting: Setting, parts: Parts) -> tuple[Head, bool, Eagle1Head]:
+    """The head, whether it was made for these very weights, and its forward pass."""
+    from pdspec.spec.eagle1.head import Eagle1Head
+    from pdspec.spec.headfile import check_target
+
+    head = open_head(where, setting)
+    matches = check_target(head, setting.identity, where, strict=setting.strict)
+    model = Eagle1Head(
+        head, ops=parts.ops, embedding=parts.runner.embedding, lm_head=parts.runner.lm_head, cache=parts.cache,
+        group=group, dtype=setting.dtype, max_positions=setting.target.config.max_context,
+    )
+    return head, matches, model
 
 
 def group_name(family: Description) -> str:

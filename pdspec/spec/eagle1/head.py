@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -37,10 +38,7 @@ class Eagle1Head:
         self.ops, self.config = ops, head.config
         self.embedding = own_embedding(head, embedding, ops, dtype)
         self.max_positions = max_positions
-        wanted = head.config.layer_group(group, cache.layout(group).dtype)
-        if cache.layout(group) != wanted:
-            raise ValueError(f"the cache has {cache.layout(group)} where the head needs {wanted}")
-        self._pages = cache.group(group)[0]
+        self._pages = self._pages_of(cache, group)
         self._rope = draft_rope(head.config, max_positions, ops.device)
 
         def tensor(name: str) -> torch.Tensor:
@@ -52,6 +50,19 @@ class Eagle1Head:
         self._mlp = SwiGlu(tensor, "mlp", ops=ops, dtype=dtype)
         self._post_norm = tensor("post_attention_layernorm.weight").float().to(ops.device)
         self._lm_head = output_rows(ops, lm_head, head.target_ids, DTYPES[dtype])
+
+    def over(self, cache: PagedCache, group: str) -> Eagle1Head:
+        """The same weights over the pages of another cache group. Raises ValueError for one of another layout."""
+        other = copy.copy(self)
+        other._pages = self._pages_of(cache, group)
+        other._attention = self._attention.over(other._pages)
+        return other
+
+    def _pages_of(self, cache: PagedCache, group: str) -> torch.Tensor:
+        wanted = self.config.layer_group(group, cache.layout(group).dtype)
+        if cache.layout(group) != wanted:
+            raise ValueError(f"the cache has {cache.layout(group)} where the head needs {wanted}")
+        return cache.group(group)[0]
 
     def features(self, hidden: HiddenRows) -> torch.Tensor:
         """The target's final hidden states of rows, [R, H]. Raises ValueError when they were not asked for."""

@@ -16,6 +16,7 @@ from pdspec.types import CacheGroup
 
 if TYPE_CHECKING:
     from pdspec.spec.eagle3.checkpoint import Head
+    from pdspec.spec.eagle3.head import Eagle3Head
     from pdspec.spec.protocol import Drafter
 
 # A row more costs a CPU real compute from the third row on; a GPU takes eight for the price of one.
@@ -44,12 +45,22 @@ def groups(setting: Setting) -> tuple[CacheGroup, ...]:
 def make(setting: Setting, parts: Parts) -> Drafter:
     """The head that ``find_head`` names, checked against the target."""
     from pdspec.spec.eagle3.drafter import Eagle3Drafter
+
+    where = find_head(DESCRIPTION.name, setting.heads, setting.identity)
+    head, matches, model = parts.once(DESCRIPTION.name, where, lambda: _load(where, setting, parts))
+    tree = _TREE if parts.ops.device.type == "cpu" else _TREE_GPU
+    return Eagle3Drafter(
+        head, model, parts.cache, dtype=setting.dtype, tree=tree, target_matches=matches,
+        stable_kv=flag(setting, DESCRIPTION, "stable_kv"), padding=flag(setting, DESCRIPTION, "first_token_padding"),
+    )
+
+
+def _load(where: str, setting: Setting, parts: Parts) -> tuple[Head, bool, Eagle3Head]:
+    """The head, whether it was made for these very weights, and its forward pass."""
     from pdspec.spec.eagle3.head import Eagle3Head
     from pdspec.spec.headfile import check_target
 
-    target = setting.target.config
-    where = find_head(DESCRIPTION.name, setting.heads, setting.identity)
-    head = open_head(where, setting)
+    target, head = setting.target.config, open_head(where, setting)
     matches = check_target(head, setting.identity, where, strict=setting.strict)
     if max(head.config.fused_layers) >= target.num_layers:
         raise CheckpointError(
@@ -58,11 +69,7 @@ def make(setting: Setting, parts: Parts) -> Drafter:
         )
     model = Eagle3Head(head, ops=parts.ops, embedding=parts.runner.embedding, lm_head=parts.runner.lm_head,
                        cache=parts.cache, dtype=setting.dtype, max_positions=target.max_context)
-    tree = _TREE if parts.ops.device.type == "cpu" else _TREE_GPU
-    return Eagle3Drafter(
-        head, model, parts.cache, dtype=setting.dtype, tree=tree, target_matches=matches,
-        stable_kv=flag(setting, DESCRIPTION, "stable_kv"), padding=flag(setting, DESCRIPTION, "first_token_padding"),
-    )
+    return head, matches, model
 
 
 def open_head(where: str, setting: Setting) -> Head:

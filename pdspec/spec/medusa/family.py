@@ -14,6 +14,7 @@ from pdspec.types import CacheGroup
 
 if TYPE_CHECKING:
     from pdspec.spec.medusa.checkpoint import Heads
+    from pdspec.spec.medusa.head import MedusaHeads
     from pdspec.spec.protocol import Drafter
 
 _TREE, _TREE_GPU = "chain(2)", "dynamic(3,4,8)"
@@ -36,16 +37,22 @@ def groups(setting: Setting) -> tuple[CacheGroup, ...]:
 
 def make(setting: Setting, parts: Parts) -> Drafter:
     """The heads that ``find_head`` names, checked against the target."""
-    from pdspec.spec.headfile import check_target
     from pdspec.spec.medusa.drafter import MedusaDrafter
-    from pdspec.spec.medusa.head import MedusaHeads
 
     where = find_head(DESCRIPTION.name, setting.heads, setting.identity)
-    heads = open_heads(where, setting)
-    matches = check_target(heads, setting.identity, where, strict=setting.strict)
-    model = MedusaHeads(heads, ops=parts.ops, lm_head=parts.runner.lm_head, dtype=setting.dtype)
+    heads, matches, model = parts.once(DESCRIPTION.name, where, lambda: _load(where, setting, parts))
     tree = _TREE if parts.ops.device.type == "cpu" else _TREE_GPU
     return MedusaDrafter(heads, model, dtype=setting.dtype, tree=tree, target_matches=matches)
+
+
+def _load(where: str, setting: Setting, parts: Parts) -> tuple[Heads, bool, MedusaHeads]:
+    """The heads as a file, whether they were made for these very weights, and their forward pass."""
+    from pdspec.spec.headfile import check_target
+    from pdspec.spec.medusa.head import MedusaHeads
+
+    heads = open_heads(where, setting)
+    matches = check_target(heads, setting.identity, where, strict=setting.strict)
+    return heads, matches, MedusaHeads(heads, ops=parts.ops, lm_head=parts.runner.lm_head, dtype=setting.dtype)
 
 
 def open_heads(where: str, setting: Setting) -> Heads:

@@ -20,6 +20,7 @@ from pdspec.types import CacheGroup
 
 if TYPE_CHECKING:
     from pdspec.spec.mtp.checkpoint import Head
+    from pdspec.spec.mtp.head import MtpModule
     from pdspec.spec.protocol import Drafter
 
 _RANDOM_DRAFT_VOCABULARY, _RANDOM_MODULES = 4096, 2
@@ -47,11 +48,23 @@ def groups(setting: Setting) -> tuple[CacheGroup, ...]:
 
 def make(setting: Setting, parts: Parts) -> Drafter:
     """The modules that ``find_head`` names, checked against the target."""
-    from pdspec.spec.headfile import check_target
     from pdspec.spec.mtp.drafter import MtpDrafter, ReusedModule
-    from pdspec.spec.mtp.head import make_modules
 
     where = find_head(DESCRIPTION.name, setting.heads, setting.identity)
+    head, matches, modules = parts.once(DESCRIPTION.name, where, lambda: _load(where, setting, parts))
+    on_cpu, count = parts.ops.device.type == "cpu", len(modules)
+    if flag(setting, DESCRIPTION, "reuse"):
+        tree = _REUSED_TREE if on_cpu else _REUSED_TREE_GPU
+        return ReusedModule(head, modules[0], parts.cache, dtype=setting.dtype, tree=tree, target_matches=matches)
+    tree = f"chain({count})" if on_cpu else f"dynamic({count},4,8)"
+    return MtpDrafter(head, modules, parts.cache, dtype=setting.dtype, tree=tree, target_matches=matches)
+
+
+def _load(where: str, setting: Setting, parts: Parts) -> tuple[Head, bool, list[MtpModule]]:
+    """The modules as a file, whether they were made for these very weights, and those that are used."""
+    from pdspec.spec.headfile import check_target
+    from pdspec.spec.mtp.head import make_modules
+
     head = open_head(where, setting)
     matches = check_target(head, setting.identity, where, strict=setting.strict)
     modules = make_modules(
@@ -59,12 +72,7 @@ def make(setting: Setting, parts: Parts) -> Drafter:
         lm_head=parts.runner.lm_head, cache=parts.cache, dtype=setting.dtype,
         max_positions=setting.target.config.max_context,
     )
-    on_cpu, count = parts.ops.device.type == "cpu", len(modules)
-    if flag(setting, DESCRIPTION, "reuse"):
-        tree = _REUSED_TREE if on_cpu else _REUSED_TREE_GPU
-        return ReusedModule(head, modules[0], parts.cache, dtype=setting.dtype, tree=tree, target_matches=matches)
-    tree = f"chain({count})" if on_cpu else f"dynamic({count},4,8)"
-    return MtpDrafter(head, modules, parts.cache, dtype=setting.dtype, tree=tree, target_matches=matches)
+    return head, matches, modules
 
 
 def open_head(where: str, setting: Setting) -> Head:
