@@ -31,7 +31,7 @@ from pdspec.train.scoring import weighted
 from pdspec.types import GenerateRequest, SamplingParams
 
 DIGITS = 64  # copied twice in the prompt, once by the target
-STEPS = 160  # of training
+STEPS, MORE_STEPS = 160, {"eagle1": 480, "eagle2": 480}  # of training
 LEARNING_RATE = 2e-3
 WARMUP = 0.1
 DECAY = 0.8  # of the loss, from one token ahead to the next
@@ -64,7 +64,7 @@ def memorise(
     config: WorkerConfig, folder: Path, *, depth: int, steps: int = 0, seed: int = 0, drafter: str = "eagle3"
 ) -> Memorised:
     """Writes the text with ``config``'s target and saves in ``folder`` a head of ``drafter`` (float32) that knows it by
-    heart, trained for chains of ``depth`` (``steps`` 0: STEPS). Raises ConfigError for a model that is not there."""
+    heart, trained for chains of ``depth`` (``steps`` 0: the family's). Raises ConfigError for a model that is not there."""
     files = resolve(config.model, config.cache_dir or None)
     target = load_target(config.model, dtype="float32", threads=config.threads, cache_dir=config.cache_dir or None)
     numbers = random.Random(1)
@@ -83,7 +83,7 @@ def memorise(
     best[: len(prompt) - 1] = -1
     torch.set_num_threads(config.threads or usable_cores())
     example = Example(torch.tensor(tokens), best, hidden, len(prompt))
-    loss, hits = _overfit(trainer, example, depth, steps or STEPS)
+    loss, hits = _overfit(trainer, example, depth, steps or MORE_STEPS.get(drafter, STEPS))
     torch.set_num_threads(1)
     identity = TargetIdentity.of(files.config, content_hash=files.content_hash, tokenizer_hash=files.tokenizer_hash)
     save(trainer, folder, identity)

@@ -37,7 +37,7 @@ RIDGE = 0.001  # of the largest singular value but one: what whitening adds to a
 ROPE_THETA = 2.0
 INTERMEDIATE = 64
 QUERY_GAIN = 2.0  # attention picks a few rows
-ATTENTION_GAIN = 4.0  # of EAGLE-1 and MTP: what attention picks must count beside the whitened feature
+ATTENTION_GAIN = {"eagle1": 2.0, "mtp": 4.0}  # what attention picks must count beside the whitened feature
 OUTPUT_GAIN = 0.3  # of the random output rows: logits start flat
 SHARPNESS = 64.0  # the target's distribution at temperature 1/64: its greedy choices, near ties too
 
@@ -101,7 +101,7 @@ def _eagle1(lesson: Lesson) -> Eagle1Trainer:
     tensors = eagle1_file.random_head(config, lesson.seed).tensors
     for letter in "qk":
         tensors[f"layers.0.self_attn.{letter}_proj.weight"] *= QUERY_GAIN
-    tensors["layers.0.self_attn.o_proj.weight"] *= ATTENTION_GAIN
+    tensors["layers.0.self_attn.o_proj.weight"] *= ATTENTION_GAIN["eagle1"]
     tensors["fc.weight"][:, config.hidden_size :] = lesson.whitening(lesson.hidden[1:-1, -1])
     return PlainLogits(config, _parameters(tensors), lesson.vocabulary, lesson.parts, lesson.positions)
 
@@ -115,7 +115,7 @@ def _mtp(lesson: Lesson) -> MtpTrainer:
         prefix = config.prefix(module)
         for letter in "qk":
             tensors[f"{prefix}.self_attn.{letter}_proj.weight"] *= QUERY_GAIN
-        tensors[f"{prefix}.self_attn.o_proj.weight"] *= ATTENTION_GAIN
+        tensors[f"{prefix}.self_attn.o_proj.weight"] *= ATTENTION_GAIN["mtp"]
         tensors[f"{prefix}.shared_head.norm.weight"] /= SHARPNESS  # which the output rows are multiplied by
     first = config.prefix(1)
     normed = rms(lesson.hidden[1:-1, -1], tensors[f"{first}.hnorm.weight"], config.rms_norm_eps)

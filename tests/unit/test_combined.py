@@ -231,7 +231,8 @@ def test_the_head_and_its_own_family_hold_the_weights_once(head):
     elif head == "mtp":
         assert ours.model.modules is theirs.model.modules
     elif head == "eagle1":
-        assert ours.model._qkv is theirs.model._qkv and ours.model._pages.data_ptr() == theirs.model._pages.data_ptr()
+        ours, theirs = ours.model._attention, theirs.model._attention
+        assert ours._qkv is theirs._qkv and ours._pages.data_ptr() == theirs._pages.data_ptr()
     else:
         assert ours.model is theirs.model
 
@@ -239,12 +240,12 @@ def test_the_head_and_its_own_family_hold_the_weights_once(head):
 def test_eagle_2_shares_eagle_1_s_weights_over_pages_of_its_own():
     drafters = loaded(HEADS)
     one, two = drafters["eagle1"].model, drafters["eagle2"].model
-    assert one._qkv is two._qkv and one._lm_head is two._lm_head
-    assert one._pages.data_ptr() != two._pages.data_ptr()
+    assert one._attention._qkv is two._attention._qkv and one._lm_head is two._lm_head
+    assert one._attention._pages.data_ptr() != two._attention._pages.data_ptr()
 
 
 def test_other_heads_are_not_shared():
     drafters = loaded({**HEADS, "eagle2": "random:5", "combined": "random:6"})
-    assert drafters["eagle2"].model._qkv is not drafters["eagle1"].model._qkv
+    assert drafters["eagle2"].model._attention._qkv is not drafters["eagle1"].model._attention._qkv
     assert drafters["combined"].head.model is not drafters["eagle3"].model
     assert drafters["combined"].head.fingerprint() != drafters["eagle3"].fingerprint()
