@@ -64,7 +64,7 @@ def memorise(
     config: WorkerConfig, folder: Path, *, depth: int, steps: int = 0, seed: int = 0, drafter: str = "eagle3"
 ) -> Memorised:
     """Writes the text with ``config``'s target and saves in ``folder`` a head of ``drafter`` (float32) that knows it by
-    heart, trained for chains of ``depth`` (``steps`` 0: the family's). Raises ConfigError for a model that is not there."""
+    heart, trained for chains of ``depth`` (``steps`` 0: the family's). Raises ConfigError for a missing model."""
     files = resolve(config.model, config.cache_dir or None)
     target = load_target(config.model, dtype="float32", threads=config.threads, cache_dir=config.cache_dir or None)
     numbers = random.Random(1)
