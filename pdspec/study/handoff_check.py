@@ -24,6 +24,7 @@ from typing import Any
 from pdspec.config import WorkerConfig
 from pdspec.errors import ConfigError
 from pdspec.settings import unknown_name
+from pdspec.spec.heads import random_seed
 from pdspec.spec.registry import NAMES
 from pdspec.study.handoff_controls import CONTROLLED, control
 from pdspec.study.handoff_proposals import local, one_process, proposals, served
@@ -101,7 +102,7 @@ def run(
             case "draft_state":
                 requests = asked.requests(config)[: 2 * STATE_PROMPTS : 2]
                 result[name] = _each({
-                    one: draft_state(config, requests, progress, drafter=one, accepting=one not in random_heads)
+                    one: draft_state(config, requests, progress, drafter=one, accepting=not _random(config, one))
                     for one in about
                 })
             case "controls":
@@ -110,6 +111,12 @@ def run(
                 result[name] = _each({one: _acceptance(config, one, asked, progress) for one in about})
     return {"ok": all(part["ok"] for part in result.values()), "drafters": list(drafters),
             "random_heads": list(random_heads), **result}  # fmt: skip
+
+
+def _random(config: WorkerConfig, drafter: str) -> bool:
+    """Whether a family's head knows nothing; eagle2 may use eagle1's."""
+    where = config.heads.get(drafter) or (config.heads.get("eagle1") if drafter == "eagle2" else None)
+    return where is not None and random_seed(where) is not None
 
 
 def _each(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
