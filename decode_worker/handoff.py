@@ -13,8 +13,10 @@ from pdspec.engine.resources import Resources
 from pdspec.errors import TransferDamaged
 from pdspec.spec.protocol import Candidates, Drafter
 from pdspec.spec.protocol import HiddenRows as TargetRows
+from pdspec.telemetry import clock_name
 from pdspec.transfer.frames import Begin, Done, DraftStart, First, HiddenRows, Pages
 from pdspec.transfer.grpc_stream import PrefillCall
+from pdspec.transfer.wireformat import one_view
 from pdspec.types import DraftPrefill, TokenLogprob
 
 
@@ -34,7 +36,7 @@ class Handed:
     draft_kv_bytes: int = 0
     hidden_bytes: int = 0
     stats: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    exposed_ms: float = 0.0  # from First to Done
+    exposed_ms: float = 0.0  # from the last layer computed to Done; from First to Done where clocks differ
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -47,22 +49,23 @@ class Landing:
     drafter: Drafter
     draft_prefill: DraftPrefill
     on_first: Callable[[int, TokenLogprob | None], bool]  # False: the answer ends here, nothing more is needed
+    have_rows: Mapping[str, int] = dataclasses.field(default_factory=dict)  # in the pages already, per group
     handed: Handed = dataclasses.field(default_factory=Handed)
 
     async def receive(self, call: PrefillCall) -> Handed | None:
         """Land everything up to Done. None when ``on_first`` ended it. Raises what the stream raises, and
         TransferDamaged when the target KV cannot be used."""
-        handed, first_at = self.handed, 0.0
+        handed, first_at, clock = self.handed, 0.0, ""
         handed.draft_prefill = self.draft_prefill
         async for frame in call:
             match frame:
                 case Begin():
-                    handed.prefill_worker = frame.worker_id
+                    handed.prefill_worker, clock = frame.worker_id, frame.clock
                     self._check_rows(frame.rows)
                 case Pages():
                     self._land(frame)
                 case First():
-                    first_at = time.perf_counter()
+                    first_at = time.monotonic()
                     handed.token_id, handed.logprob = self._known(frame.token_id), frame.logprob
                     if not self.on_first(frame.token_id, frame.logprob):
                         return None
@@ -74,7 +77,8 @@ class Landing:
                         raise TransferDamaged(f"{len(handed.hidden)} frames of {self.rows} rows", field="hidden")
                 case Done():
                     handed.stats = frame.stats
-                    handed.exposed_ms = 1e3 * (time.perf_counter() - first_at)
+                    computed_at = frame.stats.get("computed_at_s", 0.0) if clock and clock == clock_name() else 0.0
+                    handed.exposed_ms = 1e3 * (time.monotonic() - (computed_at or first_at))
                     self._judge(call, frame)
         return handed
 
@@ -90,10 +94,10 @@ class Landing:
             )
 
     def _land(self, frame: Pages) -> None:
-        due = self._expected().get(frame.group, -1)
-        if frame.start + frame.count > due:
+        due, have = self._expected().get(frame.group, -1), self.have_rows.get(frame.group, 0)
+        if frame.start + frame.count > due or frame.start < have:
             raise TransferDamaged(
-                f"rows {frame.start}..{frame.start + frame.count - 1} of {frame.group}, {due} are due",
+                f"rows {frame.start}..{frame.start + frame.count - 1} of {frame.group}, {have}..{due - 1} are due",
                 field="pages.start",
             )
         try:
@@ -103,7 +107,7 @@ class Landing:
                 self.pages,
                 frame.start,
                 frame.start + frame.count,
-                frame.payload,
+                one_view(frame.payload),
                 frame.head_start,
                 frame.head_count,
             )
@@ -126,14 +130,15 @@ class Landing:
         """The inverse of the prefill worker's frame: captured layers [rows, C, H], then the final state [rows, H]."""
         hidden, layers = self.resources.files.config.hidden_size, len(self.drafter.capture)
         width = frame.count * hidden
-        size = memoryview(frame.payload).nbytes
+        payload = one_view(frame.payload)
+        size = payload.nbytes
         if frame.dtype != "float32" or size != 4 * width * (layers + self.drafter.want_final):
             raise TransferDamaged(
                 f"{size} bytes of {frame.dtype} for {frame.count} hidden rows", field="hidden.payload"
             )
         if frame.start + frame.count > self.rows:
             raise TransferDamaged(f"rows up to {frame.start + frame.count} of {self.rows}", field="hidden.count")
-        tensor = torch.from_numpy(np.frombuffer(frame.payload, np.float32).copy())
+        tensor = torch.from_numpy(np.frombuffer(payload, np.float32).copy())
         captured = tensor[: width * layers].view(frame.count, layers, hidden) if layers else None
         final = tensor[width * layers :].view(frame.count, hidden) if self.drafter.want_final else None
         return TargetRows(start=frame.start, captured=captured, final=final)
@@ -149,7 +154,10 @@ class Landing:
         for name, rows in self._expected().items():
             layout = self.resources.cache.layout(name)
             try:
-                ledger.check_covered(name, layers=layout.num_layers, heads=layout.num_kv_heads, start=0, stop=rows)
+                ledger.check_covered(
+                    name, layers=layout.num_layers, heads=layout.num_kv_heads,
+                    start=min(self.have_rows.get(name, 0), rows), stop=rows,
+                )  # fmt: skip
             except TransferDamaged:
                 if name == target:
                     raise

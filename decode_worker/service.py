@@ -28,6 +28,8 @@ from pdspec.telemetry import REQUEST_ID
 from pdspec.tracing import tracer_of
 from pdspec.transfer.frames import Open
 from pdspec.transfer.grpc_stream import PrefillCall, relay_metadata
+from pdspec.transfer.segment import sweep
+from pdspec.transfer.shm_stream import Offers
 from pdspec.types import (
     DraftPrefill,
     FinishReason,
@@ -59,6 +61,7 @@ class DecodeService(rpc.DecodeWorkerServicer):
         self._channels: dict[str, grpc.aio.Channel] = {}
         self.trust = Trust.of(config)
         self.metrics, self.tracer = metrics_of(host), tracer_of(config.traces, "decode")
+        self.offers = Offers(config.mover)
 
     async def Decode(
         self, request: pb.DecodeRequest, context: grpc.aio.ServicerContext
@@ -116,7 +119,8 @@ class DecodeService(rpc.DecodeWorkerServicer):
             steps=decode.steps + self.host.prefill.steps,
         )
         clocks = {f"{name}_seconds": seconds for name, seconds in list(decode.clocks.items())}
-        return dataclasses.replace(info, metrics={**info.metrics, **clocks, **totals(self.host, self.metrics)})
+        own = {**totals(self.host, self.metrics), **self.offers.counts}
+        return dataclasses.replace(info, metrics={**info.metrics, **clocks, **own})
 
 
 class _Run:
@@ -204,6 +208,8 @@ class _Run:
         answer, service, config = self.answer, self.service, self.service.config
         resources = service.host.resources
         mode = DraftPrefill(answer.request.draft_prefill or config.draft_prefill)
+        relayed = self.route.handoff is Handoff.RELAY
+        offer = service.offers.through_relay() if relayed else await service.offers.offer(address)
         opening = Open(
             epoch=service.next_epoch(),
             request=dataclasses.replace(answer.request, tree=answer.ctx.tree),  # this worker's default, not the peer's
@@ -211,6 +217,7 @@ class _Run:
             draft_prefill=mode.value,
             fingerprint=resources.fingerprint,
             worker_id=service.worker_id,
+            segment=offer.text,
         )
         landing = Landing(
             resources=resources,
@@ -220,12 +227,11 @@ class _Run:
             draft_prefill=mode,
             on_first=self._first,
         )
-        relayed = self.route.handoff is Handoff.RELAY
         channel = service.channel(self.route.relay if relayed else address)
         metadata = (*service.trust.metadata(), *(relay_metadata(address) if relayed else ()))
         async with PrefillCall(
             channel, opening, stall_timeout_s=config.stall_timeout_s, peer=address, metadata=metadata,
-            total_timeout_s=config.handoff_timeout_s,
+            total_timeout_s=config.handoff_timeout_s, offer=offer,
         ) as call:  # fmt: skip
             try:
                 with handoff_counted(service.metrics, landing.handed):
@@ -243,11 +249,7 @@ class _Run:
                 raise PdspecError("a repeated prefill chose another first token", remedy="use numerics exact")
             return finish is None
         answer.first_sent = token_id
-        stats = (
-            GenerationStats(prompt_tokens=answer.ctx.prompt_len, output_tokens=1, drafter=answer.drafter.name)
-            if finish
-            else None
-        )
+        alone = GenerationStats(prompt_tokens=answer.ctx.prompt_len, output_tokens=1, drafter=answer.drafter.name)
         answer.queue.put_nowait(
             TokenChunk(
                 request_id=answer.request.request_id,
@@ -256,7 +258,7 @@ class _Run:
                 logprobs=(logprob,) if logprob else (),
                 finish_reason=finish,
                 stop_match=str(token_id) if stops else "",
-                stats=stats,
+                stats=alone if finish else None,
             )
         )
         return finish is None
@@ -284,6 +286,7 @@ class _Run:
 def launch(config: WorkerConfig) -> RunningWorker:
     """Start a decode worker in this process. Raises ConfigError."""
     config = config.replace(role="decode")
+    sweep()
     engine = EngineThread(lambda: DecodeHost(config), name="engine")
     host = engine.start()
     service = DecodeService(config, engine, host)  # type: ignore[arg-type]
@@ -294,4 +297,4 @@ def launch(config: WorkerConfig) -> RunningWorker:
         rpc.add_DecodeWorkerServicer_to_server(service, server)
         rpc.add_WorkerServicer_to_server(StatusService(service.info), server)
 
-    return RunningWorker(config, engine, ("DecodeWorker",), register, service.metrics, service.tracer)
+    return RunningWorker(config, engine, ("DecodeWorker",), register, service.metrics, service.tracer, service)

@@ -16,6 +16,7 @@ ROLES = ("prefill", "decode")
 DTYPES = ("bfloat16", "float32")
 NUMERICS = ("auto", "exact", "fast")
 HANDOFFS = ("direct", "relay")
+MOVERS = ("auto", "grpc", "shm")
 SURVIVALS = ("auto", "online", "fixed", "q")
 BUDGETS = ("fixed", "goodput")
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -87,6 +88,11 @@ class WorkerConfig(Settings):
         low=1,
     )  # fmt: skip
     draft_prefill: str = option("prefill", "who runs the drafter over the prompt", choices=ROLES)
+    mover: str = option(
+        "auto", "what carries KV of direct handoffs; auto: shared memory where both workers have one /dev/shm",
+        choices=MOVERS,
+    )  # fmt: skip
+    link_limit: float = option(0.0, "bytes per second of KV that a prefill worker sends at most; 0: no limit", low=0)
     host: str = option("127.0.0.1", "address to listen on and to be reached at")
     port: int = option(0, "0: any free port", low=0, high=65535)
     worker_id: str = option("", "name in logs and statistics; empty: made from role and address")

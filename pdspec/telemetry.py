@@ -91,6 +91,11 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def clock_name() -> str:
+    """Names the machine's ``time.monotonic()``: processes that agree on it read one clock. Empty where unknown."""
+    return _read("/proc/sys/kernel/random/boot_id").strip()
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a figure may depend on; absent ones are left out."""
     found = {"python": platform.python_version()}

@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grpc
 import numpy as np
 import torch
 
+from pdspec.cache.paged import PagedCache
 from pdspec.cache.pool import pages_for
 from pdspec.config import WorkerConfig
 from pdspec.engine.local import check, new_context
@@ -27,10 +29,13 @@ from pdspec.errors import PdspecError
 from pdspec.metrics import PrefillMetrics
 from pdspec.spec.protocol import Candidates
 from pdspec.spec.protocol import HiddenRows as TargetRows
-from pdspec.telemetry import REQUEST_ID
+from pdspec.telemetry import REQUEST_ID, clock_name
 from pdspec.tracing import tracer_of
-from pdspec.transfer.frames import Begin, DraftStart, First, HiddenRows, Pages
+from pdspec.transfer.frames import FRAME_BYTES, Begin, DraftStart, First, HiddenRows, Pages
 from pdspec.transfer.grpc_serve import PrefillStream, prefill_handler
+from pdspec.transfer.pace import Pace
+from pdspec.transfer.segment import sweep
+from pdspec.transfer.shm_serve import Lanes
 from pdspec.types import DraftPrefill, GenerateRequest, TokenLogprob, WorkerInfo
 from pdspec.wire import pdspec_pb2_grpc as rpc
 from prefill_worker.scheduler import PrefillScheduler
@@ -55,12 +60,14 @@ class Events:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self.queue: asyncio.Queue[tuple[str, tuple[Any, ...]]] = asyncio.Queue()
+        self.rows_at = 0.0  # when the last layer so far was computed, on the monotonic clock
 
     def _tell(self, kind: str, *values: Any) -> None:
         tell(self._loop, self.queue.put_nowait, (kind, values))
 
     def rows(self, group: str, layer: int, start: int, stop: int) -> None:
         """See PrefillEvents."""
+        self.rows_at = time.monotonic()
         self._tell("rows", group, layer, start, stop)
 
     def hidden(self, rows: TargetRows) -> None:
@@ -117,6 +124,7 @@ class PrefillService:
             waiting=lambda: len(scheduler.waiting),
             pool=lambda: (pool.held, pool.num_pages),
         )
+        self.lanes = Lanes(config.mover)
 
     async def serve(self, stream: PrefillStream) -> None:
         """One Prefill call. Raises typed errors, which the handler sends as ErrorFrame and status."""
@@ -142,6 +150,7 @@ class PrefillService:
                     rows=self._rows(prompt),
                     fingerprint=resources.fingerprint,
                     worker_id=self.worker_id,
+                    clock=clock_name(),
                 )
             )
             await self._send(stream, prompt, events)
@@ -192,22 +201,8 @@ class PrefillService:
             kind, values = await events.queue.get()
             match kind:
                 case "rows":
-                    group, layer, start, stop = values
-                    payload = cache.read_rows(group, layer, prompt.ctx.pages, start, stop)
-                    heads = cache.layout(group).num_kv_heads
-                    await stream.send(
-                        Pages(
-                            epoch=epoch,
-                            seq=0,
-                            group=group,
-                            layer=layer,
-                            start=start,
-                            count=stop - start,
-                            head_start=0,
-                            head_count=heads,
-                            payload=payload,
-                        )
-                    )
+                    for frame in page_frames(cache, prompt.ctx.pages, *values, have=stream.open.have_rows):
+                        await stream.send(frame)
                 case "hidden":
                     await stream.send(hidden_frame(epoch, values[0]))
                 case "first":
@@ -216,13 +211,14 @@ class PrefillService:
                     await stream.send(start_frame(epoch, *values))
                 case "done":
                     queue_ms = 1e3 * (prompt.started_at - prompt.queued_at)
-                    await stream.finish({"queue_ms": queue_ms, "prefill_ms": 1e3 * prompt.seconds})
+                    stats = {"queue_ms": queue_ms, "prefill_ms": 1e3 * prompt.seconds}
+                    await stream.finish({**stats, "computed_at_s": events.rows_at})
                     return
 
     def info(self) -> WorkerInfo:
         """Status."""
         scheduler = self.host.scheduler
-        return describe(
+        info = describe(
             self.host.resources,
             worker_id=self.worker_id,
             role="prefill",
@@ -231,6 +227,21 @@ class PrefillService:
             running=len(scheduler.running),
             steps=self.host.engine.steps,
         )
+        return dataclasses.replace(info, metrics={**info.metrics, **self.lanes.counts})
+
+
+def page_frames(
+    cache: PagedCache, pages: Sequence[int], group: str, layer: int, start: int, stop: int, *, have: Mapping[str, int]
+) -> Iterator[Pages]:
+    """Rows ``start..stop-1`` of one layer in frames of a good size, without those that the decode worker has."""
+    layout = cache.layout(group)
+    most = max(1, FRAME_BYTES // layout.row_bytes)
+    for first in range(max(start, have.get(group, 0)), stop, most):
+        last = min(first + most, stop)
+        yield Pages(
+            epoch=0, seq=0, group=group, layer=layer, start=first, count=last - first, head_start=0,
+            head_count=layout.num_kv_heads, payload=cache.row_views(group, layer, pages, first, last),
+        )  # fmt: skip
 
 
 def hidden_frame(epoch: int, rows: TargetRows) -> HiddenRows:
@@ -258,6 +269,7 @@ def start_frame(epoch: int, candidates: Candidates | None, rows: dict[str, torch
 def launch(config: WorkerConfig) -> RunningWorker:
     """Start a prefill worker in this process. Raises ConfigError."""
     config = config.replace(role="prefill")
+    sweep()
     engine = EngineThread(lambda: PrefillHost(config), name="engine")
     host = engine.start()
     service = PrefillService(config, engine, host)  # type: ignore[arg-type]
@@ -266,9 +278,10 @@ def launch(config: WorkerConfig) -> RunningWorker:
         service.address = address
         service.worker_id = config.worker_id or f"prefill@{address}"
         handler = prefill_handler(
-            service.serve, steps=lambda: service.host.engine.steps, stall_timeout_s=config.stall_timeout_s
-        )
+            service.serve, steps=lambda: service.host.engine.steps, stall_timeout_s=config.stall_timeout_s,
+            lanes=service.lanes, pace=Pace(config.link_limit),
+        )  # fmt: skip
         server.add_generic_rpc_handlers((handler,))
         rpc.add_WorkerServicer_to_server(StatusService(service.info), server)
 
-    return RunningWorker(config, engine, ("PrefillWorker",), register, service.metrics, service.tracer)
+    return RunningWorker(config, engine, ("PrefillWorker",), register, service.metrics, service.tracer, service)

@@ -33,6 +33,9 @@ class PagedCache:
         if len(self._layout) != len(groups):
             raise ValueError(f"cache groups need distinct names: {[group.name for group in groups]}")
         self._tensors = {group.name: self._zeros(group) for group in groups}
+        # uint8 views ``[layers, num_pages * page_size, parts, kv_heads, bytes of one head]``
+        self._rows = {name: tensor.view(torch.uint8).flatten(1, 2) for name, tensor in self._tensors.items()}
+        self._memory = {name: rows.numpy() for name, rows in self._rows.items() if self.device.type == "cpu"}
 
     def group(self, name: str) -> torch.Tensor:
         """``[layers, num_pages, page_size, parts, kv_heads, head_dim]``; index it with a layer for a runner."""
@@ -53,12 +56,20 @@ class PagedCache:
     ) -> bytes:
         """Rows ``start..stop-1`` of one layer as bytes ``[token][k|v][head][dim]``. Raises IndexError for rows
         or heads that are not there."""
+        return b"".join(self.row_views(group, layer, pages, start, stop, head_start, head_count))
+
+    def row_views(
+        self, group: str, layer: int, pages: Sequence[int], start: int, stop: int,
+        head_start: int = 0, head_count: int | None = None,
+    ) -> tuple[memoryview, ...]:
+        """``read_rows`` in parts that follow one another; on the CPU, for all heads, they are the pages themselves."""
         heads = self._heads(group, head_start, head_count)
-        rows = self._row_bytes(group, layer)
-        parts = [rows[a:b, :, heads] for a, b in self._runs(pages, start, stop)]
+        runs = list(self._runs(pages, start, stop))
         if self.device.type == "cpu":
-            return b"".join([np.ascontiguousarray(part.numpy()).data for part in parts])
-        return torch.cat(parts).cpu().numpy().tobytes() if parts else b""
+            memory = self._memory[group][layer]
+            return tuple(np.ascontiguousarray(memory[a:b, :, heads]).data for a, b in runs if heads.stop > heads.start)
+        rows = self._rows[group][layer]
+        return (torch.cat([rows[a:b, :, heads] for a, b in runs]).cpu().numpy().data,) if runs else ()
 
     def write_rows(
         self, group: str, layer: int, pages: Sequence[int], start: int, stop: int, data: bytes | memoryview,
@@ -66,7 +77,7 @@ class PagedCache:
     ) -> None:
         """The inverse of ``read_rows``. Raises ValueError for data of another length, before anything is written."""
         heads = self._heads(group, head_start, head_count)
-        rows = self._row_bytes(group, layer)
+        rows = self._rows[group][layer]
         shape = (stop - start, rows.shape[1], heads.stop - heads.start, rows.shape[-1])
         if memoryview(data).nbytes != int(np.prod(shape)):
             size = memoryview(data).nbytes
@@ -76,7 +87,7 @@ class PagedCache:
         for a, b in self._runs(pages, start, stop):
             part = source[done : done + b - a]
             if self.device.type == "cpu":
-                rows.numpy()[a:b, :, heads] = part
+                self._memory[group][layer][a:b, :, heads] = part  # lets go of the GIL
             else:
                 rows[a:b, :, heads] = torch.from_numpy(part.copy()).to(self.device)
             done += b - a
@@ -111,10 +122,6 @@ class PagedCache:
         memory = np.zeros(size + _ALIGNMENT, np.uint8)
         offset = -memory.ctypes.data % _ALIGNMENT
         return torch.from_numpy(memory[offset : offset + size]).view(dtype).view(shape)
-
-    def _row_bytes(self, group: str, layer: int) -> torch.Tensor:
-        """uint8 view of a layer: ``[num_pages * page_size, parts, kv_heads, bytes of one head]``."""
-        return self._tensors[group][layer].view(torch.uint8).flatten(0, 1)
 
     def _runs(self, pages: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Rows ``start..stop-1`` as ranges of flat rows (page * page_size + offset), neighbours joined."""

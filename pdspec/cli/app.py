@@ -57,7 +57,8 @@ def build_app() -> typer.Typer:
     app.add_typer(_group("Proofs, run on this machine.", proofs), name="check")
     faults = {"fuzz": chaos.fuzz, "tls": chaos.tls}
     app.add_typer(_group("Faults, bad peers and bad input.", faults), name="chaos")
-    app.add_typer(_group("Measurements.", {"decode": bench.decode, "budget": bench.budget}), name="bench")
+    measured = {"decode": bench.decode, "handoff": bench.handoff, "stream": bench.stream, "budget": bench.budget}
+    app.add_typer(_group("Measurements.", measured), name="bench")
     compared = {name: study.comparison(name, *rest) for name, rest in study.COMPARISONS.items()}
     stepped = {name: study.stepping(name, *rest) for name, rest in study.STEPPINGS.items()}
     studies = {"acceptance": study.acceptance, **compared, **stepped, "sparse": study.sparse}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from pdspec.cli.options import Dtype, HandoffPath, Heads, Json, Model, Numerics, Options, Prompts, Threads, given_flags
 from pdspec.cli.output import notes, only_json, print_json
+from pdspec.errors import InvalidRequest
 from pdspec.settings import read_file
 
 
@@ -47,6 +48,53 @@ def decode(
             prompts=prompts, num_prompts=num_prompts, max_tokens=max_tokens, nodes=nodes, runs=runs,
             progress=notes().print,
         )  # fmt: skip
+    _show(result, json)
+
+
+def stream(
+    model: Model = None,
+    dtype: Dtype = None,
+    tokens: Annotated[int, typer.Option(help="Prompt tokens of a handoff.")] = 2048,
+    megabytes: Annotated[int, typer.Option(help="Of one raw stream.")] = 512,
+    runs: Annotated[int, typer.Option(help="Runs in turns; the median counts.")] = 5,
+    json: Json = False,
+) -> None:
+    """Bytes per second of KV over gRPC, through a relay and through shared memory, and the CPU time of a handoff."""
+    with only_json(json):
+        from pdspec.study import bench_stream as study
+
+        worker = given_flags(model=model, dtype=dtype)
+        result = study.run(worker=worker, tokens=tokens, megabytes=megabytes, runs=runs, progress=notes().print)
+    _show(result, json)
+
+
+def handoff(
+    model: Model = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    lengths: Annotated[str, typer.Option(help="Prompt lengths, comma separated.")] = "512,1024,2048,4096,8192",
+    runs: Annotated[int, typer.Option(help="Runs in turns; the median counts.")] = 5,
+    json: Json = False,
+) -> None:
+    """Exposed time of a handoff over every path, on a slow link too, its CPU time, and decode steps while it lands."""
+    with only_json(json):
+        from pdspec.study import bench_handoff as study
+
+        result = study.run(
+            worker=given_flags(model=model, dtype=dtype, threads=threads), lengths=_numbers(lengths, "lengths"),
+            runs=runs, progress=notes().print,
+        )  # fmt: skip
+    _show(result, json)
+
+
+def _numbers(text: str, field: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise InvalidRequest(f"{text!r} are no numbers", field=field, remedy="e.g. 512,2048")
+    return [int(part) for part in parts]
+
+
+def _show(result: dict[str, Any], json: bool) -> None:
     if json:
         print_json(result)
         return

@@ -89,7 +89,8 @@ async def serving(
 
 
 class RunningWorker:
-    """A started worker of this process: its engine thread and its asyncio thread. Ends the engine if serving fails."""
+    """A started worker of this process: its engine thread and its asyncio thread, and the role's ``service`` that runs
+    on the latter. Ends the engine if serving fails."""
 
     def __init__(
         self,
@@ -99,8 +100,10 @@ class RunningWorker:
         register: Register,
         metrics: WorkerMetrics,
         tracer: Tracer | None,
+        service: Any = None,
     ) -> None:
         self.config, self.engine, self.metrics, self.tracer = config, engine, metrics, tracer
+        self.service = service
         try:
             self._service = ServiceThread(lambda: serving(config, services, register, metrics), name="grpc")
         except BaseException:

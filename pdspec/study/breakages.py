@@ -105,10 +105,10 @@ class OtherStart(_Behind):
 class EmptyDraftRows(_Behind):
     """A page cache that reads zeros wherever draft KV is asked for."""
 
-    def read_rows(self, group: str, layer: int, pages: Sequence[int], start: int, stop: int, *heads: Any) -> bytes:
+    def row_views(self, group: str, layer: int, pages: Sequence[int], start: int, stop: int) -> tuple[memoryview, ...]:
         """As many bytes as there should be."""
-        data: bytes = self._real.read_rows(group, layer, pages, start, stop, *heads)
-        return bytes(len(data)) if group.startswith("draft/") else data
+        parts: tuple[memoryview, ...] = self._real.row_views(group, layer, pages, start, stop)
+        return tuple(memoryview(bytes(part.nbytes)) for part in parts) if group.startswith("draft/") else parts
 
 
 def _shifted(count: int, by: int) -> list[int]:

@@ -21,7 +21,7 @@ import xxhash
 
 from pdspec.errors import InvalidRequest, PdspecError, TransferDamaged
 from pdspec.transfer.schema import Frame, array_bytes, array_from
-from pdspec.transfer.wireformat import decode_frame
+from pdspec.transfer.wireformat import Payload, decode_frame, size_of
 from pdspec.types import GenerateRequest, TokenLogprob
 from pdspec.wire.codec import worker_request_from_bytes, worker_request_to_bytes
 from pdspec.wire.status import error_from_dict, error_to_dict
@@ -34,7 +34,7 @@ MAX_EXTENT = 1 << 30  # rows, layers, heads: beyond any model, below every integ
 @dataclass(frozen=True, kw_only=True)
 class Open(Frame, kind="open"):
     """D asks for a prefill. ``have_rows`` are the rows per group that D holds already; ``fingerprint`` maps field
-    names to content hashes; ``credit`` is the window in payload bytes."""
+    names to content hashes; ``credit`` is the window in payload bytes; ``segment`` offers shared memory."""
 
     epoch: int
     request: GenerateRequest
@@ -44,6 +44,7 @@ class Open(Frame, kind="open"):
     fingerprint: Mapping[str, str] = field(default_factory=dict)
     credit: int = WINDOW_BYTES
     worker_id: str = ""
+    segment: str = ""  # name:nonce
 
     def pack(self) -> tuple[dict, bytes]:
         """The request travels as the payload: a serialised WorkerRequest."""
@@ -68,7 +69,7 @@ class Credit(Frame, kind="credit"):
 
 @dataclass(frozen=True, kw_only=True)
 class Landed(Frame, kind="landed"):
-    """D is done with everything up to ``seq``; movers that write into the peer's memory reuse it then."""
+    """D is done with everything up to ``seq``: slots of shared memory are used again, and their bytes are credit."""
 
     epoch: int
     seq: int
@@ -76,12 +77,17 @@ class Landed(Frame, kind="landed"):
 
 @dataclass(frozen=True, kw_only=True)
 class Begin(Frame, kind="begin"):
-    """P accepts. ``rows`` per group are those it will have sent by Done, the ``have_rows`` included."""
+    """P accepts. ``rows`` per group are those it will have sent by Done, the ``have_rows`` included. ``mover`` is what
+    carries the payloads, ``refused`` why it is not the offered memory. ``clock`` names the monotonic clock of Done's
+    ``computed_at_s``."""
 
     epoch: int
     rows: Mapping[str, int]
     fingerprint: Mapping[str, str] = field(default_factory=dict)
     worker_id: str = ""
+    mover: str = "grpc"
+    refused: str = ""
+    clock: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +111,7 @@ class Pages(Frame, kind="pages"):
     count: int
     head_start: int
     head_count: int
-    payload: bytes | memoryview = b""
+    payload: Payload = b""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +197,7 @@ class HiddenRows(Frame, kind="hidden"):
     start: int
     count: int
     dtype: str  # "bfloat16" | "float32"
-    payload: bytes | memoryview = b""
+    payload: Payload = b""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +255,7 @@ def payload_bytes(frame: Frame) -> int:
     """What ``frame`` counts against the credit window."""
     match frame:
         case Pages() | HiddenRows():
-            return memoryview(frame.payload).nbytes
+            return size_of(frame.payload)
         case DraftStart():
             return sum(row.nbytes for row in frame.rows.values())
     return 0

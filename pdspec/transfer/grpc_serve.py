@@ -10,10 +10,23 @@ import grpc
 
 from pdspec.errors import PdspecError, PeerLost, TransferDamaged
 from pdspec.transfer.base import CreditWindow
-from pdspec.transfer.frames import DATA_FRAMES, Alive, Credit, ErrorFrame, Landed, Open, parse_frame, payload_bytes
-from pdspec.transfer.grpc_stream import SERVICE
+from pdspec.transfer.frames import (
+    DATA_FRAMES,
+    Alive,
+    Begin,
+    Credit,
+    ErrorFrame,
+    Landed,
+    Open,
+    parse_frame,
+    payload_bytes,
+)
+from pdspec.transfer.grpc_stream import PLACE, SERVICE
 from pdspec.transfer.ledger import Ledger
+from pdspec.transfer.pace import Pace
 from pdspec.transfer.schema import Frame
+from pdspec.transfer.shm_serve import Lanes
+from pdspec.transfer.wireformat import encode_frame
 
 MAX_UNASKED = 1024  # frames that a decode worker may send beyond four for each that it was sent
 
@@ -29,6 +42,8 @@ class PrefillStream:
         steps: Callable[[], int],
         stall_timeout_s: float,
         alive_s: float,
+        lanes: Lanes,
+        pace: Pace,
     ) -> None:
         self.open, self.ledger = opening, Ledger(opening.epoch)
         self.landed_seq, self.finished = -1, False
@@ -37,13 +52,20 @@ class PrefillStream:
         self._window = CreditWindow(opening.credit, stall_timeout_s=stall_timeout_s)
         self._write_lock = asyncio.Lock()
         self._written = self._heard = 0
+        self._pace = pace
+        self._lane, self._refused = lanes.lane(opening.segment, stall_timeout_s=stall_timeout_s)
 
     async def send(self, frame: Frame) -> None:
         """See PrefillSink. One caller at a time."""
         if isinstance(frame, DATA_FRAMES):
             frame = dataclasses.replace(frame, epoch=self.open.epoch, seq=self.ledger.next_seq())
-            await self._window.take(payload_bytes(frame))
+            size = payload_bytes(frame)
+            await self._window.take(size)
+            await self._pace.take(size)
             self.ledger.add(frame)
+        elif isinstance(frame, Begin):
+            mover = "shm" if self._lane else "grpc"
+            frame = dataclasses.replace(frame, epoch=self.open.epoch, mover=mover, refused=self._refused)
         elif frame.epoch != self.open.epoch:
             frame = dataclasses.replace(frame, epoch=self.open.epoch)  # type: ignore[type-var]
         await self._write(frame)
@@ -68,6 +90,8 @@ class PrefillStream:
                         self._window.give(frame.bytes)
                     case Landed():
                         self.landed_seq = max(self.landed_seq, frame.seq)
+                        if self._lane:
+                            self._window.give(self._lane.landed(frame.seq))
                     case _:
                         raise TransferDamaged(f"unexpected {frame.kind}", field="frame.kind")
         except PdspecError as error:
@@ -81,11 +105,22 @@ class PrefillStream:
             if self._written == before and not self._write_lock.locked():
                 await self._write(Alive(epoch=self.open.epoch, steps=self._steps()))
 
+    def close(self) -> None:
+        """The stream has ended."""
+        if self._lane:
+            self._lane.close()
+
     async def _write(self, frame: Frame) -> None:
+        header, payload = frame.pack()
+        if self._lane and isinstance(frame, DATA_FRAMES):
+            place = await self._lane.place(frame.seq, payload)
+            if place:
+                header, payload = {**header, PLACE: place}, b""
+        data = encode_frame(header, payload)
         async with self._write_lock:
             try:
                 async with asyncio.timeout(self._stall_timeout_s):  # wait_for of Python 3.11 may lose a cancel
-                    await self._context.write(frame.to_bytes())
+                    await self._context.write(data)
             except TimeoutError:
                 message = f"the decode worker took nothing for {self._stall_timeout_s} s"
                 raise PeerLost(message, field="stall_timeout_s") from None
@@ -98,29 +133,37 @@ def prefill_handler(
     steps: Callable[[], int],
     stall_timeout_s: float = 5.0,
     alive_s: float = 1.0,
+    lanes: Lanes | None = None,
+    pace: Pace | None = None,
 ) -> grpc.GenericRpcHandler:
     """For ``server.add_generic_rpc_handlers((prefill_handler(...),))``.
+
+    ``lanes`` take offers of shared memory (none: they are refused), ``pace`` is the link's limit.
 
     ``serve`` sends Begin … and returns after ``finish``. A typed error it raises goes out as ErrorFrame and as the
     call's status; when the decode worker cancels, ``serve`` is cancelled. ``steps`` is read for Alive and must grow
     while the engine does anything, so count layers of a long chunk, not only whole steps.
     """
+    shared, link = lanes or Lanes("grpc"), pace or Pace(0)
 
     async def handle(_: object, context: grpc.aio.ServicerContext) -> None:
-        opening = await _read_open(context, stall_timeout_s)
-        stream = PrefillStream(context, opening, steps=steps, stall_timeout_s=stall_timeout_s, alive_s=alive_s)
+        stream = PrefillStream(
+            context, await _read_open(context, stall_timeout_s), steps=steps, stall_timeout_s=stall_timeout_s,
+            alive_s=alive_s, lanes=shared, pace=link,
+        )  # fmt: skip
         listener, heart = asyncio.ensure_future(stream.listen()), asyncio.ensure_future(stream.keep_alive())
         try:
             await serve(stream)
             if stream.finished:  # stay until the other end has read Done
                 await asyncio.wait({listener}, timeout=stall_timeout_s)
         except PdspecError as error:
-            await stream.send(ErrorFrame.of(opening.epoch, error))
+            await stream.send(ErrorFrame.of(stream.open.epoch, error))
             await asyncio.wait({listener}, timeout=stall_timeout_s)
             raise
         finally:
             for task in (listener, heart):
                 task.cancel()
+            stream.close()
             await asyncio.gather(listener, heart, return_exceptions=True)
 
     method = grpc.stream_stream_rpc_method_handler(handle)

@@ -16,6 +16,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
+from typing import Any
 
 import grpc
 
@@ -31,11 +32,12 @@ from pdspec.transfer.frames import (
     First,
     Landed,
     Open,
-    parse_frame,
     payload_bytes,
 )
 from pdspec.transfer.ledger import Ledger
 from pdspec.transfer.schema import Frame
+from pdspec.transfer.shm_stream import Offer
+from pdspec.transfer.wireformat import decode_frame
 from pdspec.wire.status import from_peer_error
 
 log = logging.getLogger(__name__)
@@ -43,9 +45,11 @@ log = logging.getLogger(__name__)
 SERVICE = "pdspec.v1.PrefillWorker"
 METHOD = f"/{SERVICE}/Prefill"
 TARGET_KEY = "pdspec-target"  # call metadata that tells a relay where to go
+PLACE = "shm"  # header key: [offset, length] of a payload that is in shared memory, not in the frame
 TOTAL_TIMEOUT_S = 600.0  # for a whole handoff, however busy the peer says it is
 _ONCE = (Begin, First, DraftStart)
 _CREDIT_STEP = 1 << 20  # smaller grants are sent together
+_LANDED_STEP = 4  # slots given back together; a sender waits only while it holds so many (``shm_serve.OWN``)
 
 
 def relay_metadata(target: str) -> tuple[tuple[str, str], ...]:
@@ -60,10 +64,11 @@ class PrefillCall:
             async for frame in call:
                 ...
 
-    ``channel`` leads to the prefill worker, or to a relay with ``metadata=relay_metadata(address)``. Data frames are in
-    ``call.ledger`` when they are yielded; Alive, ErrorFrame and frames of other epochs (counted in ``ledger.dropped``)
-    are not yielded. ``auto_grant`` takes a frame for consumed when the next one is asked for; without it the caller
-    grants what has landed. Leaving the block cancels the call, always.
+    ``channel`` leads to the prefill worker, or to a relay with ``metadata=relay_metadata(address)``. ``offer`` is the
+    shared memory that ``opening.segment`` names. A data frame's payload is good until the next frame is asked for; then
+    it goes into ``call.ledger``. Alive, ErrorFrame and frames of other epochs (counted in ``ledger.dropped``) are not
+    yielded. ``auto_grant`` takes a frame for consumed when the next one is asked for; without it the caller grants what
+    has landed. Leaving the block cancels the call, always.
     """
 
     def __init__(
@@ -76,13 +81,15 @@ class PrefillCall:
         metadata: Sequence[tuple[str, str]] = (),
         auto_grant: bool = True,
         total_timeout_s: float = TOTAL_TIMEOUT_S,
+        offer: Offer | None = None,
     ) -> None:
         self.ledger = Ledger(opening.epoch)
         self._channel, self._opening, self._metadata = channel, opening, tuple(metadata)
         self._stall_timeout_s, self._peer, self._auto_grant = stall_timeout_s, peer, auto_grant
         self._write_lock = asyncio.Lock()
-        self._granted = 0
-        self._steps = -1
+        self._granted = self._unsaid = self._unsaid_bytes = 0
+        self._last_landed = self._steps = -1
+        self._offer, self._placed = offer, False
         self._total_timeout_s, self._seen = total_timeout_s, set[type[Frame]]()
 
     async def __aenter__(self) -> PrefillCall:
@@ -91,7 +98,7 @@ class PrefillCall:
         try:
             await self._write(self._opening)
         except BaseException:
-            self._call.cancel()
+            await self.__aexit__(None, None, None)
             raise
         return self
 
@@ -99,6 +106,8 @@ class PrefillCall:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._call.cancel()
+        if self._offer:
+            self._offer.ended(lost=isinstance(error, PeerLost))
 
     async def __aiter__(self) -> AsyncIterator[Frame]:
         while True:
@@ -109,17 +118,22 @@ class PrefillCall:
                 if type(frame) in self._seen:
                     raise TransferDamaged(f"a second {type(frame).__name__}", field="frame.kind")
                 self._seen.add(type(frame))
-            size = 0
+            if isinstance(frame, Begin) and self._offer:
+                self._offer.begun(frame)
             if isinstance(frame, DATA_FRAMES):
-                self.ledger.add(frame)
-                size = payload_bytes(frame)
+                self.ledger.expect(frame)
+                placed = self._placed
+                yield frame
+                self.ledger.count(frame)
+                if self._auto_grant:
+                    size = payload_bytes(frame)
+                    await (self._land(frame.seq, size) if placed else self.grant(size))
+                continue
             if isinstance(frame, Done):
                 await self._close()
             yield frame
             if isinstance(frame, Done):
                 return
-            if size and self._auto_grant:
-                await self.grant(size)
 
     async def grant(self, consumed: int) -> None:
         """``consumed`` payload bytes have landed. Small grants are sent together."""
@@ -128,8 +142,14 @@ class PrefillCall:
             await self._flush_credit()
 
     async def landed(self, seq: int) -> None:
-        """Everything up to ``seq`` is out of the peer's memory."""
+        """Everything up to ``seq`` is out of the shared memory."""
+        self._unsaid = self._unsaid_bytes = 0
         await self._write(Landed(epoch=self.ledger.epoch, seq=seq))
+
+    async def _land(self, seq: int, size: int) -> None:
+        self._unsaid, self._unsaid_bytes, self._last_landed = self._unsaid + 1, self._unsaid_bytes + size, seq
+        if self._unsaid >= _LANDED_STEP or self._unsaid_bytes >= self._opening.credit // 4:
+            await self.landed(seq)
 
     async def _next(self) -> Frame:
         loop = asyncio.get_running_loop()
@@ -161,7 +181,16 @@ class PrefillCall:
             raise from_peer_error(error, peer=self._peer) from error
         if data is grpc.aio.EOF:
             raise await self._end_error()
-        return parse_frame(data)
+        header, payload = decode_frame(data)
+        self._placed = PLACE in header
+        if self._placed:
+            payload = self._view(header.pop(PLACE), payload)
+        return Frame.parse(header, payload)
+
+    def _view(self, place: Any, payload: memoryview) -> memoryview:
+        if len(payload) or self._offer is None:
+            raise TransferDamaged("a place in shared memory where none is due", field="frame.shm")
+        return self._offer.view(place)
 
     async def _end_error(self) -> PdspecError:
         """Why the stream ended before Done."""
@@ -174,6 +203,8 @@ class PrefillCall:
         return from_peer_error(failed, peer=self._peer)
 
     async def _flush_credit(self) -> None:
+        if self._unsaid:
+            await self.landed(self._last_landed)
         granted, self._granted = self._granted, 0
         if granted:
             await self._write(Credit(epoch=self.ledger.epoch, bytes=granted))

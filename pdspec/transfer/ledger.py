@@ -10,6 +10,7 @@ import xxhash
 
 from pdspec.errors import TransferDamaged
 from pdspec.transfer.frames import Done, DraftStart, HiddenRows, Pages
+from pdspec.transfer.wireformat import Payload, byte_views
 
 HIDDEN, START = "hidden", "draft_start"  # ledger names of what is not a cache group
 MAX_DROPPED = 4096  # frames of other epochs that one stream may bring
@@ -26,9 +27,11 @@ class _Count:
 class Ledger:
     """Bytes, rows and an xxh3_64 (places and payloads) per group of the frames of one epoch, in their order.
 
-    The sender calls ``add`` for each frame before it sends it and makes Done with ``done``; the receiver calls
-    ``admit`` for every frame that comes, ``add`` for the data, and at Done ``check`` (or ``damaged``, where draft
-    state may be rebuilt). Rows are those of each frame added up, so L layers of n rows count L·n.
+    The sender calls ``add`` for each frame before it sends it and makes Done with ``done``. The receiver calls
+    ``admit`` for every frame that comes, ``expect`` for the data, ``count`` once it has been taken out of the frame,
+    and at Done ``check`` (or ``damaged``, where draft state may be rebuilt). Hashed after it was copied, a payload that
+    changed meanwhile (in shared memory it can) is found. Rows are those of each frame added up, so L layers of n rows
+    count L·n.
     """
 
     def __init__(self, epoch: int) -> None:
@@ -52,17 +55,26 @@ class Ledger:
         return False
 
     def add(self, frame: Pages | HiddenRows | DraftStart) -> None:
-        """Count a data frame. Hashing releases the GIL for large payloads. Raises TransferDamaged for a ``seq`` that
-        does not follow, another epoch, or rows that do not continue those of their layer."""
+        """``expect`` and ``count``."""
+        self.expect(frame)
+        self.count(frame)
+
+    def expect(self, frame: Pages | HiddenRows | DraftStart) -> None:
+        """Raises TransferDamaged for a ``seq`` that does not follow, another epoch, or rows that do not continue those
+        of their layer."""
         if frame.epoch != self.epoch:
             message = f"epoch {frame.epoch} in the ledger of epoch {self.epoch}"
             raise TransferDamaged(message, field=f"{frame.kind}.epoch")
         if frame.seq != self._next_seq:
             raise TransferDamaged(f"seq {frame.seq} where {self._next_seq} was due", field=f"{frame.kind}.seq")
         self._next_seq += 1
+        if isinstance(frame, Pages):
+            self._continue(frame)
+
+    def count(self, frame: Pages | HiddenRows | DraftStart) -> None:
+        """Add an expected frame's bytes, rows and hash. Hashing releases the GIL for large payloads."""
         match frame:
             case Pages():
-                self._continue(frame)
                 place = (frame.layer, frame.start, frame.count, frame.head_start, frame.head_count)
                 self._count(frame.group, place, frame.count, frame.payload)
             case HiddenRows():
@@ -127,9 +139,10 @@ class Ledger:
             raise TransferDamaged(message, field=f"pages.{frame.group}")
         self._covered[key] = (first, frame.start + frame.count)
 
-    def _count(self, group: str, place: tuple[int, ...], rows: int, payload: bytes | memoryview) -> None:
+    def _count(self, group: str, place: tuple[int, ...], rows: int, payload: Payload) -> None:
         count = self._counts[group]
-        count.bytes += memoryview(payload).nbytes
         count.rows += rows
         count.hash.update(_WHERE.pack(*place))
-        count.hash.update(payload)
+        for part in byte_views(payload):
+            count.bytes += part.nbytes
+            count.hash.update(part)

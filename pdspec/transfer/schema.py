@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from pdspec.errors import TransferDamaged
-from pdspec.transfer.wireformat import encode_frame
+from pdspec.transfer.wireformat import Payload, encode_frame
 
 _INT64, _UINT64 = 1 << 63, 1 << 64
 _MAX_NAMES = 1024  # entries of one map
@@ -54,7 +54,7 @@ _BY_ANNOTATION: dict[str, Callable[[Any], bool]] = {
     "Mapping[str, str | int]": _map_of(lambda value: _is_text(value) or type(value) is int),
     "Mapping[str, np.ndarray]": _map_of(_is_shape),
 }
-_IN_PAYLOAD = {"bytes | memoryview", "GenerateRequest"}
+_IN_PAYLOAD = {"Payload", "GenerateRequest"}
 _RANGES: dict[str, tuple[int, int]] = {  # inclusive, exclusive
     "layer": (0, 1 << 16),
     "start": (0, 1 << 30),
@@ -82,7 +82,7 @@ class Frame:
         named = (f for f in fields(self) if f.type not in _IN_PAYLOAD and f.name not in without)  # type: ignore[arg-type]
         return {"kind": self.kind} | {f.name: _plain(getattr(self, f.name)) for f in named}
 
-    def pack(self) -> tuple[dict, bytes | memoryview]:
+    def pack(self) -> tuple[dict, Payload]:
         """(header, payload)."""
         return self.header(), getattr(self, "payload", b"")
 

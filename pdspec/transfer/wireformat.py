@@ -1,8 +1,8 @@
 """``message PrefillFrame { bytes header = 1; bytes payload = 2; }`` written and read by hand.
 
 The bytes are ordinary protobuf, so that any client can parse them, but our payloads pass through no protobuf
-object: one copy on the way out (gRPC wants ``bytes``), none on the way in. Everything is bounded and whatever does
-not parse is TransferDamaged.
+object: one copy on the way out, out of the pages themselves (gRPC wants ``bytes``), none on the way in. Everything is
+bounded and whatever does not parse is TransferDamaged.
 """
 
 from __future__ import annotations
@@ -15,17 +15,35 @@ MAX_HEADER_BYTES = 256 << 10
 MAX_PAYLOAD_BYTES = 24 << 20  # below the transport's message limit (wire.channels.MAX_MESSAGE_BYTES)
 _HEADER_TAG, _PAYLOAD_TAG = 0x0A, 0x12  # field << 3 | wire type 2 (length-delimited)
 _MAX_VARINT_BYTES = 5  # lengths are below 2^35; ours are far shorter
+Payload = bytes | bytearray | memoryview | tuple[memoryview, ...]  # parts that follow one another
 
 
-def encode_frame(header: dict, payload: bytes | bytearray | memoryview = b"") -> bytes:
-    """The frame's bytes. ``payload`` is any contiguous buffer. Raises TransferDamaged above the size limits."""
+def byte_views(payload: Payload) -> tuple[memoryview, ...]:
+    """The parts of a payload as flat views."""
+    parts = payload if isinstance(payload, tuple) else (payload,)
+    return tuple(memoryview(part).cast("B") for part in parts)
+
+
+def size_of(payload: Payload) -> int:
+    """Bytes of a payload."""
+    return sum(part.nbytes for part in byte_views(payload))
+
+
+def one_view(payload: Payload) -> memoryview:
+    """The payload as one flat view: of itself where it came in one part, as it does from a peer."""
+    parts = byte_views(payload)
+    return parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+
+
+def encode_frame(header: dict, payload: Payload = b"") -> bytes:
+    """The frame's bytes. A payload's parts are contiguous buffers. Raises TransferDamaged above the size limits."""
     head = msgpack.packb(header, use_bin_type=True)
-    body = memoryview(payload).cast("B")
+    size = size_of(payload)
     _bound("header", len(head), MAX_HEADER_BYTES)
-    _bound("payload", len(body), MAX_PAYLOAD_BYTES)
+    _bound("payload", size, MAX_PAYLOAD_BYTES)
     parts = [bytes((_HEADER_TAG,)), _varint(len(head)), head]
-    if len(body):
-        parts += [bytes((_PAYLOAD_TAG,)), _varint(len(body)), body]
+    if size:
+        parts += [bytes((_PAYLOAD_TAG,)), _varint(size), *byte_views(payload)]
     return b"".join(parts)
 
 

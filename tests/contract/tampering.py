@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import numpy as np
 
-from pdspec.transfer.frames import DATA_FRAMES, Done, Pages, parse_frame
+from pdspec.transfer.frames import DATA_FRAMES, Done, Open, Pages, parse_frame
 from pdspec.transfer.grpc_stream import METHOD, SERVICE
 from pdspec.transfer.ledger import Ledger
 from pdspec.transfer.schema import Frame
@@ -81,7 +81,8 @@ def _signed(frame: Frame, ledger: Ledger) -> Frame:
 
 async def _forward(context: grpc.aio.ServicerContext, call: grpc.aio.StreamStreamCall) -> None:
     while (data := await context.read()) is not grpc.aio.EOF:
-        await call.write(data)
+        frame = parse_frame(data)  # what is shared between the two ends cannot be changed on the way
+        await call.write((replace(frame, segment="") if isinstance(frame, Open) else frame).to_bytes())
     await call.done_writing()
 
 

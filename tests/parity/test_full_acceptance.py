@@ -84,18 +84,18 @@ def test_draft_rows_of_another_position_are_noticed(roles):
     """The control of the control: draft KV that arrives shifted by one row is accepted less."""
     asked = chain("draft_model", "greedy")
     cache = roles.prefill.engine.host.resources.cache
-    real = cache.read_rows
+    real = cache.row_views
 
     def shifted(group, layer, pages, start, stop, *heads):
         if group == "draft/model" and start > 0:
             start, stop = start - 1, stop - 1
         return real(group, layer, pages, start, stop, *heads)
 
-    cache.read_rows = shifted
+    cache.row_views = shifted
     try:
         (answer,) = roles.ask(asked, route=roles.route(handoff=Handoff.DIRECT))
     finally:
-        del cache.read_rows
+        del cache.row_views
     assert answer.stats.accepted_tokens < answer.stats.drafted_tokens
     assert answer.tokens == roles.ask_local(dataclasses.replace(asked, drafter="none", tree="")).tokens
 

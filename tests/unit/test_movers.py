@@ -1,4 +1,5 @@
-"""The Prefill stream over real gRPC: frames arrive whole, credit bounds them, and every way to stop is an error."""
+"""The Prefill stream over real gRPC, payloads in frames and in shared memory: they arrive whole, credit bounds them,
+and every way to stop is an error."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
 
 import grpc
 import numpy as np
@@ -15,6 +18,9 @@ from pdspec.errors import Incompatible, PdspecError, PeerLost, TransferDamaged
 from pdspec.transfer import frames
 from pdspec.transfer.grpc_serve import PrefillStream, prefill_handler
 from pdspec.transfer.grpc_stream import METHOD, PrefillCall
+from pdspec.transfer.segment import Segment
+from pdspec.transfer.shm_serve import Lanes
+from pdspec.transfer.shm_stream import Offers
 from pdspec.types import GenerateRequest
 from pdspec.wire.channels import bind, make_channel, make_server
 
@@ -22,12 +28,18 @@ OPEN = frames.Open(
     epoch=7, request=GenerateRequest(request_id="r", prompt_ids=(1, 2)), drafter="none", draft_prefill=""
 )
 Serve = Callable[[PrefillStream], Awaitable[None]]
+SMALL = partial(Segment.create, slots=4, slot_bytes=2000)
+
+
+@pytest.fixture(params=["grpc", "shm"])
+def mover(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @asynccontextmanager
-async def serving(serve: Serve, **options: float) -> AsyncIterator[grpc.aio.Channel]:
+async def serving(serve: Serve, **options: Any) -> AsyncIterator[grpc.aio.Channel]:
     server = make_server()
-    handler = prefill_handler(serve, **{"steps": lambda: 0, **options})  # type: ignore[arg-type]
+    handler = prefill_handler(serve, **{"steps": lambda: 0, "lanes": Lanes("auto"), **options})
     server.add_generic_rpc_handlers((handler,))
     address = bind(server, "127.0.0.1", 0)
     await server.start()
@@ -51,15 +63,26 @@ def begin() -> frames.Begin:
 
 
 async def collect(
-    channel: grpc.aio.Channel, opening: frames.Open = OPEN, **options: object
+    channel: grpc.aio.Channel, mover: str, opening: frames.Open = OPEN, **options: Any
 ) -> tuple[list, PrefillCall]:
-    async with PrefillCall(channel, opening, **options) as call:  # type: ignore[arg-type]
-        return [frame async for frame in call], call
+    """Payloads are copied, as a decode worker does: what a slot holds is good until the next frame."""
+    offers, got = Offers(mover, SMALL), []
+    offer = await offers.offer("p")
+    opening = dataclasses.replace(opening, segment=offer.text)
+    async with PrefillCall(channel, opening, offer=offer, **options) as call:
+        async for frame in call:
+            if isinstance(frame, frames.Pages):
+                frame = dataclasses.replace(frame, payload=bytes(frame.payload))
+            got.append(frame)
+            if frame.kind == "begin":
+                assert frame.mover == mover and not (offer.segment and offer.segment.path.exists())
+    assert offers.counts[f"handoffs_{mover}"] == 1 and offers.counts["mover_fallbacks"] == 0
+    return got, call
 
 
-def test_a_whole_handoff() -> None:
+def test_a_whole_handoff(mover: str) -> None:
     async def serve(stream: PrefillStream) -> None:
-        assert stream.open == OPEN
+        assert dataclasses.replace(stream.open, segment="") == OPEN
         await stream.send(begin())
         for start in range(3):
             await stream.send(pages(1, start))
@@ -70,17 +93,18 @@ def test_a_whole_handoff() -> None:
 
     async def run() -> None:
         async with serving(serve) as channel:
-            got, call = await collect(channel)
+            got, call = await collect(channel, mover)
             assert [frame.kind for frame in got] == ["begin", "pages", "pages", "pages", "first", "draft_start", "done"]
             call.ledger.check(got[-1])
             call.ledger.check_covered("target", layers=1, heads=1, start=0, stop=3)
+            assert [frame.payload for frame in got[1:4]] == [pages(1, start).payload for start in range(3)]
             assert call.ledger.moved("target") == 3000 and {frame.epoch for frame in got} == {7}
 
     asyncio.run(run())
 
 
 @pytest.mark.parametrize("window", [1500, 500])
-def test_credit_bounds_what_is_under_way(window: int) -> None:
+def test_credit_bounds_what_is_under_way(window: int, mover: str) -> None:
     most = 0
 
     async def serve(stream: PrefillStream) -> None:
@@ -93,14 +117,14 @@ def test_credit_bounds_what_is_under_way(window: int) -> None:
 
     async def run() -> None:
         async with serving(serve, alive_s=0.05) as channel:
-            got, call = await collect(channel, dataclasses.replace(OPEN, credit=window))
+            got, call = await collect(channel, mover, dataclasses.replace(OPEN, credit=window))
             call.ledger.check(got[-1])
             assert most == 1000
 
     asyncio.run(run())
 
 
-def test_a_receiver_that_consumes_nothing_stops_the_sender() -> None:
+def test_a_receiver_that_consumes_nothing_stops_the_sender(mover: str) -> None:
     failure: list[Exception] = []
 
     async def serve(stream: PrefillStream) -> None:
@@ -115,14 +139,14 @@ def test_a_receiver_that_consumes_nothing_stops_the_sender() -> None:
     async def run() -> None:
         async with serving(serve, stall_timeout_s=0.2) as channel:
             with pytest.raises(PeerLost, match="no credit"):
-                await collect(channel, dataclasses.replace(OPEN, credit=1500), auto_grant=False)
+                await collect(channel, mover, dataclasses.replace(OPEN, credit=1500), auto_grant=False)
         assert failure
 
     asyncio.run(run())
 
 
 @pytest.mark.parametrize(("moving", "outcome"), [(True, "done"), (False, "lost")])
-def test_busy_is_told_from_stuck(moving: bool, outcome: str) -> None:
+def test_busy_is_told_from_stuck(moving: bool, outcome: str, mover: str) -> None:
     count = 0
 
     def steps() -> int:
@@ -138,7 +162,7 @@ def test_busy_is_told_from_stuck(moving: bool, outcome: str) -> None:
     async def run() -> str:
         async with serving(serve, steps=steps, alive_s=0.05) as channel:
             try:
-                got, _ = await collect(channel, stall_timeout_s=0.3)
+                got, _ = await collect(channel, mover, stall_timeout_s=0.3)
             except PeerLost as error:
                 assert "no progress" in str(error)
                 return "lost"
@@ -147,21 +171,21 @@ def test_busy_is_told_from_stuck(moving: bool, outcome: str) -> None:
     assert asyncio.run(run()) == outcome
 
 
-def test_a_typed_error_arrives_typed() -> None:
+def test_a_typed_error_arrives_typed(mover: str) -> None:
     async def serve(stream: PrefillStream) -> None:
         raise Incompatible("page layout differs", field="fingerprint.kv", remedy="use the same dtype")
 
     async def run() -> PdspecError:
         async with serving(serve) as channel:
             with pytest.raises(Incompatible) as caught:
-                await collect(channel)
+                await collect(channel, mover)
             return caught.value
 
     error = asyncio.run(run())
     assert (error.field, error.remedy) == ("fingerprint.kv", "use the same dtype")
 
 
-def test_a_stream_without_done_is_never_complete() -> None:
+def test_a_stream_without_done_is_never_complete(mover: str) -> None:
     async def serve(stream: PrefillStream) -> None:
         await stream.send(begin())
         await stream.send(pages(1))
@@ -169,19 +193,19 @@ def test_a_stream_without_done_is_never_complete() -> None:
     async def run() -> None:
         async with serving(serve) as channel:
             with pytest.raises(PeerLost, match="before Done"):
-                await collect(channel)
+                await collect(channel, mover)
 
     asyncio.run(run())
 
 
-def test_an_exception_of_the_service_is_internal_and_names_no_secret() -> None:
+def test_an_exception_of_the_service_is_internal_and_names_no_secret(mover: str) -> None:
     async def serve(stream: PrefillStream) -> None:
         raise RuntimeError("secret")
 
     async def run() -> None:
         async with serving(serve) as channel:
             with pytest.raises(PdspecError) as caught:
-                await collect(channel)
+                await collect(channel, mover)
             assert "secret" not in str(caught.value) and "RuntimeError" in str(caught.value)
 
     asyncio.run(run())
@@ -191,7 +215,7 @@ def test_nobody_there() -> None:
     async def run() -> None:
         channel = make_channel("127.0.0.1:1")
         with pytest.raises(PeerLost, match="p0"):
-            await collect(channel, peer="p0")
+            await collect(channel, "grpc", peer="p0")
         await channel.close()
 
     asyncio.run(run())
