@@ -29,6 +29,7 @@ from pdspec.spec.protocol import Candidates
 from pdspec.spec.protocol import HiddenRows as TargetRows
 from pdspec.telemetry import REQUEST_ID
 from pdspec.tracing import tracer_of
+from pdspec.transfer.faults import FrameFaults
 from pdspec.transfer.frames import Begin, DraftStart, First, HiddenRows, Pages
 from pdspec.transfer.grpc_serve import PrefillStream, prefill_handler
 from pdspec.types import DraftPrefill, GenerateRequest, TokenLogprob, WorkerInfo
@@ -230,6 +231,7 @@ class PrefillService:
             queued=len(scheduler.waiting),
             running=len(scheduler.running),
             steps=self.host.engine.steps,
+            stepping=sum(not prompt.finished for prompt in list(scheduler.running)),
         )
 
 
@@ -258,6 +260,7 @@ def start_frame(epoch: int, candidates: Candidates | None, rows: dict[str, torch
 def launch(config: WorkerConfig) -> RunningWorker:
     """Start a prefill worker in this process. Raises ConfigError."""
     config = config.replace(role="prefill")
+    faults = FrameFaults(config.frame_faults) if config.frame_faults else None
     engine = EngineThread(lambda: PrefillHost(config), name="engine")
     host = engine.start()
     service = PrefillService(config, engine, host)  # type: ignore[arg-type]
@@ -266,7 +269,10 @@ def launch(config: WorkerConfig) -> RunningWorker:
         service.address = address
         service.worker_id = config.worker_id or f"prefill@{address}"
         handler = prefill_handler(
-            service.serve, steps=lambda: service.host.engine.steps, stall_timeout_s=config.stall_timeout_s
+            service.serve,
+            steps=lambda: service.host.engine.steps,
+            stall_timeout_s=config.stall_timeout_s,
+            faults=faults,
         )
         server.add_generic_rpc_handlers((handler,))
         rpc.add_WorkerServicer_to_server(StatusService(service.info), server)

@@ -10,6 +10,7 @@ import grpc
 
 from pdspec.errors import PdspecError, PeerLost, TransferDamaged
 from pdspec.transfer.base import CreditWindow
+from pdspec.transfer.faults import FrameFaults
 from pdspec.transfer.frames import DATA_FRAMES, Alive, Credit, ErrorFrame, Landed, Open, parse_frame, payload_bytes
 from pdspec.transfer.grpc_stream import SERVICE
 from pdspec.transfer.ledger import Ledger
@@ -29,7 +30,9 @@ class PrefillStream:
         steps: Callable[[], int],
         stall_timeout_s: float,
         alive_s: float,
+        faults: FrameFaults | None = None,
     ) -> None:
+        self._faults = faults
         self.open, self.ledger = opening, Ledger(opening.epoch)
         self.landed_seq, self.finished = -1, False
         self._context, self._steps = context, steps
@@ -85,7 +88,8 @@ class PrefillStream:
         async with self._write_lock:
             try:
                 async with asyncio.timeout(self._stall_timeout_s):  # wait_for of Python 3.11 may lose a cancel
-                    await self._context.write(frame.to_bytes())
+                    for data in self._faults.apply(frame, frame.to_bytes()) if self._faults else (frame.to_bytes(),):
+                        await self._context.write(data)
             except TimeoutError:
                 message = f"the decode worker took nothing for {self._stall_timeout_s} s"
                 raise PeerLost(message, field="stall_timeout_s") from None
@@ -98,17 +102,20 @@ def prefill_handler(
     steps: Callable[[], int],
     stall_timeout_s: float = 5.0,
     alive_s: float = 1.0,
+    faults: FrameFaults | None = None,
 ) -> grpc.GenericRpcHandler:
     """For ``server.add_generic_rpc_handlers((prefill_handler(...),))``.
 
     ``serve`` sends Begin … and returns after ``finish``. A typed error it raises goes out as ErrorFrame and as the
     call's status; when the decode worker cancels, ``serve`` is cancelled. ``steps`` is read for Alive and must grow
-    while the engine does anything, so count layers of a long chunk, not only whole steps.
+    while the engine does anything, so count layers of a long chunk, not only whole steps. ``faults`` are for tests.
     """
 
     async def handle(_: object, context: grpc.aio.ServicerContext) -> None:
         opening = await _read_open(context, stall_timeout_s)
-        stream = PrefillStream(context, opening, steps=steps, stall_timeout_s=stall_timeout_s, alive_s=alive_s)
+        stream = PrefillStream(
+            context, opening, steps=steps, stall_timeout_s=stall_timeout_s, alive_s=alive_s, faults=faults
+        )
         listener, heart = asyncio.ensure_future(stream.listen()), asyncio.ensure_future(stream.keep_alive())
         try:
             await serve(stream)
@@ -119,6 +126,8 @@ def prefill_handler(
             await asyncio.wait({listener}, timeout=stall_timeout_s)
             raise
         finally:
+            if faults:
+                faults.forget(opening.epoch)
             for task in (listener, heart):
                 task.cancel()
             await asyncio.gather(listener, heart, return_exceptions=True)
