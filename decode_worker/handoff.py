@@ -24,6 +24,7 @@ from pdspec.types import DraftPrefill, TokenLogprob
 class Handed:
     """What a prefill worker handed over; KV rows are in the pages already."""
 
+    epoch: int = 0
     token_id: int = -1
     logprob: TokenLogprob | None = None
     candidates: Candidates | None = None

@@ -11,12 +11,15 @@ import dataclasses
 import itertools
 import logging
 import secrets
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 
 import grpc
 
 from decode_worker.handoff import Handed, Landing
 from decode_worker.host import Answer, DecodeHost
+from decode_worker.links import Links
 from decode_worker.metrics import Moments, handoff_counted, metrics_of, totals, trace
 from pdspec.config import WorkerConfig
 from pdspec.engine.local import check
@@ -49,6 +52,7 @@ from pdspec.wire.trust import Trust
 
 log = logging.getLogger(__name__)
 RETRYABLE = (PeerLost, TransferDamaged, Overloaded)
+COUNTED = ("prefill_failures", "local_prefills", "draft_rebuilds", "waited_for_pages")  # in Status, since the start
 
 
 class DecodeService(rpc.DecodeWorkerServicer):
@@ -62,6 +66,8 @@ class DecodeService(rpc.DecodeWorkerServicer):
         self.trust = Trust.of(config)
         self.metrics, self.tracer = metrics_of(host), tracer_of(config.traces, "decode")
         self.offers = Offers(config.mover)
+        self.links = Links()
+        self.counts: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
 
     async def Decode(
         self, request: pb.DecodeRequest, context: grpc.aio.ServicerContext
@@ -70,28 +76,36 @@ class DecodeService(rpc.DecodeWorkerServicer):
         asked, route = decode_request_from_pb(request)
         REQUEST_ID.set(asked.request_id)
         check(self.host.resources, asked)
-        try:
-            async with asyncio.timeout(asked.deadline_s):
-                async for chunk in self._answer(asked, route):
-                    yield chunk_to_pb(chunk)
-        except TimeoutError:
-            raise DeadlineExceeded(f"{asked.deadline_s} s are over", field="deadline") from None
+        async with aclosing(self._answer(asked, route)) as chunks:
+            async for chunk in chunks:
+                yield chunk_to_pb(chunk)
 
-    async def _answer(self, request: GenerateRequest, route: Route) -> AsyncIterator[TokenChunk]:
-        answer = self.host.new_answer(request, asyncio.get_running_loop())
+    async def _answer(self, request: GenerateRequest, route: Route) -> AsyncGenerator[TokenChunk, None]:
+        loop = asyncio.get_running_loop()
+        deadline = None if request.deadline_s is None else loop.time() + request.deadline_s
+        answer = self.host.new_answer(request, loop)
         run = _Run(self, answer, route)
         filling = asyncio.ensure_future(run.fill())
         # After landing has stopped, whatever cancels this coroutine meanwhile.
         filling.add_done_callback(lambda _: run.end())
         try:
             while True:
-                result = await answer.queue.get()
+                # No timeout may stand around a yield: it would cancel whoever writes the chunk.
+                if answer.queue.empty():
+                    async with asyncio.timeout_at(deadline):
+                        result = await answer.queue.get()
+                else:
+                    result = answer.queue.get_nowait()
+                    if deadline is not None and loop.time() > deadline:
+                        raise TimeoutError
                 if isinstance(result, BaseException):
                     raise result
                 run.moments.chunk()
                 yield run.complete(result) if result.finish_reason else result
                 if result.finish_reason:
                     return
+        except TimeoutError:
+            raise DeadlineExceeded(f"{request.deadline_s} s are over", field="deadline") from None
         finally:
             run.leave()
             filling.cancel()
@@ -117,9 +131,11 @@ class DecodeService(rpc.DecodeWorkerServicer):
             queued=len(scheduler.waiting),
             running=len(scheduler.granted) + len(scheduler.running),
             steps=decode.steps + self.host.prefill.steps,
+            stepping=len(scheduler.running) + len(self.host.prompts),
+            unreachable=self.links.down(),
         )
         clocks = {f"{name}_seconds": seconds for name, seconds in list(decode.clocks.items())}
-        own = {**totals(self.host, self.metrics), **self.offers.counts}
+        own = {**self.counts, **totals(self.host, self.metrics), **self.offers.counts}
         return dataclasses.replace(info, metrics={**info.metrics, **clocks, **own})
 
 
@@ -161,6 +177,7 @@ class _Run:
         try:
             engine, host, answer = self.service.engine, self.service.host, self.answer
             await engine.call(lambda: host.scheduler.add(answer))
+            self.service.counts["waited_for_pages"] += not answer.pages
             await answer.room
             metrics = self.service.metrics
             metrics.queue.observe(answer.granted_at - answer.queued_at)
@@ -174,23 +191,32 @@ class _Run:
                 return
             self.handed = handed
             self.moments.join()
+            if not handed.draft_damage:
+                log.debug("landed whole epoch=%d", handed.epoch)
             damage = handed.draft_damage or await engine.call(lambda: host.join(answer, handed))
             if damage:
                 log.warning("draft state is rebuilt: %s", damage, extra={"request_id": answer.request.request_id})
                 self.rebuilds += 1
                 metrics.rebuilds.inc()
+                self.service.counts["draft_rebuilds"] += 1
                 await engine.call(lambda: host.prefill_here(answer))
         except Exception as error:  # noqa: BLE001  whatever it is, the stream must end with it
             self.answer.queue.put_nowait(error)
 
     async def _handoff(self) -> Handed | None:
         """Try the prefill workers in the route's order. None when there is nothing left to join."""
-        policy = self.service.config.on_prefill_failure
+        policy, links, route = self.service.config.on_prefill_failure, self.service.links, self.route
         failures: list[str] = []
-        for address in self.route.prefill if policy != "fail" else self.route.prefill[:1]:
+        addresses = sorted(route.prefill, key=lambda address: links.is_down(route.link(address)))
+        for address in addresses if policy != "fail" else addresses[:1]:
             try:
-                return await self._receive(address)
+                handed = await self._receive(address)
+                links.up(route.link(address))
+                return handed
             except RETRYABLE as error:
+                if isinstance(error, PeerLost):
+                    links.fail(route.link(address))
+                self.service.counts["prefill_failures"] += 1
                 log.warning(
                     "prefill on %s failed: %s", address, error, extra={"request_id": self.answer.request.request_id}
                 )
@@ -200,6 +226,7 @@ class _Run:
         if policy == "local":
             self.service.metrics.local.inc()
             answer, host = self.answer, self.service.host
+            self.service.counts["local_prefills"] += 1
             await self.service.engine.call(lambda: host.prefill_here(answer))
             return None
         raise PeerLost("no prefill worker could serve this request: " + "; ".join(failures), remedy="try again")
@@ -234,6 +261,7 @@ class _Run:
             total_timeout_s=config.handoff_timeout_s, offer=offer,
         ) as call:  # fmt: skip
             try:
+                landing.handed.epoch = opening.epoch
                 with handoff_counted(service.metrics, landing.handed):
                     return await landing.receive(call)
             finally:

@@ -3,12 +3,17 @@
     with RouterClient("127.0.0.1:50051") as client:
         for piece in client.stream(UserRequest(text="Once upon a time")):
             print(piece.text, end="")
+
+A router that dies under an answer and comes back is asked for the rest of it: same request id, same seed, and the
+tokens that came already, so that the iteration goes on with each token once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -17,14 +22,17 @@ from typing import Any, Self
 import grpc
 
 from pdspec.config import RouterConfig, TlsConfig
-from pdspec.errors import PeerLost, Unauthenticated
+from pdspec.errors import Cancelled, PeerLost, Unauthenticated
 from pdspec.types import GenerationStats, TokenChunk, TokenLogprob, UserRequest
 from pdspec.wire import pdspec_pb2 as pb
 from pdspec.wire import pdspec_pb2_grpc as rpc
 from pdspec.wire.channels import make_client_channel
 from pdspec.wire.codec import chunk_from_pb, user_request_to_pb
-from pdspec.wire.status import from_rpc_error
+from pdspec.wire.status import from_rpc_error, is_broken
 from pdspec.wire.trust import TokenFile, Trust, bearer
+
+RECONNECT_S = 15.0
+_PAUSES_S = (0.05, 0.1, 0.2, 0.4)  # between attempts; the last one from then on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,26 +114,61 @@ class Access:
 
 class RouterClient:
     """One channel to a router. Not shared between threads; close it, or use it in ``with``. ``access`` says what a
-    router with TLS or tokens is shown; raises ConfigError for files that cannot be read."""
+    router with TLS or tokens is shown; raises ConfigError for files that cannot be read.
 
-    def __init__(self, endpoint: str, access: Access | None = None) -> None:
-        self.endpoint, self._access = endpoint, access or Access()
+    A router that has answered once and is gone is waited for, ``reconnect_s`` without a token (0: not at all).
+    """
+
+    def __init__(
+        self, endpoint: str, access: Access | None = None, *, reconnect_s: float = RECONNECT_S
+    ) -> None:
+        self.endpoint, self._access, self.reconnect_s = endpoint, access or Access(), reconnect_s
+        self.reconnects = 0  # streams taken up again
+        self._answered = self._left = False
+        self._call: Any = None
         self._channel = make_client_channel(endpoint, self._access.trust())
         self._stub = rpc.RouterStub(self._channel)
 
     def stream(self, request: UserRequest, *, timeout_s: float | None = None) -> Iterator[Piece]:
         """The answer as it comes. Closing the iterator cancels the request on every hop. Raises the PdspecError
         that the cluster sent, PeerLost when there is no router."""
-        call = self._stub.Generate(
-            user_request_to_pb(request), timeout=timeout_s, metadata=bearer(self._access.token)
-        )
-        try:
-            for message in call:
-                yield Piece(chunk=chunk_from_pb(message), text=message.text, seed=message.seed)
-        except grpc.RpcError as error:
-            raise self._error(error) from error
-        finally:
-            call.cancel()
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        request = dataclasses.replace(request, request_id=request.request_id or uuid.uuid4().hex)
+        have, seed = list(request.resume_ids), request.sampling.seed
+        self._left = False
+        heard, attempt = time.monotonic(), 0  # since the last message
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            call = self._call = self._stub.Generate(
+                user_request_to_pb(_rest(request, have, seed)), timeout=left, metadata=bearer(self._access.token)
+            )
+            try:
+                for message in call:
+                    piece = Piece(chunk=chunk_from_pb(message), text=message.text, seed=message.seed)
+                    self._answered, heard, attempt = True, time.monotonic(), 0
+                    have += piece.chunk.token_ids
+                    seed = piece.seed if seed is None else seed
+                    yield piece
+                    if piece.chunk.finish_reason is not None:
+                        return
+                return
+            except grpc.RpcError as error:
+                if self._left:
+                    raise Cancelled("this client left") from error
+                waited = time.monotonic() - heard
+                if not (is_broken(error) and self._answered and waited < self.reconnect_s):
+                    raise self._error(error) from error
+            finally:
+                call.cancel()
+            self.reconnects += 1
+            time.sleep(_PAUSES_S[min(attempt, len(_PAUSES_S) - 1)])
+            attempt += 1
+
+    def cancel(self) -> None:
+        """End the stream that runs, which then raises Cancelled; the one method that any thread may call."""
+        self._left = True
+        if self._call is not None:
+            self._call.cancel()
 
     def generate(
         self,
@@ -140,6 +183,7 @@ class RouterClient:
     def workers(self, *, timeout_s: float = 5.0) -> list[dict[str, Any]]:
         """What the router knows of each worker (``WorkerStatus`` of the proto as a map)."""
         answer = self._list(timeout_s)
+        self._answered = True
         names = [entry.name for entry in pb.WorkerStatus.DESCRIPTOR.fields]
         plain = [{name: getattr(worker, name) for name in names} for worker in answer.workers]
         return [{**entry, "drafters": list(entry["drafters"]), "metrics": dict(entry["metrics"])} for entry in plain]
@@ -189,6 +233,13 @@ class RouterClient:
             remedy += " --tls-cert and --tls-key where it asks for certificates"
             return PeerLost(f"no router answers at {self.endpoint}", field="endpoint", remedy=remedy)
         return found
+
+
+def _rest(request: UserRequest, have: list[int], seed: int | None) -> UserRequest:
+    """``request`` for what comes after the tokens ``have``."""
+    return dataclasses.replace(
+        request, sampling=dataclasses.replace(request.sampling, seed=seed), resume_ids=tuple(have)
+    )
 
 
 def collect(pieces: Iterable[Piece], on_text: Callable[[str], None] | None = None) -> Answer:

@@ -115,6 +115,7 @@ class WorkerConfig(Settings):
     log_format: str = option("text", "of what is written to stderr", choices=LOG_FORMATS)
     metrics_port: int = option(-1, "Prometheus metrics over HTTP; 0: any free port, -1: none", low=-1, high=65535)
     traces: str = option("", "where spans go: otlp, console, or MODULE:CLASS of an exporter; empty: nowhere")
+    frame_faults: dict[str, float] = option({}, "a prefill worker damages its frames, chance by kind (for tests)")
     poison: bool = option(False, "fill erased KV rows with NaN (a debug aid)")
 
     def __post_init__(self) -> None:
@@ -155,7 +156,12 @@ class RouterConfig(Settings):
     model: str = option("smollm2-135m", "alias, hub id or folder: its tokenizer is used")
     cache_dir: str = option("", "folder of converted models; empty: PDSPEC_CACHE or ~/.cache/pdspec")
     max_message_bytes: int = option(4 << 20, "largest request taken", low=1024)
-    heartbeat_s: float = option(0.5, "interval of the questions to the workers", low=0.05, high=60)
+    heartbeat_s: float = option(0.2, "interval of the questions to the workers", low=0.05, high=60)
+    lost_after_s: float = option(0.7, "a worker that leaves one unanswered for so long is lost", low=0.05, high=60)
+    stall_s: float = option(5.0, "a worker that has work and makes no step for so long is lost", low=0.1)
+    failover_wait_s: float = option(15.0, "an answer waits so long for a worker to come back", low=0)
+    max_replays: int = option(16, "times that one answer may move to another worker", low=0)
+    quarantine_after: int = option(3, "workers that may die under a request that makes no progress", low=1)
     tls: TlsConfig = dataclasses.field(default_factory=TlsConfig)
     cluster_token_file: str = option("", "file of tokens that members of the cluster show to each other")
     token_file: str = option("", "file of users' tokens; empty: nobody is asked for one")

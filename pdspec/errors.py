@@ -56,6 +56,12 @@ class PeerLost(PdspecError):
     status = "UNAVAILABLE"
 
 
+class Quarantined(PdspecError):
+    """A request under which several workers died, one after the other: it is not tried again."""
+
+    status = "ABORTED"
+
+
 class TransferDamaged(PdspecError):
     """A handoff whose counts or checksums do not match: its KV must not be used."""
 

@@ -106,6 +106,7 @@ class UserRequest:
     handoff: str = ""  # empty: the deployment's default
     sample: int = 0
     trace: bool = False
+    resume_ids: tuple[int, ...] = ()  # tokens of the answer that came before its stream broke; needs the seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,10 @@ class Route:
     prefill: tuple[str, ...]  # in fail-over order; empty: the decode worker prefills
     handoff: Handoff = Handoff.DIRECT
     relay: str = ""  # the relay's address when handoff is RELAY
+
+    def link(self, prefill: str) -> str:
+        """The way from the decode worker to ``prefill``, by name: a relay's links fail apart from direct ones."""
+        return f"{self.relay}>{prefill}" if self.handoff is Handoff.RELAY else prefill
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,5 +228,7 @@ class WorkerInfo:
     max_context: int = 0
     vocab_size: int = 0
     steps: int = 0  # step counter: busy, stuck and dead differ
+    stepping: int = 0  # sequences that the next step advances
+    unreachable: tuple[str, ...] = ()  # ``Route.link`` of prefill workers that could not be reached lately
     draining: bool = False
     metrics: dict[str, float] = field(default_factory=dict)

@@ -53,6 +53,19 @@ def check_user_request(user: UserRequest) -> None:
             raise InvalidRequest("too long", field=name, remedy=f"send at most {MAX_NAME_CHARACTERS} characters")
 
 
+def check_resume(user: UserRequest, *, vocab_size: int) -> None:
+    """What the client of a broken stream says it has already. Raises InvalidRequest."""
+    if not user.resume_ids:
+        return
+    if user.sampling.seed is None:
+        remedy = "send the seed that came with the first chunk"
+        raise InvalidRequest("an answer goes on with its own seed", field="sampling.seed", remedy=remedy)
+    if len(user.resume_ids) > user.sampling.max_tokens:
+        message = f"{len(user.resume_ids)} tokens of an answer of at most {user.sampling.max_tokens}"
+        raise InvalidRequest(message, field="resume_ids", remedy="send the tokens of this answer, and its max_tokens")
+    _check_ids("resume_ids", user.resume_ids, vocab_size)
+
+
 def _check_names(request: GenerateRequest, drafters: Collection[str], models: Collection[str]) -> None:
     _check_known("model", request.model, models)
     _check_known("drafter", request.drafter, drafters)

@@ -31,6 +31,7 @@ from pdspec.spec.protocol import Candidates
 from pdspec.spec.protocol import HiddenRows as TargetRows
 from pdspec.telemetry import REQUEST_ID, clock_name
 from pdspec.tracing import tracer_of
+from pdspec.transfer.faults import FrameFaults
 from pdspec.transfer.frames import FRAME_BYTES, Begin, DraftStart, First, HiddenRows, Pages
 from pdspec.transfer.grpc_serve import PrefillStream, prefill_handler
 from pdspec.transfer.pace import Pace
@@ -226,6 +227,7 @@ class PrefillService:
             queued=len(scheduler.waiting),
             running=len(scheduler.running),
             steps=self.host.engine.steps,
+            stepping=sum(not prompt.finished for prompt in list(scheduler.running)),
         )
         return dataclasses.replace(info, metrics={**info.metrics, **self.lanes.counts})
 
@@ -270,6 +272,7 @@ def launch(config: WorkerConfig) -> RunningWorker:
     """Start a prefill worker in this process. Raises ConfigError."""
     config = config.replace(role="prefill")
     sweep()
+    faults = FrameFaults(config.frame_faults) if config.frame_faults else None
     engine = EngineThread(lambda: PrefillHost(config), name="engine")
     host = engine.start()
     service = PrefillService(config, engine, host)  # type: ignore[arg-type]
@@ -279,7 +282,7 @@ def launch(config: WorkerConfig) -> RunningWorker:
         service.worker_id = config.worker_id or f"prefill@{address}"
         handler = prefill_handler(
             service.serve, steps=lambda: service.host.engine.steps, stall_timeout_s=config.stall_timeout_s,
-            lanes=service.lanes, pace=Pace(config.link_limit),
+            lanes=service.lanes, pace=Pace(config.link_limit), faults=faults,
         )  # fmt: skip
         server.add_generic_rpc_handlers((handler,))
         rpc.add_WorkerServicer_to_server(StatusService(service.info), server)

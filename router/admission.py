@@ -11,7 +11,7 @@ from typing import Protocol
 from pdspec.answer_text import TextStream
 from pdspec.prompting import PromptTokenizer, prompt_ids, to_generate_request
 from pdspec.types import GenerateRequest, UserRequest
-from pdspec.validation import check_request, check_user_request
+from pdspec.validation import check_request, check_resume, check_user_request
 from router.policy import WorkerState, WorkerView
 
 LONG_TEXT = 4096  # characters from which tokenising would hold up other streams
@@ -47,9 +47,11 @@ async def admit(
     )
     infos = [w.info for w in workers if w.info and w.role == "decode" and w.state is not WorkerState.REFUSED]
     drafters = {name for info in infos for name in info.drafters} if infos else {request.drafter}
+    vocab_size = _limit([info.vocab_size for info in infos], tokenizer.vocab_size)
+    check_resume(user, vocab_size=vocab_size)
     check_request(
         request,
-        vocab_size=_limit([info.vocab_size for info in infos], tokenizer.vocab_size),
+        vocab_size=vocab_size,
         max_context=_limit([info.max_context for info in infos], _UNKNOWN_CONTEXT),
         drafters=drafters,
         models={model, *(info.model for info in infos)},

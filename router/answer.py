@@ -4,6 +4,9 @@
           ▲                │ lost before the first token: route anew
           └────────────────┘ lost later: replay prompt + what went out; seed and positions make it continue
 
+A client whose stream broke with the router itself comes back with the tokens that it has: the same replay. What an
+attempt is worth, and how often there is another, is for ``failover`` to say.
+
 An answer that does not end with a finish reason ends with an error: it never looks complete when it is not.
 """
 
@@ -13,82 +16,115 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 
 import grpc
 
 from pdspec.answer_text import AnswerText
+from pdspec.config import RouterConfig
 from pdspec.errors import InvalidRequest, Overloaded, PdspecError, PeerLost
 from pdspec.types import FinishReason, GenerateRequest, GenerationStats, Handoff, Route, TokenChunk
 from pdspec.wire import pdspec_pb2 as pb
 from pdspec.wire import pdspec_pb2_grpc as rpc
 from pdspec.wire.codec import chunk_from_pb, decode_request_to_pb, generate_chunk_to_pb
 from pdspec.wire.status import from_peer_error, is_broken
-from router.fleet import Fleet
-from router.policy import choose
+from router.failover import Failures, WorkerDied
+from router.fleet import Fleet, Ticket
+from router.policy import MAX_WAITING, RETRY_AFTER_MS, WorkerState, choose
 from router.tally import Tally
 
 log = logging.getLogger(__name__)
-MAX_ATTEMPTS = 3
+LOOK_S = 0.05  # between two looks at the fleet, where nobody can be chosen
 END_TIMEOUT_S = 1.0  # for a worker to end its call after its last chunk
 
 
+class _NotNow(Exception):
+    """Nobody can be chosen, but a worker may come back."""
+
+
 class Answer:
-    """Iterate ``chunks()`` once. ``text`` is fresh; ``relay`` is the relay's address or empty."""
+    """Iterate ``chunks()`` once. ``text`` is fresh; ``resumed`` are tokens that the client has already."""
 
     def __init__(
-        self, request: GenerateRequest, *, fleet: Fleet, text: AnswerText, handoff: Handoff, relay: str = ""
-    ) -> None:
+        self, request: GenerateRequest, *, fleet: Fleet, text: AnswerText, config: RouterConfig, handoff: Handoff,
+        resumed: tuple[int, ...] = (),
+    ) -> None:  # fmt: skip
         self._request, self._fleet, self._text = request, fleet, text
-        self._handoff, self._relay = handoff, relay
+        self._handoff, self._relay = handoff, config.relay
+        self._failures = Failures(config)
         self._began = time.monotonic()
-        self._ids: list[int] = []  # what went out
+        self._ids: list[int] = list(resumed)  # what went out
         self._stats: GenerationStats | None = None  # the last the worker sent
         self._tally = Tally()
         self._seed: int | None = request.sampling.seed
 
     async def chunks(self) -> AsyncGenerator[pb.GenerateChunk, None]:
         """What goes to the client. Raises PdspecError; closing it cancels the worker's call."""
-        failed: dict[str, PdspecError] = {}
+        route = Route(decode="", prefill=(), handoff=self._handoff)
+        if self._ids:  # their text went out with them
+            self._tally.move()
+            if stop := self._text.push(self._ids).stop_match:
+                yield self._out(replace(self._empty(), stop_match=stop), route, finish=FinishReason.STOP, cut=True)
+                return
         while True:
             request = self._remaining()
-            route = self._route(request, failed)
             if request.sampling.max_tokens <= 0:  # the last token came, the word that it was the last did not
                 yield self._out(self._empty(), route, text=self._text.flush(), finish=FinishReason.LENGTH, cut=True)
                 return
+            route = await self._route(request)
             try:
                 async with aclosing(self._attempt(request, route)) as outgoing:
                     async for chunk in outgoing:
                         yield chunk
                 return
             except (PeerLost, Overloaded) as error:
-                failed[route.decode] = error
                 log.warning("%s failed after %d tokens: %s", route.decode, len(self._ids), error)
-                if len(failed) >= MAX_ATTEMPTS:
-                    raise
+                self._failures.note(route.decode, error, progress=len(self._ids) - request.replayed)
                 if len(self._ids) > request.replayed:
                     self._tally.move()
 
-    def _route(self, request: GenerateRequest, failed: dict[str, PdspecError]) -> Route:
-        tokens = len(request.prompt_ids) + request.sampling.max_tokens
+    async def _route(self, request: GenerateRequest) -> Route:
+        """Where to go; waits for a worker to come back where that may help."""
+        since = time.monotonic()
+        try:
+            return self._choose(request, since)
+        except _NotNow as error:
+            if self._fleet.stranded >= MAX_WAITING and not self._ids:
+                message = f"{self._fleet.stranded} requests wait for a worker to come back"
+                raise Overloaded(message, retry_after_ms=RETRY_AFTER_MS, remedy="try again later") from error
+        self._fleet.stranded += 1
+        try:
+            while True:
+                await asyncio.sleep(LOOK_S)
+                with suppress(_NotNow):
+                    return self._choose(request, since)
+        finally:
+            self._fleet.stranded -= 1
+
+    def _choose(self, request: GenerateRequest, since: float) -> Route:
+        """Raises _NotNow where a wait may help, else why nobody can be chosen."""
+        views, tokens = self._fleet.views(), len(request.prompt_ids) + request.sampling.max_tokens
         try:
             return choose(
-                self._fleet.views(),
-                handoff=self._handoff,
-                relay=self._relay,
-                tokens=tokens,
-                drafter=request.drafter,
-                exclude=failed,
-            )
-        except PeerLost as error:
-            if not failed:
-                raise
-            last = list(failed.values())[-1]
-            if isinstance(last, Overloaded):
-                raise last from error
-            sent = f" after {len(self._ids)} tokens" if self._ids else ""
-            raise PeerLost(f"the answer was lost{sent}: {last}; {error.message}", remedy=error.remedy) from last
+                views, handoff=self._handoff, relay=self._relay, tokens=tokens, drafter=request.drafter,
+                exclude=self._failures.excluded(),
+            )  # fmt: skip
+        except (PeerLost, Overloaded) as error:
+            coming = any(view.state in (WorkerState.LOST, WorkerState.UNKNOWN) for view in views)
+            since = since if views else self._fleet.began
+            if self._failures.may_wait(error, since=since, coming=coming or not views, sent=bool(self._ids)):
+                raise _NotNow from error
+            raise self._given_up(error) from error
+
+    def _given_up(self, error: PdspecError) -> PdspecError:
+        last = self._failures.last
+        if last is None or isinstance(error, Overloaded):
+            return error
+        if isinstance(last, Overloaded):
+            return last
+        sent = f" after {len(self._ids)} tokens" if self._ids else ""
+        return PeerLost(f"the answer was lost{sent}: {last}; {error.message}", remedy=error.remedy)
 
     async def _attempt(self, request: GenerateRequest, route: Route) -> AsyncGenerator[pb.GenerateChunk, None]:
         tickets = [self._fleet.send(address) for address in (route.decode, *route.prefill[:1])]
@@ -98,16 +134,17 @@ class Answer:
         )
         base = len(self._ids)
         try:
-            async for message in call:
-                chunk = _checked(message, expected=len(self._ids) - base, worker=route.decode)
-                if len(tickets) > 1 and tickets[1]:
-                    tickets[1].close()  # its prefill is over
-                out = self._take(chunk, route, first=chunk.start == 0)
-                yield out
-                if out.finish_reason:
-                    if chunk.finish_reason:  # let the worker end its call itself; only a cut needs the cancel
-                        await asyncio.wait({asyncio.ensure_future(call.code())}, timeout=END_TIMEOUT_S)
-                    return
+            async with aclosing(_messages(call, tickets[0], route.decode)) as messages:
+                async for message in messages:
+                    chunk = _checked(message, expected=len(self._ids) - base, worker=route.decode)
+                    if len(tickets) > 1 and tickets[1]:
+                        tickets[1].close()  # its prefill is over
+                    out = self._take(chunk, route, first=chunk.start == 0)
+                    yield out
+                    if out.finish_reason:
+                        if chunk.finish_reason:  # let the worker end its call itself; only a cut needs the cancel
+                            await asyncio.wait({asyncio.ensure_future(call.code())}, timeout=END_TIMEOUT_S)
+                        return
             raise PeerLost(f"{route.decode} ended the stream without a finish reason")
         except grpc.RpcError as error:
             raise self._failure(error, route) from error
@@ -168,9 +205,32 @@ class Answer:
         )
 
     def _failure(self, error: grpc.RpcError, route: Route) -> PdspecError:
+        found = from_peer_error(error, peer=f"decode worker {route.decode}")
         if is_broken(error):
             self._fleet.lose(route.decode, f"failed a request: {error.code().name}")
-        return from_peer_error(error, peer=f"decode worker {route.decode}")
+            return WorkerDied(found.message, remedy=found.remedy)
+        return found
+
+
+async def _messages(
+    call: grpc.aio.UnaryStreamCall, ticket: Ticket | None, address: str
+) -> AsyncGenerator[pb.DecodeChunk, None]:
+    """The call's messages. Raises WorkerDied as soon as heartbeats find the worker lost."""
+    lost: asyncio.Future[str] = ticket.watch() if ticket else asyncio.get_running_loop().create_future()
+    while True:
+        reading = asyncio.ensure_future(call.read())
+        try:
+            await asyncio.wait({reading, lost}, return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                raise WorkerDied(f"decode worker {address} {lost.result()}")
+        finally:
+            if not reading.done():
+                reading.cancel()
+                with suppress(asyncio.CancelledError, grpc.RpcError):
+                    await reading
+        if (message := reading.result()) is grpc.aio.EOF:
+            return
+        yield message
 
 
 def _checked(message: pb.DecodeChunk, *, expected: int, worker: str) -> TokenChunk:

@@ -1,5 +1,8 @@
 """What the router knows of its workers: asked every heartbeat, counted in between.
 
+A worker is lost when it refuses a heartbeat, leaves one unanswered, or has work and makes no step; the streams that
+run on it are told (``Ticket.lost``), since a stopped process ends none of its connections. The next good answer heals.
+
 All methods run on the router's event loop. ``views()`` is the snapshot that ``policy`` decides from.
 """
 
@@ -22,7 +25,7 @@ from pdspec.wire.trust import OPEN, Metadata, Trust
 from router.policy import WorkerState, WorkerView, reference_fingerprint
 
 log = logging.getLogger(__name__)
-MISSES = 3  # unanswered heartbeats after which a worker counts as lost
+LATE_S = 0.2  # a timeout that fires so much too late was slept through by this process, not by the worker
 
 
 class Ticket:
@@ -30,24 +33,37 @@ class Ticket:
 
     def __init__(self, worker: Worker) -> None:
         self._worker, self.sent_at = worker, time.monotonic()
+        self.lost: asyncio.Future[str] | None = None  # of ``watch``
         worker.open.add(self)
+
+    def watch(self) -> asyncio.Future[str]:
+        """Resolves with the reason when heartbeats find the worker lost."""
+        if self.lost is None:
+            self.lost = asyncio.get_running_loop().create_future()
+        return self.lost
 
     def close(self) -> None:
         """The request ended there; a second call does nothing."""
         if self in self._worker.open:
             self._worker.open.remove(self)
             self._worker.ended.append((self.sent_at, time.monotonic()))
+        if self.lost is not None:
+            self.lost.cancel()
 
 
 class Worker:
     """One address: its channel, the last report, and what happened since."""
 
-    def __init__(self, address: str, role: str, heartbeat_s: float, trust: Trust = OPEN) -> None:
-        self.address, self.role, self._heartbeat_s, self._trust = address, role, heartbeat_s, trust
+    def __init__(
+        self, address: str, role: str, *, lost_after_s: float, stall_s: float, trust: Trust = OPEN
+    ) -> None:
+        self.address, self.role, self._trust = address, role, trust
+        self._lost_after_s, self._stall_s = lost_after_s, stall_s
         self.channel = make_channel(address, trust=trust)
         self.info: WorkerInfo | None = None
         self.asked_at = 0.0  # the last report's counts stand for this moment
-        self.misses, self.reason = 0, "has not answered yet"
+        self.moved_at = 0.0  # when its step counter was last seen to move, or it had nothing to do
+        self.reason = "has not answered yet"
         self.lost, self.leaving = False, False
         self.open: set[Ticket] = set()
         self.ended: list[tuple[float, float]] = []  # (sent, ended) of requests that ended since asked_at
@@ -57,20 +73,27 @@ class Worker:
         asked_at = time.monotonic()
         try:
             status = await rpc.WorkerStub(self.channel).Status(
-                pb.StatusRequest(), timeout=2 * self._heartbeat_s, metadata=self._trust.metadata()
+                pb.StatusRequest(), timeout=self._lost_after_s, metadata=self._trust.metadata()
             )
         except grpc.RpcError as error:
-            self._missed(error)
+            timed_out = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            if not timed_out or time.monotonic() - asked_at < self._lost_after_s + LATE_S:
+                self._missed(f"does not answer: {error.code().name}")
             return
         info = worker_info_from_pb(status)
         if info.role != self.role:
-            self.lost, self.reason = True, f"is a {info.role} worker, expected {self.role}"
+            self._missed(f"is a {info.role} worker, expected {self.role}")
             return
-        if self.lost or self.info is None:
-            log.info("%s worker %s (%s) answers", self.role, info.worker_id, self.address)
-        self.info, self.asked_at = info, asked_at
-        self.misses, self.lost, self.reason = 0, False, ""
+        if not info.stepping or self.info is None or info.steps != self.info.steps:
+            self.moved_at = asked_at
         self.ended = [(sent, end) for sent, end in self.ended if end >= asked_at]
+        first, self.info, self.asked_at = self.info is None, info, asked_at
+        if asked_at - self.moved_at > self._stall_s:
+            self._missed(f"has {info.stepping} sequences and made no step for {self._stall_s:g} s")
+            return
+        if self.lost or first:
+            log.info("%s worker %s (%s) answers", self.role, info.worker_id, self.address)
+        self.lost, self.reason = False, ""
 
     def lose(self, reason: str) -> None:
         """A call on it failed as calls on dead workers do; the next heartbeat that it answers takes this back."""
@@ -94,13 +117,13 @@ class Worker:
             address=self.address, role=self.role, state=state, reason=reason, info=self.info, pending=pending
         )
 
-    def _missed(self, error: grpc.RpcError) -> None:
-        self.misses += 1
-        refused = error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED
-        if refused or self.misses >= MISSES:
-            if not self.lost:
-                log.warning("%s worker %s does not answer: %s", self.role, self.address, error.details())
-            self.lost, self.reason = True, f"does not answer: {error.code().name}"
+    def _missed(self, reason: str) -> None:
+        if not self.lost:
+            log.warning("%s worker %s is lost: it %s", self.role, self.address, reason)
+        self.lost, self.reason = True, reason
+        for ticket in self.open:
+            if ticket.lost is not None and not ticket.lost.done():
+                ticket.lost.set_result(reason)
 
 
 class Fleet:
@@ -108,11 +131,15 @@ class Fleet:
     heartbeat of any worker."""
 
     def __init__(
-        self, *, heartbeat_s: float = 0.5, on_change: Callable[[], None] = lambda: None, trust: Trust = OPEN
-    ) -> None:
+        self, *, heartbeat_s: float = 0.2, lost_after_s: float = 0.7, stall_s: float = 5.0,
+        on_change: Callable[[], None] = lambda: None, trust: Trust = OPEN,
+    ) -> None:  # fmt: skip
         self._heartbeat_s, self._on_change, self._trust = heartbeat_s, on_change, trust
+        self._lost_after_s, self._stall_s = lost_after_s, stall_s
         self._workers: dict[str, Worker] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self.began = time.monotonic()  # a router that was started anew is told its workers a moment later
+        self.stranded = 0  # answers that wait for any worker to come back
 
     def set_workers(self, *, prefill: Sequence[str], decode: Sequence[str]) -> None:
         """These addresses from now on. New ones are asked at once; ones left out finish what they have."""
@@ -124,7 +151,9 @@ class Fleet:
                 continue
             if worker is not None:
                 self._drop(address)
-            self._workers[address] = Worker(address, role, self._heartbeat_s, self._trust)
+            self._workers[address] = Worker(
+                address, role, lost_after_s=self._lost_after_s, stall_s=self._stall_s, trust=self._trust
+            )
             self._tasks[address] = asyncio.ensure_future(self._watch(address))
         for address in self._workers.keys() - wanted.keys():
             self._workers[address].leaving = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from pdspec.errors import InvalidRequest, Overloaded, PeerLost
@@ -59,20 +59,23 @@ def choose(
 ) -> Route:
     """The least-loaded ready decode worker with room, and every usable prefill worker, least loaded first.
 
-    ``tokens`` are prompt plus max_tokens; ``exclude`` are addresses that were tried already. Prefill workers that do
-    not answer come last: the decode worker's own policy says what to do when none does. Raises PeerLost when nobody can
-    take it, Overloaded when nobody has room, InvalidRequest when it can never fit or needs a relay that is not there.
+    ``tokens`` are prompt plus max_tokens; ``exclude`` are addresses that were tried already. Pairs between which the
+    decode worker has just failed to get through are avoided. Prefill workers that do not answer come last: the decode
+    worker's own policy says what to do when none does. Raises PeerLost when nobody can take it, Overloaded when nobody
+    has room, InvalidRequest when it can never fit or needs a relay that is not there.
     """
     if handoff is Handoff.RELAY and not relay:
         message = "this deployment has no relay"
         raise InvalidRequest(message, field="handoff", remedy="ask for direct, or start the router with --relay")
-    decode = _choose_decode(workers, tokens, drafter, exclude, max_waiting)
-    return Route(decode=decode.address, prefill=_prefill_order(workers, drafter), handoff=handoff, relay=relay)
+    paths = Route(decode="", prefill=(), handoff=handoff, relay=relay)
+    decode = _choose_decode(workers, tokens, drafter, exclude, max_waiting, paths)
+    return replace(paths, decode=decode.address, prefill=_prefill_order(workers, drafter, paths, decode))
 
 
 def _choose_decode(
-    workers: Sequence[WorkerView], tokens: int, drafter: str, exclude: Collection[str], max_waiting: int
+    workers: Sequence[WorkerView], tokens: int, drafter: str, exclude: Collection[str], max_waiting: int, paths: Route
 ) -> WorkerView:
+    prefill = [w.address for w in workers if w.role == "prefill" and w.state is WorkerState.READY]
     every = [worker for worker in workers if worker.role == "decode"]
     ready = [w for w in every if w.state is WorkerState.READY and w.info and w.address not in exclude]
     if not ready:
@@ -86,17 +89,31 @@ def _choose_decode(
         message = f"prompt and max_tokens need {tokens} tokens of KV, the largest decode worker holds "
         message += str(max(_capacity(worker) for worker in able))
         raise InvalidRequest(message, field="sampling.max_tokens", remedy="ask for less, or raise cache_tokens")
-    least = min(fitting, key=lambda worker: (_room(worker) < tokens and worker.load > 0, worker.load, -_room(worker)))
+    least = min(
+        fitting,
+        key=lambda worker: (
+            bool(prefill) and all(_is_cut_off(worker, address, paths) for address in prefill),
+            _room(worker) < tokens and worker.load > 0, worker.load, -_room(worker),
+        ),
+    )  # fmt: skip
     if least.waiting >= max_waiting and all(worker.waiting >= max_waiting for worker in fitting):
         message = f"{least.waiting} requests wait for every decode worker"
         raise Overloaded(message, retry_after_ms=RETRY_AFTER_MS, remedy=f"try again in {RETRY_AFTER_MS} ms")
     return least
 
 
-def _prefill_order(workers: Sequence[WorkerView], drafter: str) -> tuple[str, ...]:
+def _is_cut_off(decode: WorkerView, prefill: str, paths: Route) -> bool:
+    return decode.info is not None and paths.link(prefill) in decode.info.unreachable
+
+
+def _prefill_order(workers: Sequence[WorkerView], drafter: str, paths: Route, decode: WorkerView) -> tuple[str, ...]:
     every = [worker for worker in workers if worker.role == "prefill"]
     usable = [worker for worker in every if worker.state is WorkerState.READY]
-    usable.sort(key=lambda worker: (bool(drafter) and not _holds(worker, drafter), worker.load))
+    usable.sort(
+        key=lambda worker: (
+            _is_cut_off(decode, worker.address, paths), bool(drafter) and not _holds(worker, drafter), worker.load,
+        )
+    )  # fmt: skip
     silent = [worker for worker in every if worker.state in (WorkerState.UNKNOWN, WorkerState.LOST)]
     if every and not usable and not silent:
         message = f"no prefill worker takes requests: {describe(every)}"

@@ -14,7 +14,7 @@ from grpc_health.v1 import health, health_pb2
 
 from pdspec.answer_text import AnswerText
 from pdspec.config import RouterConfig
-from pdspec.errors import PdspecError
+from pdspec.errors import PdspecError, Quarantined
 from pdspec.metrics import RouterMetrics, exposed
 from pdspec.model.tokenizer import load_tokenizer
 from pdspec.telemetry import REQUEST_ID
@@ -29,6 +29,7 @@ from pdspec.wire.serving import ServiceThread
 from pdspec.wire.trust import OPEN, Trust
 from router.admission import RouterTokenizer, admit
 from router.answer import Answer
+from router.failover import Quarantine
 from router.fleet import Fleet
 from router.live import LiveRequests
 from router.policy import WorkerState, WorkerView
@@ -42,10 +43,14 @@ class RouterService(rpc.RouterServicer):
 
     def __init__(self, config: RouterConfig, tokenizer: RouterTokenizer, trust: Trust = OPEN) -> None:
         self.config, self.address = config, ""
-        self.fleet = Fleet(heartbeat_s=config.heartbeat_s, on_change=self._report_health, trust=trust)
+        self.fleet = Fleet(
+            heartbeat_s=config.heartbeat_s, lost_after_s=config.lost_after_s, stall_s=config.stall_s,
+            on_change=self._report_health, trust=trust,
+        )  # fmt: skip
         self.metrics = RouterMetrics(running=lambda: len(self._live), workers=self._count_workers)
         self.tracer = tracer_of(config.traces, "router")
         self._live = LiveRequests(self.metrics, self.tracer)
+        self._quarantine = Quarantine()
         self._tokenizer = tokenizer
         self._health: health.aio.HealthServicer | None = None
         self._serving: bool | None = None
@@ -58,6 +63,7 @@ class RouterService(rpc.RouterServicer):
         began = time.perf_counter()
         try:
             user = user_request_from_pb(message)
+            self._quarantine.check(user.request_id)
             request = await admit(
                 user,
                 tokenizer=self._tokenizer,
@@ -74,10 +80,16 @@ class RouterService(rpc.RouterServicer):
             self._tokenizer.stream(), stop_strings=sampling.stop_strings, min_tokens=sampling.min_tokens
         )
         handoff = Handoff(user.handoff or self.config.handoff)
-        answer = Answer(request, fleet=self.fleet, text=text, handoff=handoff, relay=self.config.relay)
-        async with aclosing(self._live.watched(request, began, answer.chunks())) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        answer = Answer(
+            request, fleet=self.fleet, text=text, config=self.config, handoff=handoff, resumed=user.resume_ids
+        )
+        try:
+            async with aclosing(self._live.watched(request, began, answer.chunks())) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except Quarantined:
+            self._quarantine.add(request.request_id)
+            raise
 
     async def ListWorkers(
         self, message: pb.ListWorkersRequest, context: grpc.aio.ServicerContext

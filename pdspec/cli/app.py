@@ -14,6 +14,7 @@ import typer
 from pdspec.cli import (
     bench,
     chaos,
+    chaos_faults,
     check,
     data,
     demo,
@@ -55,8 +56,13 @@ def build_app() -> typer.Typer:
     app.add_typer(_group("Public prompt sets.", {"fetch": data.fetch}), name="data")
     proofs = {"parity": check.parity, "handoff": check.handoff, "lossless": check.lossless}
     app.add_typer(_group("Proofs, run on this machine.", proofs), name="check")
-    faults = {"fuzz": chaos.fuzz, "tls": chaos.tls}
-    app.add_typer(_group("Faults, bad peers and bad input.", faults), name="chaos")
+    faults = {
+        "kill-decode": chaos_faults.kill_decode, "detect": chaos_faults.detect, "fuzz": chaos.fuzz, "tls": chaos.tls,
+    }  # fmt: skip
+    group = _group("Faults, bad peers and bad input.", faults)
+    group.callback(invoke_without_command=True)(chaos_faults.chaos)
+    group.info.no_args_is_help = False
+    app.add_typer(group, name="chaos")
     measured = {"decode": bench.decode, "handoff": bench.handoff, "stream": bench.stream, "budget": bench.budget}
     app.add_typer(_group("Measurements.", measured), name="bench")
     compared = {name: study.comparison(name, *rest) for name, rest in study.COMPARISONS.items()}

@@ -39,8 +39,9 @@ class StatusService(rpc.WorkerServicer):
 
 
 def describe(
-    resources: Resources, *, worker_id: str, role: str, address: str, queued: int, running: int, steps: int
-) -> WorkerInfo:
+    resources: Resources, *, worker_id: str, role: str, address: str, queued: int, running: int, steps: int,
+    stepping: int, **more: Any,
+) -> WorkerInfo:  # fmt: skip
     """The Status of a worker."""
     pool, config = resources.pool, resources.files.config
     return WorkerInfo(
@@ -58,7 +59,9 @@ def describe(
         max_context=config.max_context,
         vocab_size=config.vocab_size,
         steps=steps,
+        stepping=stepping,
         metrics={**resources.metrics, "clock": time.time()},
+        **more,
     )
 
 

@@ -48,6 +48,7 @@ class Stack:
         self.endpoint, self.relay = "", ""
         self.addresses: dict[str, list[str]] = {"prefill": [], "decode": []}
         self.processes: dict[str, subprocess.Popen[str]] = {}
+        self.started: dict[str, tuple[str, Settings]] = {}  # module and config of each process
         self._folder = tempfile.TemporaryDirectory(prefix="pdspec-stack-")
         self._logs: dict[str, IO[str]] = {}
 
@@ -80,8 +81,9 @@ class Stack:
             else:
                 self.addresses[name.split("-")[0]].append(address)
         router = router.replace(
-            relay=self.relay, prefill=tuple(self.addresses["prefill"]), decode=tuple(self.addresses["decode"])
-        )
+            relay=self.relay, prefill=tuple(self.addresses["prefill"]),
+            decode=tuple(self.addresses["decode"]),
+        )  # fmt: skip
         self._spawn("router", "router", router)
         self.endpoint = self._address("router")
         with RouterClient(self.endpoint, Access.of(router)) as client:
@@ -90,7 +92,8 @@ class Stack:
     def _spawn(self, name: str, module: str, config: Settings) -> None:
         path = Path(self._folder.name) / f"{name}.json"
         path.write_text(json.dumps(config.to_mapping()), encoding="utf-8")
-        log = self._logs[name] = open(path.with_suffix(".log"), "w+", encoding="utf-8")  # noqa: SIM115  closed in stop
+        self.started[name] = module, config
+        log = self._logs[name] = open(path.with_suffix(".log"), "a+", encoding="utf-8")  # noqa: SIM115  closed in stop
         self.processes[name] = subprocess.Popen(
             [sys.executable, "-m", module, "--config", str(path)], stdout=subprocess.PIPE, stderr=log, text=True
         )

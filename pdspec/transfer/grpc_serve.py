@@ -10,6 +10,7 @@ import grpc
 
 from pdspec.errors import PdspecError, PeerLost, TransferDamaged
 from pdspec.transfer.base import CreditWindow
+from pdspec.transfer.faults import FrameFaults
 from pdspec.transfer.frames import (
     DATA_FRAMES,
     Alive,
@@ -44,7 +45,9 @@ class PrefillStream:
         alive_s: float,
         lanes: Lanes,
         pace: Pace,
+        faults: FrameFaults | None = None,
     ) -> None:
+        self._faults = faults
         self.open, self.ledger = opening, Ledger(opening.epoch)
         self.landed_seq, self.finished = -1, False
         self._context, self._steps = context, steps
@@ -120,7 +123,8 @@ class PrefillStream:
         async with self._write_lock:
             try:
                 async with asyncio.timeout(self._stall_timeout_s):  # wait_for of Python 3.11 may lose a cancel
-                    await self._context.write(data)
+                    for sent in self._faults.apply(frame, data) if self._faults else (data,):
+                        await self._context.write(sent)
             except TimeoutError:
                 message = f"the decode worker took nothing for {self._stall_timeout_s} s"
                 raise PeerLost(message, field="stall_timeout_s") from None
@@ -135,6 +139,7 @@ def prefill_handler(
     alive_s: float = 1.0,
     lanes: Lanes | None = None,
     pace: Pace | None = None,
+    faults: FrameFaults | None = None,
 ) -> grpc.GenericRpcHandler:
     """For ``server.add_generic_rpc_handlers((prefill_handler(...),))``.
 
@@ -142,14 +147,14 @@ def prefill_handler(
 
     ``serve`` sends Begin … and returns after ``finish``. A typed error it raises goes out as ErrorFrame and as the
     call's status; when the decode worker cancels, ``serve`` is cancelled. ``steps`` is read for Alive and must grow
-    while the engine does anything, so count layers of a long chunk, not only whole steps.
+    while the engine does anything, so count layers of a long chunk, not only whole steps. ``faults`` are for tests.
     """
     shared, link = lanes or Lanes("grpc"), pace or Pace(0)
 
     async def handle(_: object, context: grpc.aio.ServicerContext) -> None:
         stream = PrefillStream(
             context, await _read_open(context, stall_timeout_s), steps=steps, stall_timeout_s=stall_timeout_s,
-            alive_s=alive_s, lanes=shared, pace=link,
+            alive_s=alive_s, lanes=shared, pace=link, faults=faults,
         )  # fmt: skip
         listener, heart = asyncio.ensure_future(stream.listen()), asyncio.ensure_future(stream.keep_alive())
         try:
@@ -161,6 +166,8 @@ def prefill_handler(
             await asyncio.wait({listener}, timeout=stall_timeout_s)
             raise
         finally:
+            if faults:
+                faults.forget(stream.open.epoch)
             for task in (listener, heart):
                 task.cancel()
             stream.close()

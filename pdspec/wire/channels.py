@@ -41,6 +41,16 @@ _CLIENT = (
 )
 
 
+_USER = (
+    ("grpc.enable_retries", 0),  # the client itself asks for the rest of an answer
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 500),
+)
+
+
 def size_options(max_bytes: int) -> tuple[tuple[str, int], ...]:
     """Both directions; gRPC's own default would be 4 MiB for what is received."""
     return (("grpc.max_send_message_length", max_bytes), ("grpc.max_receive_message_length", max_bytes))
@@ -60,7 +70,7 @@ def make_channel(
 
 def make_client_channel(endpoint: str, trust: Trust = OPEN) -> grpc.Channel:
     """A user's blocking channel to a router. The caller closes it."""
-    options = (*size_options(USER_MESSAGE_BYTES), ("grpc.enable_retries", 0), *trust.channel_options())
+    options = (*size_options(USER_MESSAGE_BYTES), *_USER, *trust.channel_options())
     credentials = trust.channel_credentials()
     if credentials is None:
         return grpc.insecure_channel(endpoint, options=options)

@@ -36,7 +36,7 @@ _STATS = tuple(field.name for field in pb.Stats.DESCRIPTOR.fields)
 _POSITIONS = ("accepted_per_position", "reached_per_position")
 _INFO = (
     "worker_id", "role", "address", "model", "fingerprint", "queued", "running", "free_pages", "total_pages",
-    "page_size", "max_context", "vocab_size", "steps", "draining",
+    "page_size", "max_context", "vocab_size", "steps", "stepping", "draining",
 )  # fmt: skip
 
 
@@ -89,6 +89,7 @@ def user_request_from_pb(message: pb.GenerateRequest) -> UserRequest:
         handoff=message.handoff,
         sample=message.sample,
         trace=message.trace,
+        resume_ids=bytes_to_ids(message.resume_ids, "resume_ids"),
     )
 
 
@@ -104,6 +105,7 @@ def user_request_to_pb(request: UserRequest) -> pb.GenerateRequest:
         message.chat.CopyFrom(pb.Chat(messages=turns))
     if request.prompt_ids is not None:
         message.prompt_ids = _ids(request.prompt_ids, "prompt_ids")
+    message.resume_ids = _ids(request.resume_ids, "resume_ids")
     return message
 
 
@@ -256,13 +258,14 @@ def stats_from_pb(message: pb.Stats) -> GenerationStats:
 def worker_info_to_pb(info: WorkerInfo) -> pb.WorkerStatus:
     """What a worker answers to Status."""
     values = {name: getattr(info, name) for name in _INFO}
-    return pb.WorkerStatus(**values, drafters=info.drafters, metrics=info.metrics)
+    return pb.WorkerStatus(**values, drafters=info.drafters, unreachable=info.unreachable, metrics=info.metrics)
 
 
 def worker_info_from_pb(message: pb.WorkerStatus) -> WorkerInfo:
     """The router's own fields (state, reason, pending) are left out."""
     values = {name: getattr(message, name) for name in _INFO}
-    return WorkerInfo(**values, drafters=tuple(message.drafters), metrics=dict(message.metrics))
+    drafters, unreachable = tuple(message.drafters), tuple(message.unreachable)
+    return WorkerInfo(**values, drafters=drafters, unreachable=unreachable, metrics=dict(message.metrics))
 
 
 # ------------------------------------------------------------------ helpers

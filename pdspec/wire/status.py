@@ -22,6 +22,7 @@ _BY_CODE: dict[grpc.StatusCode, type[PdspecError]] = {
     grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,
     grpc.StatusCode.UNAVAILABLE: errors.PeerLost,
+    grpc.StatusCode.ABORTED: errors.Quarantined,
     grpc.StatusCode.DATA_LOSS: errors.TransferDamaged,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
     grpc.StatusCode.CANCELLED: errors.Cancelled,

@@ -113,12 +113,12 @@ def byte_id(byte: int) -> int:
 
 
 @asynccontextmanager
-async def decode_server(worker: FakeDecode) -> AsyncIterator[str]:
+async def decode_server(worker: FakeDecode, port: int = 0) -> AsyncIterator[str]:
     """Serve ``worker``; yields its address."""
     worker.server = make_server()
     rpc.add_DecodeWorkerServicer_to_server(worker, worker.server)
     rpc.add_WorkerServicer_to_server(worker, worker.server)
-    worker.address = bind(worker.server, "127.0.0.1", 0)
+    worker.address = bind(worker.server, "127.0.0.1", port)
     await worker.server.start()
     try:
         yield worker.address
@@ -145,7 +145,7 @@ async def cluster(*workers: FakeDecode, prefill: tuple[str, ...] = (), **setting
         addresses = [await stack.enter_async_context(decode_server(worker)) for worker in workers]
         by_role = {role: tuple(w.address for w in workers if w.role == role) for role in ("prefill", "decode")}
         assert len(addresses) == len(workers)
-        values = {"port": 0, "model": "tiny", "heartbeat_s": 0.1, **settings}
+        values = {"port": 0, "model": "tiny", "heartbeat_s": 0.1, "failover_wait_s": 0.3, **settings}
         values |= {"prefill": (*by_role["prefill"], *prefill), "decode": by_role["decode"]}
         router = await stack.enter_async_context(serving(RouterConfig(**values), _TOKENIZER))  # type: ignore[arg-type]
         await router.fleet.refresh()

@@ -19,6 +19,8 @@ import decode_worker.service
 import prefill_worker.service
 from pdspec.config import RouterConfig
 from pdspec.types import Handoff
+from pdspec.wire import pdspec_pb2 as pb
+from pdspec.wire import pdspec_pb2_grpc as rpc
 from router import relay
 from tests.contract.around import channel_to, check_clean, held_up, status_of, stopping, until, worker
 from tests.parity.roles import Roles, held_by, request, run_client, running, wait_until
@@ -179,8 +181,8 @@ def test_an_engine_that_dies_under_a_prefill_worker_is_another_workers_chance(ro
 
         monkeypatch.setattr(dying.engine.host.engine, "step", bug)
         expected = roles.ask_local(request()).tokens
-        with running(decode={"stall_timeout_s": 0.5}) as quick:
-            for _ in range(2):  # the stream that meets the bug, and one that finds the engine gone
+        for _ in range(2):  # the stream that meets the bug, and one that finds the engine gone
+            with running(decode={"stall_timeout_s": 0.5}) as quick:
                 (answer,) = quick.ask(request(), route=quick.route(dying.address, roles.prefill.address))
                 assert answer.tokens == expected and answer.stats.prefill_retries == 1
         assert not dying.alive()
@@ -231,3 +233,30 @@ def test_a_prefill_worker_whose_own_defaults_differ_serves_what_it_is_asked(role
             local = wide.ask_local(dataclasses.replace(asked, drafter="eagle3", tree="dynamic(3,20,40)"))
             assert (answer.tokens, answer.traces) == (local.tokens, local.traces)
             assert answer.stats.draft_rebuilds == 0 and answer.stats.draft_kv_bytes > 0
+
+
+# --- ways that are cut ------------------------------------------------------------------------------------------------
+
+
+def test_a_way_that_failed_is_told_tried_last_and_healed(roles):
+    dead = "127.0.0.1:1"
+    with worker(decode_worker) as cut:
+        pair = Roles(roles.prefill, cut, roles.local)
+
+        async def told() -> tuple[str, ...]:
+            async with channel_to(cut.address) as channel:
+                return tuple((await rpc.WorkerStub(channel).Status(pb.StatusRequest())).unreachable)
+
+        expected = roles.ask_local(request()).tokens
+        route = pair.route(dead, roles.prefill.address)
+        for retries, down in ((1, (dead,)), (0, (dead,))):  # the second request does not try it first
+            (answer,) = pair.ask(request(), route=route)
+            assert (answer.tokens, answer.stats.prefill_retries) == (expected, retries)
+            assert run_client(told()) == down
+
+
+def test_damaged_frames_cost_a_retry_and_never_a_token(roles):
+    expected = roles.ask_local(request()).tokens
+    with worker(prefill_worker, frame_faults={"flip": 1.0}) as bad:
+        (answer,) = roles.ask(request(), route=roles.route(bad.address, roles.prefill.address))
+        assert answer.tokens == expected and answer.stats.prefill_retries == 1

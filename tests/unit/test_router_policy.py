@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 
 import pytest
@@ -139,7 +140,7 @@ def test_the_reference_fingerprint_is_that_of_most_decode_workers() -> None:
 
 def test_tickets_bridge_the_time_between_reports() -> None:
     async def run() -> None:
-        one = Worker("127.0.0.1:1", "decode", 0.5)
+        one = Worker("127.0.0.1:1", "decode", lost_after_s=0.5, stall_s=5.0)
         before = Ticket(one)
         assert one.view().pending == 1  # sent, not reported
         time.sleep(0.01)
@@ -156,3 +157,26 @@ def test_tickets_bridge_the_time_between_reports() -> None:
         await one.channel.close()
 
     asyncio.run(run())
+
+
+def cut_off(address: str, *links: str, **changes: object) -> WorkerView:
+    view = worker(address, **changes)  # type: ignore[arg-type]
+    assert view.info
+    return dataclasses.replace(view, info=dataclasses.replace(view.info, unreachable=links))
+
+
+def test_a_pair_that_cannot_reach_one_another_is_routed_around() -> None:
+    prefill = [worker("p1", "prefill"), worker("p2", "prefill", running=3)]
+    assert route(cut_off("a", "p1"), *prefill).prefill == ("p2", "p1")
+    assert route(worker("a"), *prefill).prefill == ("p1", "p2")
+    # Who reaches somebody is better than who reaches nobody, whatever the load.
+    assert route(cut_off("a", "p1", "p2"), worker("b", running=5), *prefill).decode == "b"
+    assert route(cut_off("a", "p1"), worker("b", running=5), *prefill).decode == "a"
+    assert route(cut_off("a", "p1", "p2"), *prefill).decode == "a"  # the only one: perhaps it has healed
+
+
+def test_links_through_a_relay_fail_apart_from_direct_ones() -> None:
+    prefill = [worker("p1", "prefill"), worker("p2", "prefill", running=3)]
+    decode = cut_off("a", "r>p1")
+    assert route(decode, *prefill).prefill == ("p1", "p2")
+    assert route(decode, *prefill, handoff=Handoff.RELAY, relay="r").prefill == ("p2", "p1")
