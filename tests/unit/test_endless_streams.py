@@ -7,7 +7,7 @@ import itertools
 
 import grpc
 import pytest
-from test_grpc_stream import OPEN, begin, collect, pages, serving
+from prefill_streams import OPEN, begin, collect, pages, serving
 
 from pdspec.errors import PeerLost, TransferDamaged
 from pdspec.transfer import frames, grpc_serve, ledger
@@ -23,7 +23,7 @@ def test_a_peer_that_is_busy_for_ever_is_cut() -> None:
     async def run() -> None:
         async with serving(serve, steps=itertools.count().__next__, alive_s=0.05) as channel:
             with pytest.raises(PeerLost, match=r"not done after 0\.5 s"):
-                await asyncio.wait_for(collect(channel, total_timeout_s=0.5), 10)
+                await asyncio.wait_for(collect(channel, "grpc", total_timeout_s=0.5), 10)
 
     asyncio.run(run())
 
@@ -38,7 +38,7 @@ def test_what_comes_once_comes_once(frame) -> None:
     async def run() -> None:
         async with serving(serve) as channel:
             with pytest.raises(TransferDamaged, match=f"a second {type(frame).__name__}"):
-                await asyncio.wait_for(collect(channel), 10)
+                await asyncio.wait_for(collect(channel, "grpc"), 10)
 
     asyncio.run(run())
 
@@ -54,7 +54,7 @@ def test_frames_of_other_epochs_have_an_end(monkeypatch) -> None:
     async def run() -> None:
         async with serving(serve) as channel:
             with pytest.raises(TransferDamaged, match="21 frames of other epochs"):
-                await asyncio.wait_for(collect(channel), 10)
+                await asyncio.wait_for(collect(channel, "grpc"), 10)
 
     asyncio.run(run())
 
