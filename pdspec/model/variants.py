@@ -56,7 +56,7 @@ class Mla:
         }
 
     def wrong_fields(self) -> list[str]:
-        """What cannot be, as ``field=value``."""
+        """What cannot be, by the keys that checkpoints have."""
         sizes = {"kv_lora_rank": self.kv_lora_rank, "qk_nope_head_dim": self.nope_head_dim,
                  "qk_rope_head_dim": self.rope_head_dim, "v_head_dim": self.v_head_dim}
         wrong = [f"{name}={size}" for name, size in sizes.items() if size < 1]
@@ -115,8 +115,10 @@ class Moe:
         each = self.num_experts // self.groups
         if self.num_experts % self.groups or (self.groups > 1 and each < 2):
             wrong.append(f"{self.num_experts} experts in {self.groups} groups")
-        if not (self.groups_per_token <= self.groups and self.experts_per_token <= self.groups_per_token * each):
-            wrong.append(f"{self.experts_per_token} experts out of {self.groups_per_token} groups of {each}")
+        if self.groups_per_token > self.groups:
+            wrong.append(f"topk_group={self.groups_per_token} of n_group={self.groups}")
+        elif self.experts_per_token > self.groups_per_token * each:
+            wrong.append(f"num_experts_per_tok={self.experts_per_token} of {self.groups_per_token * each}")
         return wrong
 
 

@@ -219,12 +219,11 @@ def test_a_peer_without_progress_is_cut_after_the_stall_time(roles, expected, af
     async def scenario() -> tuple[Answer, float, grpc.aio.AioRpcError]:
         clock = asyncio.get_running_loop().time
         async with serve_stream(silent(after)) as stuck:
+            (answer,) = await roles._ask([ASKED], roles.route(stuck, roles.prefill.address))
             began = clock()
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await roles._ask([ASKED], roles.route(stuck))
-            took = clock() - began
-            (answer,) = await roles._ask([ASKED], roles.route(stuck, roles.prefill.address))
-            return answer, took, caught.value
+            return answer, clock() - began, caught.value
 
     answer, took, error = run_client(scenario())
     assert 0.5 < took < 3 and error.code() is grpc.StatusCode.UNAVAILABLE and "no progress" in error.details()

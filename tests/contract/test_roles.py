@@ -129,6 +129,7 @@ def test_by_policy_the_decode_worker_prefills_when_nobody_else_can():
 def damage(monkeypatch, group: str) -> None:
     """Flip one bit of the first KV payload of ``group`` after the sender has counted it."""
     from pdspec.transfer import frames
+    from pdspec.transfer.wireformat import byte_views
 
     real, hit = frames.Pages.pack, []
 
@@ -136,7 +137,8 @@ def damage(monkeypatch, group: str) -> None:
         header, payload = real(self)
         if self.group == group and not hit:
             hit.append(1)
-            payload = bytes(payload[:-1]) + bytes([payload[-1] ^ 1])
+            whole = b"".join(byte_views(payload))
+            payload = whole[:-1] + bytes([whole[-1] ^ 1])
         return header, payload
 
     monkeypatch.setattr(frames.Pages, "pack", pack)

@@ -199,7 +199,7 @@ def test_a_deadline_reaches_the_worker_and_ends_the_answer() -> None:
                     pass
             assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
             deadline = worker.requests[0][0].deadline_s
-            assert deadline and 0 < deadline <= 0.5
+            assert deadline and 0 < deadline < 0.51  # gRPC rounds what it sends up
             await until(lambda: worker.running == 0)
 
     run(scenario)

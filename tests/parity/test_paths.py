@@ -23,7 +23,7 @@ from pdspec.model.tokenizer import load_tokenizer
 from pdspec.study.audit import forced_logits, judge, transformers_logits
 from pdspec.types import GenerateRequest, Handoff, SamplingParams, UserRequest
 from router import relay, service
-from tests.parity.roles import EVERY, TINY, WITH_MEMORY, Roles, held_by, request, running
+from tests.parity.roles import EVERY, TINY, WITH_MEMORY, Roles, held_by, request, running, wait_until
 
 CASES = [
     ("none", ""),
@@ -212,6 +212,7 @@ def test_a_decode_worker_that_dies_in_mid_answer_is_replaced_and_no_token_is_los
             for lane in lanes:
                 lane.start()
             assert all(pieces.acquire(timeout=20) for _ in range(after)) and held_by(dying) > 0
+            assert wait_until(lambda: dying.engine.host.decode.steps >= 3)  # not all pieces are another worker's
             dying.stop()
             for lane in lanes:
                 lane.join(60)

@@ -103,7 +103,10 @@ def test_every_option_of_feature_drafters_keeps_tokens_and_proposals(stable, pad
     names = {"stable_kv": stable, "first_token_padding": padding}
     options = {f"{drafter}:{name}": value for drafter in EAGLES for name, value in names.items()}
     changes = {"prefill": {"chunk": 7, "page_size": 8}, "decode": {"page_size": 16}}
-    with running(dtype="float32", **changes, **{**EVERY, "options": {**options, "eagle2:threshold": "0.001"}}) as roles:
+    held = {**EVERY, "options": {**options, "eagle2:threshold": "0.001"},
+            "drafters": ("none", *EAGLES),
+            "heads": dict.fromkeys(EAGLES, "random:0")}
+    with running(dtype="float32", **changes, **held) as roles:
         asked = [
             request(drafter, tree, n=20 + 9 * i, seed=i, sampling={"temperature": 1.0 + i}, draft_prefill=mode)
             for i, (drafter, tree) in enumerate([("eagle1", "chain(4)"), ("eagle2", ""), ("eagle3", "static(2x2x1)")])

@@ -70,7 +70,7 @@ def test_public_configs_have_their_known_sizes(values, per_token, parameters):
     ({"scoring_func": "softmax"}, "scoring_func to 'softmax'"), ({"topk_method": "greedy"}, "topk_method to 'greedy'"),
     ({"moe_layer_freq": 2}, "moe_layer_freq"), ({"quantization_config": {"quant_method": "fp8"}}, "quantization_"),
     ({"attention_bias": True}, "attention_bias"), ({"n_group": 7}, "256 experts in 7 groups"),
-    ({"topk_group": 9}, "out of 9 groups"), ({"num_experts_per_tok": 129}, "129 experts out of 4 groups of 32"),
+    ({"topk_group": 9}, "topk_group=9 of n_group=8"), ({"num_experts_per_tok": 129}, "num_experts_per_tok=129 of 128"),
     ({"qk_rope_head_dim": 63}, "qk_rope_head_dim=63 is odd"), ({"kv_lora_rank": 0}, "kv_lora_rank=0"),
 ])
 def test_what_cannot_be_run_is_named(changes, named):

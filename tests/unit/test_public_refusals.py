@@ -137,7 +137,7 @@ def test_a_head_of_another_family_is_called_by_its_name(tmp_path):
     ("speculators eagle3", {"fc_norm": True, "norm_before_fc": True}, "fc_norm with norm_before_fc"),
     ("SpecForge", {"eagle_aux_hidden_state_layer_ids": [0, 2, 1]}, "eagle_aux_hidden_state_layer_ids"),
     ("SafeAILab EAGLE-3", {"target_hidden_size": 128}, "as wide as the target"),
-    ("DeepSeek-V3", {"topk_method": "greedy"}, "topk_method=greedy"),
+    ("DeepSeek-V3", {"topk_method": "greedy"}, "topk_method to 'greedy'"),
     ("DeepSeek-V3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
     ("DeepSeek-V3", {"topk_group": 5}, "topk_group=5 of n_group=4"),
     ("Qwen3-Next", {"num_experts_per_tok": 9}, "num_experts_per_tok=9 of 8"),

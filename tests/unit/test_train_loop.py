@@ -76,7 +76,8 @@ def test_a_run_cut_half_way_repeats_the_unbroken_one(tmp_path: Path, store: Toke
     assert len(curve(tmp_path / "whole")) == 12
     assert resumed.fingerprint() == whole.fingerprint()
     written = sum(store.answer_tokens().values())
-    assert whole.card["data"] == {"file": {"samples": 9, "answer_tokens": written}} and whole.card["steps"] == 12
+    assert whole.card["data"] == {"file": {"samples": 9, "answer_tokens": written, "share": 1.0}}
+    assert whole.card["steps"] == 12
     with pytest.raises(ConfigError, match="holds a run"):
         train_head(run_config(tmp_path / "cut", store), show=False)
 
