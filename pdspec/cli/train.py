@@ -25,6 +25,7 @@ def head(family: str, summary: str) -> Callable[..., None]:
         ] = None,
         holdout: Annotated[int, typer.Option(help="Last prompts of each file, never trained on.")] = 100,
         tokens: Annotated[int, typer.Option(help="Answer tokens that the target writes.")] = 300_000,
+        max_answer: Annotated[int, typer.Option(help="Tokens of one answer.")] = 400,
         self_share: Annotated[float, typer.Option(help="Share of samples whose question the target makes up.")] = 0.6,
         passes: Annotated[float | None, typer.Option(help="Over the data (default: 3, unless --minutes).")] = None,
         minutes: Annotated[float, typer.Option(help="Of training, instead of --passes.")] = 0.0,
@@ -33,6 +34,8 @@ def head(family: str, summary: str) -> Callable[..., None]:
         tied_output: Annotated[
             bool, typer.Option("--tied-output", help="eagle3: the target's output rows serve, none are learnt.")
         ] = False,
+        hidden: Annotated[int, typer.Option(help="draft-model: its width (0: 128 at most).")] = 0,
+        layers: Annotated[int, typer.Option(help="draft-model: its decoder layers.")] = 4,
         learning_rate: Annotated[float, typer.Option()] = 6e-4,
         batch: Annotated[int, typer.Option(help="Samples of one step.")] = 8,
         max_length: Annotated[int, typer.Option(help="Tokens of one sample.")] = 768,
@@ -63,15 +66,15 @@ def head(family: str, summary: str) -> Callable[..., None]:
 
             config = TrainConfig(
                 model=model or default_model(), out=out, prompts=tuple(prompts or ()), holdout=holdout, tokens=tokens,
-                self_share=self_share, minutes=minutes,
+                max_answer=max_answer, self_share=self_share, minutes=minutes,
                 passes=0.0 if minutes > 0 else 3.0 if passes is None else passes,
-                ttt=ttt, draft_vocab=draft_vocab, tied_output=tied_output, learning_rate=learning_rate, batch=batch,
+                ttt=ttt, draft_vocab=draft_vocab, tied_output=tied_output, hidden=hidden, layers=layers, learning_rate=learning_rate, batch=batch,
                 max_length=max_length,
                 seed=seed, threads=threads or 0, loss=loss, precision=precision, head=head, recount=recount,
                 data=tuple(data or ()), work=work,
                 keep_hidden=keep_hidden, resume=resume,
             )  # fmt: skip
-            card = train(family, config)
+            card = train(family.replace("-", "_"), config)
         if json:
             print_json({"out": str(out), "card": card})
         else:
@@ -86,4 +89,5 @@ FAMILIES = {
     "eagle1": "An EAGLE-1 head (eagle2 drafts with it, too): the target's next feature and token.",
     "medusa": "Medusa heads: residual blocks on the target's last hidden state.",
     "mtp": "MTP modules in series, teacher-forced.",
+    "draft-model": "A small decoder with the target's tokens, distilled from it.",
 }

@@ -96,7 +96,8 @@ def _command(family: str, config: TrainConfig) -> str:
     length = f"--minutes {config.minutes:g}" if config.minutes else f"--passes {config.passes:g}"
     files = "".join(f" --prompts {path}" for path in config.prompts)
     return (
-        f"pdspec train {family} --model {config.model} --out {config.out}{files} --tokens {config.tokens} {length} "
+        f"pdspec train {family.replace('_', '-')} --model {config.model} --out {config.out}{files} "
+        f"--tokens {config.tokens} {length} "
         f"--ttt {config.ttt} --draft-vocab {config.draft_vocab} --learning-rate {config.learning_rate:g} "
         f"--batch {config.batch} --loss {config.loss} --precision {config.precision} --seed {config.seed}"
     )
