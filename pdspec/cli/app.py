@@ -24,6 +24,7 @@ from pdspec.cli import (
     generate,
     models,
     study,
+    study_training,
     top,
     train,
     train_data,
@@ -67,7 +68,8 @@ def build_app() -> typer.Typer:
     app.add_typer(_group("Measurements.", measured), name="bench")
     compared = {name: study.comparison(name, *rest) for name, rest in study.COMPARISONS.items()}
     stepped = {name: study.stepping(name, *rest) for name, rest in study.STEPPINGS.items()}
-    studies = {"acceptance": study.acceptance, **compared, **stepped, "sparse": study.sparse}
+    training = {"ttt": study_training.ttt, "draft-vocab": study_training.draft_vocab}
+    studies = {"acceptance": study.acceptance, **compared, **stepped, "sparse": study.sparse, **training}
     app.add_typer(_group("Comparisons.", studies), name="study")
     return app
 

@@ -25,9 +25,9 @@ from pdspec.study.untrained import UNTRAINED, Lesson, save
 from pdspec.telemetry import usable_cores
 from pdspec.train.data import load_target
 from pdspec.train.examples import hidden_rows
-from pdspec.train.loop import CLIP, schedule
 from pdspec.train.packing import Example
 from pdspec.train.scoring import weighted
+from pdspec.train.steps import CLIP, schedule
 from pdspec.types import GenerateRequest, SamplingParams
 
 DIGITS = 64  # copied twice in the prompt, once by the target

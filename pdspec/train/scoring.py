@@ -69,10 +69,10 @@ def score(
     )
 
 
-def weighted(scores: Sequence[StepScores], decay: float) -> torch.Tensor:
+def weighted(losses: Sequence[torch.Tensor], decay: float) -> torch.Tensor:
     """Σ_j decay^j loss_j / Σ_j decay^j."""
-    weights = [decay**j for j in range(len(scores))]
-    return torch.stack([w * s.loss for w, s in zip(weights, scores, strict=True)]).sum() / sum(weights)
+    weights = [decay**j for j in range(len(losses))]
+    return torch.stack([w * loss for w, loss in zip(weights, losses, strict=True)]).sum() / sum(weights)
 
 
 def rms(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

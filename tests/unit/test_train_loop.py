@@ -15,9 +15,10 @@ from pdspec.prompts import Prompt
 from pdspec.spec.eagle3.checkpoint import Head, load_head
 from pdspec.train.data import generate, load_target
 from pdspec.train.evaluate import chain_hits, evaluate_head, write_answers
-from pdspec.train.loop import LOG, TrainConfig, schedule, train
+from pdspec.train.loop import TrainConfig, train
 from pdspec.train.plan import DataConfig
 from pdspec.train.scoring import StepScores
+from pdspec.train.steps import LOG, schedule
 from pdspec.train.store import TokenStore
 
 MODEL = "tiny-5"
