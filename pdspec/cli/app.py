@@ -27,6 +27,7 @@ from pdspec.cli import (
     study_training,
     top,
     train,
+    train_card,
     train_data,
     up,
 )
@@ -52,7 +53,8 @@ def build_app() -> typer.Typer:
     app.command("demo")(demo.demo)
     app.command("models")(models.models)
     app.command("drafters")(drafters.drafters)
-    trained = {"data": train_data.data, **{name: train.head(name, text) for name, text in train.FAMILIES.items()}}
+    heads = {name: train.head(name, summary) for name, summary in train.FAMILIES.items()}
+    trained = {"data": train_data.data, **heads, "card": train_card.card}
     app.add_typer(_group("Train draft heads on answers that the target itself writes.", trained), name="train")
     app.add_typer(_group("Public prompt sets.", {"fetch": data.fetch}), name="data")
     proofs = {"parity": check.parity, "handoff": check.handoff, "lossless": check.lossless}

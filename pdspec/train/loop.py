@@ -18,7 +18,7 @@ import torch
 from pdspec.errors import ConfigError
 from pdspec.model.loader import load_weights, resolve
 from pdspec.spec.heads import TargetIdentity
-from pdspec.train.card import CardText, write_card
+from pdspec.train.card import write_card, write_curve
 from pdspec.train.config import TrainConfig
 from pdspec.train.data import Target, generate, load_target
 from pdspec.train.evaluate import evaluate_head, held_out_answers
@@ -41,13 +41,20 @@ from pdspec.train.store import TokenStore, data_counts
 from pdspec.train.vocab import answer_counts, coverage
 
 __all__ = ["TrainConfig", "make_data", "train"]
+CURVE_POINTS = 150  # of the picture
+
 
 def train(family: str, config: TrainConfig, *, show: bool = True) -> dict[str, Any]:
     """Generates, trains, saves, evaluates, writes the card; returns its figures. Raises ConfigError and UnknownName."""
     chosen = recipe(family)
     stores = make_data(config, show=show)
     trainer, progression, identity, reader = _train(chosen, config, stores, show)
-    card = {
+    card: dict[str, Any] = {
+        "title": chosen.TITLE,
+        "model": config.model,
+        "about": trainer.about(),
+        "parameters": sum(value.numel() for value in trainer.parameters.values()),
+        "command": _command(family, config),
         "data": data_counts(stores),
         "steps": progression.step,
         "tokens_seen": progression.tokens_seen,
@@ -62,20 +69,14 @@ def train(family: str, config: TrainConfig, *, show: bool = True) -> dict[str, A
         "loss_curve": loss_curve(progression.losses),
     }
     trainer.save(config.out, identity, card)
-    found = {}
     if config.evaluate:
         answers = held_out_answers(config, stores, show=show)
         torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
-        found["held out"] = evaluate_head(
-            config.out, [answers], family=family, model=config.model, cache_dir=config.cache_dir
-        )
-        card["acceptance"] = found["held out"].as_dict()
+        found = evaluate_head(config.out, [answers], family=family, model=config.model, cache_dir=config.cache_dir)
+        card["acceptance"] = found.as_dict()
         trainer.save(config.out, identity, card)
-    text = CardText(
-        title=chosen.TITLE, model=config.model, about=trainer.about(), card=card, evaluations=found,
-        parameters=sum(value.numel() for value in trainer.parameters.values()), commands=[_command(family, config)],
-    )  # fmt: skip
-    write_card(config.out, text)
+    write_curve(config.out, loss_curve(progression.losses, CURVE_POINTS))
+    write_card(config.out)
     return card
 
 
