@@ -98,7 +98,7 @@ def _overfit(trainer: Any, example: Example, depth: int, steps: int) -> tuple[fl
         for group in optimiser.param_groups:
             group["lr"] = LEARNING_RATE * schedule(step / steps, WARMUP)
         scores = trainer.steps([example], depth)
-        loss = weighted(scores, DECAY)
+        loss = weighted([one.loss for one in scores], DECAY)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainer.parameters.values(), CLIP)
