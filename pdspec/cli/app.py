@@ -24,8 +24,10 @@ from pdspec.cli import (
     generate,
     models,
     study,
+    study_training,
     top,
     train,
+    train_card,
     train_data,
     up,
 )
@@ -51,7 +53,8 @@ def build_app() -> typer.Typer:
     app.command("demo")(demo.demo)
     app.command("models")(models.models)
     app.command("drafters")(drafters.drafters)
-    trained = {"data": train_data.data, **{name: train.head(name, text) for name, text in train.FAMILIES.items()}}
+    heads = {name: train.head(name, summary) for name, summary in train.FAMILIES.items()}
+    trained = {"data": train_data.data, **heads, "card": train_card.card}
     app.add_typer(_group("Train draft heads on answers that the target itself writes.", trained), name="train")
     app.add_typer(_group("Public prompt sets.", {"fetch": data.fetch}), name="data")
     proofs = {"parity": check.parity, "handoff": check.handoff, "lossless": check.lossless}
@@ -67,7 +70,8 @@ def build_app() -> typer.Typer:
     app.add_typer(_group("Measurements.", measured), name="bench")
     compared = {name: study.comparison(name, *rest) for name, rest in study.COMPARISONS.items()}
     stepped = {name: study.stepping(name, *rest) for name, rest in study.STEPPINGS.items()}
-    studies = {"acceptance": study.acceptance, **compared, **stepped, "sparse": study.sparse}
+    training = {"ttt": study_training.ttt, "draft-vocab": study_training.draft_vocab}
+    studies = {"acceptance": study.acceptance, **compared, **stepped, "sparse": study.sparse, **training}
     app.add_typer(_group("Comparisons.", studies), name="study")
     return app
 

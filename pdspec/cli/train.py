@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from pdspec.cli.options import Json, Threads, default_model
 from pdspec.cli.output import only_json, print_json
 from pdspec.errors import ConfigError
+
+USUAL: dict[str, Any] = {"tokens": 300_000, "max_answer": 400, "passes": 3.0, "ttt": 4}
+QUICK: dict[str, Any] = {"tokens": 30_000, "max_answer": 256, "passes": 8.0, "ttt": 3}
+
+
+def _choices(what: str, name: str) -> str:
+    return f"{what} (default: {USUAL[name]:g}, with --quick {QUICK[name]:g})."
 
 
 def head(family: str, summary: str) -> Callable[..., None]:
@@ -24,15 +31,25 @@ def head(family: str, summary: str) -> Callable[..., None]:
             typer.Option(help="JSON lines of prompts to answer; may be repeated (default: the target asks itself)."),
         ] = None,
         holdout: Annotated[int, typer.Option(help="Last prompts of each file, never trained on.")] = 100,
-        tokens: Annotated[int, typer.Option(help="Answer tokens that the target writes.")] = 300_000,
+        tokens: Annotated[
+            int | None, typer.Option(help=_choices("Answer tokens that the target writes", "tokens"))
+        ] = None,
+        max_answer: Annotated[int | None, typer.Option(help=_choices("Tokens of one answer", "max_answer"))] = None,
         self_share: Annotated[float, typer.Option(help="Share of samples whose question the target makes up.")] = 0.6,
-        passes: Annotated[float | None, typer.Option(help="Over the data (default: 3, unless --minutes).")] = None,
+        passes: Annotated[
+            float | None, typer.Option(help=_choices("Over the data, unless --minutes", "passes"))
+        ] = None,
         minutes: Annotated[float, typer.Option(help="Of training, instead of --passes.")] = 0.0,
-        ttt: Annotated[int, typer.Option(help="Steps of training-time test.")] = 4,
+        ttt: Annotated[int | None, typer.Option(help=_choices("Steps of training-time test", "ttt"))] = None,
+        quick: Annotated[
+            bool, typer.Option("--quick", help="A small head in under ten minutes on two cores: data, training, card.")
+        ] = False,
         draft_vocab: Annotated[int, typer.Option(help="Size of the draft vocabulary.")] = 4096,
         tied_output: Annotated[
             bool, typer.Option("--tied-output", help="eagle3: the target's output rows serve, none are learnt.")
         ] = False,
+        hidden: Annotated[int, typer.Option(help="draft-model: its width (0: 128 at most).")] = 0,
+        layers: Annotated[int, typer.Option(help="draft-model: its decoder layers.")] = 4,
         learning_rate: Annotated[float, typer.Option()] = 6e-4,
         batch: Annotated[int, typer.Option(help="Samples of one step.")] = 8,
         max_length: Annotated[int, typer.Option(help="Tokens of one sample.")] = 768,
@@ -61,17 +78,19 @@ def head(family: str, summary: str) -> Callable[..., None]:
         with only_json(json):
             from pdspec.train.loop import TrainConfig, train
 
+            sizes = QUICK if quick else USUAL
+            given = {"tokens": tokens, "max_answer": max_answer, "passes": passes, "ttt": ttt}
+            given = {name: value for name, value in given.items() if value is not None}
+            length = {"passes": 0.0} if minutes > 0 else {}
             config = TrainConfig(
-                model=model or default_model(), out=out, prompts=tuple(prompts or ()), holdout=holdout, tokens=tokens,
-                self_share=self_share, minutes=minutes,
-                passes=0.0 if minutes > 0 else 3.0 if passes is None else passes,
-                ttt=ttt, draft_vocab=draft_vocab, tied_output=tied_output, learning_rate=learning_rate, batch=batch,
-                max_length=max_length,
+                model=model or default_model(), out=out, prompts=tuple(prompts or ()), holdout=holdout,
+                self_share=self_share, minutes=minutes, draft_vocab=draft_vocab, tied_output=tied_output,
+                hidden=hidden, layers=layers, learning_rate=learning_rate, batch=batch, max_length=max_length,
                 seed=seed, threads=threads or 0, loss=loss, precision=precision, head=head, recount=recount,
-                data=tuple(data or ()), work=work,
-                keep_hidden=keep_hidden, resume=resume,
+                data=tuple(data or ()), work=work, keep_hidden=keep_hidden or quick, resume=resume,
+                **{**sizes, **given, **length},
             )  # fmt: skip
-            card = train(family, config)
+            card = train(family.replace("-", "_"), config)
         if json:
             print_json({"out": str(out), "card": card})
         else:
@@ -86,4 +105,5 @@ FAMILIES = {
     "eagle1": "An EAGLE-1 head (eagle2 drafts with it, too): the target's next feature and token.",
     "medusa": "Medusa heads: residual blocks on the target's last hidden state.",
     "mtp": "MTP modules in series, teacher-forced.",
+    "draft-model": "A small decoder with the target's tokens, distilled from it.",
 }

@@ -74,7 +74,8 @@ def find_head(name: str, heads: Mapping[str, str], target: TargetIdentity) -> st
     if not fitting:
         raise ConfigError(
             f"no {name} head for this target is shipped", field=f"heads.{name}",
-            remedy=f"train one with pdspec train {name} and name its folder, or choose drafter ngram or none",
+            remedy=f"train one with pdspec train {name.replace('_', '-')} and name its folder, or choose drafter ngram"
+            " or none",
         )
     return min(fitting)[1]
 

@@ -20,10 +20,10 @@ from pdspec.client import Answer, RouterClient
 from pdspec.config import WorkerConfig
 from pdspec.engine.local import LocalGenerator
 from pdspec.errors import ConfigError, InvalidRequest, PdspecError
+from pdspec.repetition import repeated_share
 from pdspec.spec.registry import family
 from pdspec.study.heads import with_random_heads, worker_config
 from pdspec.study.machine import read_bandwidth, weight_bytes
-from pdspec.study.repetition import repeated_share
 from pdspec.study.stack import Stack
 from pdspec.study.transformers_peer import TransformersPeer
 from pdspec.study.ways import REMEMBERING, prompt_ids

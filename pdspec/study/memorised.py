@@ -25,9 +25,9 @@ from pdspec.study.untrained import UNTRAINED, Lesson, save
 from pdspec.telemetry import usable_cores
 from pdspec.train.data import load_target
 from pdspec.train.examples import hidden_rows
-from pdspec.train.loop import CLIP, schedule
 from pdspec.train.packing import Example
 from pdspec.train.scoring import weighted
+from pdspec.train.steps import CLIP, schedule
 from pdspec.types import GenerateRequest, SamplingParams
 
 DIGITS = 64  # copied twice in the prompt, once by the target
@@ -98,7 +98,7 @@ def _overfit(trainer: Any, example: Example, depth: int, steps: int) -> tuple[fl
         for group in optimiser.param_groups:
             group["lr"] = LEARNING_RATE * schedule(step / steps, WARMUP)
         scores = trainer.steps([example], depth)
-        loss = weighted(scores, DECAY)
+        loss = weighted([one.loss for one in scores], DECAY)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainer.parameters.values(), CLIP)

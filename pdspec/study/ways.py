@@ -18,8 +18,8 @@ from pdspec.engine.decode import DecodeEngine
 from pdspec.engine.local import LocalGenerator
 from pdspec.engine.resources import Resources
 from pdspec.model.tokenizer import load_tokenizer
+from pdspec.repetition import repeated_share
 from pdspec.study.prompts import study_prompts
-from pdspec.study.repetition import repeated_share
 from pdspec.study.stack import Stack
 from pdspec.types import GenerateRequest, GenerationStats, SamplingParams, UserRequest, Verify
 

@@ -53,6 +53,10 @@ class ChainTrainer:
         """(y [M, H], output rows [draft vocabulary, H]): logits are their product."""
         raise NotImplementedError
 
+    def next_ids(self, packed: Packed, rows: torch.Tensor, step: int, output: torch.Tensor) -> torch.Tensor:
+        """The tokens that ``rows`` read in ``step``, after ``output`` of the step before: what the text has there."""
+        return packed.ids_after(rows, step)
+
     def chain(self, packed: Packed, features: torch.Tensor, num_steps: int) -> Iterator[ChainStep]:
         """The steps, one after the other."""
         residual, read = self.inputs(packed.next_ids, features)
@@ -65,7 +69,8 @@ class ChainTrainer:
             if step:
                 before, alive = alive, packed.alive(step)
                 rows = packed.query[alive]
-                residual, read = self.inputs(packed.ids_after(rows, step), x[alive_in(before, alive)])
+                x = x[alive_in(before, alive)]
+                residual, read = self.inputs(self.next_ids(packed, rows, step, x), x)
                 q, k, v = self.layer.qkv(read, packed.positions[rows] + step)
                 keys.extend(k, v, alive, len(packed.query))
             hidden = residual + self.layer.attended(q, keys, packed, alive)

@@ -13,7 +13,8 @@ from pdspec.train.divergence import LOSSES
 class TrainConfig:
     """One training run. ``tokens`` target-written answer tokens are generated unless they are there already.
 
-    Exactly one of ``passes`` (over the data) and ``minutes`` (of training, generation not counted) is above 0.
+    Exactly one of ``passes`` (over the data) and ``minutes`` (of training, generation not counted) is above 0;
+    ``steps`` above 0 stand for ``passes``.
     ``head`` starts from a head that exists; ``data`` names stores made elsewhere (nothing is then generated).
     """
 
@@ -25,10 +26,13 @@ class TrainConfig:
     self_share: float = 0.6
     passes: float = 3.0
     minutes: float = 0.0
+    steps: int = 0
     ttt: int = 4
     draft_vocab: int = 4096
     recount: bool = False  # with ``head``: choose its draft vocabulary anew, by ``draft_vocab`` and the data
-    intermediate: int = 0  # 0: the target's
+    hidden: int = 0  # draft-model: width; 0: half the target's, 128 at most
+    layers: int = 4  # draft-model: decoder layers
+    intermediate: int = 0  # 0: the target's; draft-model: four times its width
     tied_output: bool = False  # eagle3: no output rows of its own, the target's serve; a larger draft vocabulary fits
     learning_rate: float = 6e-4
     warmup: float = 0.03  # share of the run

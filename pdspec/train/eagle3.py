@@ -12,10 +12,12 @@ token lies outside that vocabulary are masked; step j counts 0.8^j. One target f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from pdspec.spec.eagle3.checkpoint import Head, save_head
 from pdspec.spec.eagle3.config import Eagle3Config
@@ -23,7 +25,7 @@ from pdspec.spec.heads import TargetIdentity
 from pdspec.train.chain import ChainTrainer
 from pdspec.train.packing import Example, Packed
 from pdspec.train.precision import product
-from pdspec.train.scoring import StepScores, TargetParts, rms, weighted
+from pdspec.train.scoring import StepScores, TargetParts, rms, teacher, weighted
 
 DECAY = 0.8
 
@@ -61,6 +63,17 @@ def new_tensors(
     return tensors
 
 
+@dataclass(frozen=True, kw_only=True)
+class Variation:
+    """How the training differs from the paper's, to be studied. ``feature_weight``: of EAGLE-1's smooth-L1 between the
+    normed output and the target's own state at that place; ``self_drafted``: later steps read the head's own best
+    token instead of the text's; ``last_level``: of the three levels only the last is read."""
+
+    feature_weight: float = 0.0
+    self_drafted: bool = False
+    last_level: bool = False
+
+
 class Eagle3Trainer(ChainTrainer):
     """The head as torch autograd sees it. ``parameters`` have SafeAILab's keys, float32."""
 
@@ -69,7 +82,7 @@ class Eagle3Trainer(ChainTrainer):
         parts: TargetParts, max_positions: int,
     ) -> None:  # fmt: skip
         super().__init__(config, parameters, target_ids, parts, "midlayer", max_positions)
-        self.config = config
+        self.config, self.variation = config, Variation()
 
     def head(self, target: TargetIdentity | None = None, card: dict[str, Any] | None = None) -> Head:
         """The current weights as a head that can be saved."""
@@ -87,12 +100,32 @@ class Eagle3Trainer(ChainTrainer):
 
     def loss(self, examples: Sequence[Example], num_steps: int) -> tuple[torch.Tensor, list[StepScores]]:
         """Σ_j 0.8^j loss_j / Σ_j 0.8^j, and the steps."""
-        scores = self.steps(examples, num_steps)
-        return weighted(scores, DECAY), scores
+        packed, scores, regressions = Packed(examples), [], []
+        teacher_p = teacher(packed, self.parts)
+        for one in self.chain(packed, self.features(packed, examples), num_steps):
+            scores.append(self.judge(one, packed, teacher_p))
+            if self.variation.feature_weight:
+                wanted = packed.final[packed.final_row[one.rows] + one.step]
+                regressions.append(F.smooth_l1_loss(self.scored(one.output)[0], wanted))
+        loss = weighted([one.loss for one in scores], DECAY)
+        if regressions:
+            loss = loss + self.variation.feature_weight * weighted(regressions, DECAY)
+        return loss, scores
 
     def features(self, packed: Packed, examples: Sequence[Example]) -> torch.Tensor:
         """Three levels, fused."""
-        return product(packed.captured, self.parameters["fc.weight"])
+        captured = packed.captured
+        if self.variation.last_level:
+            captured = captured.clone()
+            captured[:, : -self.config.hidden_size] = 0.0
+        return product(captured, self.parameters["fc.weight"])
+
+    def next_ids(self, packed: Packed, rows: torch.Tensor, step: int, output: torch.Tensor) -> torch.Tensor:
+        """The text's, or the best of the step before."""
+        if not self.variation.self_drafted:
+            return super().next_ids(packed, rows, step, output)
+        with torch.no_grad():
+            return self.target_ids[product(*self.scored(output)).argmax(-1)]
 
     def inputs(self, ids: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The feature before its norm, and both norms side by side."""

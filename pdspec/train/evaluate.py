@@ -19,6 +19,7 @@ import torch
 
 from pdspec.model.loader import load_weights, resolve
 from pdspec.prompts import Prompt, load_prompts
+from pdspec.repetition import repeated_share
 from pdspec.train.config import TrainConfig
 from pdspec.train.data import Target, generate, load_target
 from pdspec.train.examples import ExampleReader
@@ -44,6 +45,7 @@ class Acceptance:
     top4: tuple[float, ...]
     chain_length: float
     coverage: float  # share of answer tokens that the draft vocabulary holds
+    repeated: float = 0.0  # share of answer tokens inside repeated 8-grams
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON and cards."""
@@ -120,11 +122,13 @@ def acceptance(trainer: Trainer, reader: ExampleReader, *, depth: int) -> Accept
     """As ``evaluate_head``, of a head and examples in hand."""
     asked, right = torch.zeros(2, depth), torch.zeros(2, depth)
     rows = covered = 0
+    answers: list[list[int]] = []
     chain = 0.0
     with torch.no_grad():
         for number in range(len(reader)):
             example = reader.example(number)
             answer = example.tokens[example.prompt_tokens + 1 :]
+            answers.append(example.tokens[example.prompt_tokens :].tolist())
             hits = chain_hits(
                 trainer.steps([example], depth, rank=TOP), example.tokens, trainer.draft_ids, example.prompt_tokens
             )
@@ -148,6 +152,7 @@ def acceptance(trainer: Trainer, reader: ExampleReader, *, depth: int) -> Accept
         top4=tuple(round(x, 4) for x in top4),
         chain_length=round(1 + chain, 4),
         coverage=round(covered / max(1, rows), 4),
+        repeated=round(repeated_share(answers), 4),
     )
 
 
@@ -171,6 +176,24 @@ def chain_hits(
     return tables[0], tables[1]
 
 
+def evaluate_on(
+    folder: Path, prompts: Path, *, family: str, model: str, num_prompts: int, max_tokens: int = EVALUATION_TOKENS,
+    temperature: float = 0.0, last: int = 0, threads: int = 0,
+) -> Acceptance:  # fmt: skip
+    """As ``evaluate_head``, on answers written for it to ``num_prompts`` prompts spread over a file (or its
+    ``last``)."""
+    chosen = load_prompts(prompts)[-last:]
+    count = min(num_prompts, len(chosen))
+    spread = [chosen[n * len(chosen) // count] for n in range(count)]
+    with tempfile.TemporaryDirectory() as temporary:
+        target = load_target(model, threads=threads)
+        try:
+            store = write_answers(target, spread, Path(temporary), max_answer=max_tokens, temperature=temperature)
+        finally:
+            target.runner.ops.close()
+        return evaluate_head(folder, [store], family=family, model=model)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """``python -m pdspec.train.evaluate --head FOLDER --prompts FILE``: prints one JSON object."""
     parser = argparse.ArgumentParser(prog="python -m pdspec.train.evaluate", description=main.__doc__)
@@ -182,14 +205,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-prompts", type=int, default=40, help="spread over the file")
     parser.add_argument("--max-tokens", type=int, default=EVALUATION_TOKENS)
     chosen = parser.parse_args(arguments)
-    prompts = load_prompts(chosen.prompts)[-chosen.last :]
-    count = min(chosen.num_prompts, len(prompts))
-    spread = [prompts[n * len(prompts) // count] for n in range(count)]
-    with tempfile.TemporaryDirectory() as folder:
-        target = load_target(chosen.model)
-        store = write_answers(target, spread, Path(folder), max_answer=chosen.max_tokens)
-        target.runner.ops.close()
-        found = evaluate_head(chosen.head, [store], family=chosen.family, model=chosen.model)
+    found = evaluate_on(
+        chosen.head, chosen.prompts, family=chosen.family, model=chosen.model, num_prompts=chosen.num_prompts,
+        max_tokens=chosen.max_tokens, last=chosen.last,
+    )  # fmt: skip
     print(json.dumps(found.as_dict()))
 
 

@@ -64,7 +64,7 @@ class MedusaTrainer:
     def loss(self, examples: Sequence[Example], num_steps: int) -> tuple[torch.Tensor, list[StepScores]]:
         """Σ_k 0.8^k loss_k / Σ_k 0.8^k over all heads; ``num_steps`` is EAGLE's."""
         scores = self.steps(examples, self.config.num_heads)
-        return weighted(scores, DECAY), scores
+        return weighted([one.loss for one in scores], DECAY), scores
 
     def save(self, folder: Path, identity: TargetIdentity | None, card: Mapping[str, Any]) -> None:
         """Writes the heads, int8. Raises ConfigError when the folder cannot be written."""

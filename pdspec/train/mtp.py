@@ -80,7 +80,7 @@ class MtpTrainer:
     def loss(self, examples: Sequence[Example], num_steps: int) -> tuple[torch.Tensor, list[StepScores]]:
         """Mean over all modules; ``num_steps`` is EAGLE-3's."""
         scores = self.steps(examples, len(self.layers))
-        return weighted(scores, 1.0), scores
+        return weighted([one.loss for one in scores], 1.0), scores
 
     def save(self, folder: Path, identity: TargetIdentity | None, card: Mapping[str, Any]) -> None:
         """Writes the modules, int8. Raises ConfigError when the folder cannot be written."""

@@ -25,7 +25,7 @@ from pdspec.train.packing import Example
 from pdspec.train.scoring import StepScores, TargetParts
 from pdspec.train.vocab import draft_vocabulary
 
-RECIPES = ("eagle3", "eagle1", "medusa", "mtp")
+RECIPES = ("eagle3", "eagle1", "medusa", "mtp", "draft_model")
 Weights = Mapping[str, torch.Tensor]
 
 

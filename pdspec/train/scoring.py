@@ -52,15 +52,16 @@ def draft_ids_of(target_ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
 def score(
     y: torch.Tensor, output: torch.Tensor, packed: Packed, rows: torch.Tensor, step: int, *,
     teacher_p: torch.Tensor, draft_ids: torch.Tensor, rank: int, objective: str,
+    first: int = 0,
 ) -> StepScores:  # fmt: skip
     """``y`` [M, H] of flat ``rows`` [M] through ``output`` [draft vocabulary, H] against what the target says ``step``
-    tokens beyond each row's next but one. ``rank``: how many best draft ids to return per row;
-    ``objective``: see ``divergence.py``."""
+    tokens beyond each row's next but one. ``rank``: how many best draft ids to return per row; ``objective``: see
+    ``divergence.py``; ``first``: the target row with which ``teacher_p`` begins."""
     where = packed.final_row[rows] + step  # the target row whose distribution is predicted
     best = draft_ids[packed.best[where].clamp(min=0)]
     counted = (packed.best[where] >= 0) & (best >= 0)
     weight = counted.float() / counted.sum().clamp(min=1)
-    loss, ranked = divergence(objective, y, output, teacher_p, where, weight, max(rank, 1))
+    loss, ranked = divergence(objective, y, output, teacher_p, where - first, weight, max(rank, 1))
     example = torch.bucketize(rows, torch.tensor(packed.bounds[1:]), right=True)
     return StepScores(
         torch.stack((example, rows - torch.tensor(packed.bounds)[example]), 1), loss, ranked[:, 0] == best, counted,
@@ -68,10 +69,10 @@ def score(
     )
 
 
-def weighted(scores: Sequence[StepScores], decay: float) -> torch.Tensor:
+def weighted(losses: Sequence[torch.Tensor], decay: float) -> torch.Tensor:
     """Σ_j decay^j loss_j / Σ_j decay^j."""
-    weights = [decay**j for j in range(len(scores))]
-    return torch.stack([w * s.loss for w, s in zip(weights, scores, strict=True)]).sum() / sum(weights)
+    weights = [decay**j for j in range(len(losses))]
+    return torch.stack([w * loss for w, loss in zip(weights, losses, strict=True)]).sum() / sum(weights)
 
 
 def rms(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

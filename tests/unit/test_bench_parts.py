@@ -8,11 +8,11 @@ import pytest
 from pdspec.engine.speculation import observing
 from pdspec.engine.steptimes import DraftTimes, VerifyTimes
 from pdspec.errors import ConfigError, InvalidRequest
+from pdspec.repetition import repeated_share
 from pdspec.spec.registry import NAMES
 from pdspec.spec.tree import parse_tree
 from pdspec.study.bench_budget import Step, Table, run
 from pdspec.study.bench_decode import Setting, _summary, _tried, settings_of
-from pdspec.study.repetition import repeated_share
 
 
 def test_repeated_share_counts_tokens_inside_ngrams_seen_before_in_the_same_answer():

@@ -15,9 +15,10 @@ from pdspec.prompts import Prompt
 from pdspec.spec.eagle3.checkpoint import Head, load_head
 from pdspec.train.data import generate, load_target
 from pdspec.train.evaluate import chain_hits, evaluate_head, write_answers
-from pdspec.train.loop import LOG, TrainConfig, schedule, train
+from pdspec.train.loop import TrainConfig, train
 from pdspec.train.plan import DataConfig
 from pdspec.train.scoring import StepScores
+from pdspec.train.steps import LOG, schedule
 from pdspec.train.store import TokenStore
 
 MODEL = "tiny-5"
@@ -80,6 +81,28 @@ def test_a_run_cut_half_way_repeats_the_unbroken_one(tmp_path: Path, store: Toke
     assert whole.card["steps"] == 12
     with pytest.raises(ConfigError, match="holds a run"):
         train_head(run_config(tmp_path / "cut", store), show=False)
+
+
+@pytest.mark.parametrize("save_seconds", [0.0, 60.0])
+def test_a_run_killed_in_a_step_and_resumed_repeats_the_unbroken_one(
+    tmp_path: Path, store: TokenStore, monkeypatch: pytest.MonkeyPatch, save_seconds: float
+) -> None:
+    """Nothing is saved when it dies: it goes on from the last save, or from the beginning."""
+    train_head(run_config(tmp_path / "whole", store, ttt=2, passes=3), show=False)
+    begun = itertools.count(1)
+
+    def dies(share: float, warmup: float) -> float:
+        if next(begun) == 6:
+            raise KeyboardInterrupt
+        return schedule(share, warmup)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("pdspec.train.steps.schedule", dies)
+        patch.setattr("pdspec.train.steps.SAVE_SECONDS", save_seconds)
+        train_head(run_config(tmp_path / "cut", store, ttt=2, passes=3), show=False)
+    assert len(curve(tmp_path / "cut")) == 5
+    train_head(run_config(tmp_path / "cut", store, ttt=2, passes=3, resume=True), show=False)
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole") and len(curve(tmp_path / "whole")) == 9
 
 
 def test_a_recounted_vocabulary_keeps_the_rows_that_were_learnt(tmp_path: Path, store: TokenStore) -> None:

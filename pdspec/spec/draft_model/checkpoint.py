@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from pdspec.errors import Incompatible
 from pdspec.model.config import ModelConfig, weight_shapes
 from pdspec.model.files import ModelFiles, resolve
+from pdspec.model.hub import locate
 from pdspec.model.loader import load_weights, torch_dtype
 from pdspec.model.tokenizer import load_tokenizer
 from pdspec.spec.draft_model.config import draft_name, random_config
+from pdspec.spec.draft_model.trained import is_trained, load_trained, trained_hash
 from pdspec.spec.family import Setting
 from pdspec.spec.heads import random_seed
 
@@ -34,10 +37,23 @@ def open_model(setting: Setting) -> DraftModel:
         config = random_config(setting.target.config)
         weights = _random_weights(config, seed, torch_dtype(setting.dtype))
         return DraftModel(config=config, weights=weights, content_hash=f"random:{seed}")
+    where = locate(name, setting.cache_dir or None)
+    if where.path is not None and is_trained(where.path):
+        return _open_trained(setting, where.path)
     files = resolve(name, setting.cache_dir or None)
     check_tokenizers(setting.target, files)
     weights = load_weights(files, setting.dtype)
     return DraftModel(config=files.config, weights=weights, content_hash=files.content_hash)
+
+
+def _open_trained(setting: Setting, folder: Path) -> DraftModel:
+    config, tensors, made_for = load_trained(folder)
+    ours, theirs = setting.identity.tokenizer_hash, made_for.tokenizer_hash
+    if ours != theirs:
+        raise Incompatible(f"the draft model in {folder} has the tokenizer {theirs}, the target {ours}",
+                           field="heads.draft_model", remedy="choose a draft model made for this target")
+    weights = {key: tensor.to(torch_dtype(setting.dtype)) for key, tensor in tensors.items()}
+    return DraftModel(config=config, weights=weights, content_hash=trained_hash(config, tensors))
 
 
 def check_tokenizers(target: ModelFiles, draft: ModelFiles) -> None:

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pdspec.errors import ConfigError
 from pdspec.model.config import ModelConfig, read_config
 from pdspec.model.hub import locate
 from pdspec.model.tiny import tiny_config
 from pdspec.spec.family import Setting
-from pdspec.spec.heads import random_seed
+from pdspec.spec.heads import find_head, random_seed
 
 GROUP = "draft/model"
-_FIELD = "heads.draft_model"
 
 
 def draft_name(setting: Setting) -> str:
-    """What ``heads.draft_model`` says. Raises ConfigError when it says nothing: no model is shipped."""
-    name = setting.heads.get("draft_model", "")
-    if not name:
-        raise ConfigError("no draft model is named", field=_FIELD,
-                          remedy="name an alias, hub id or folder of a smaller model with the target's tokenizer")
-    return name
+    """What ``heads.draft_model`` says, else the shipped one made for the target. Raises ConfigError without one."""
+    return find_head("draft_model", setting.heads, setting.identity)
 
 
 def draft_config(setting: Setting) -> ModelConfig:
