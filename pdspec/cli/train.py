@@ -13,7 +13,7 @@ from pdspec.cli.output import only_json, print_json
 from pdspec.errors import ConfigError
 
 USUAL: dict[str, Any] = {"tokens": 300_000, "max_answer": 400, "passes": 3.0, "ttt": 4}
-QUICK: dict[str, Any] = {"tokens": 30_000, "max_answer": 256, "passes": 8.0, "ttt": 3}
+QUICK: dict[str, Any] = {"tokens": 40_000, "max_answer": 256, "passes": 8.0, "ttt": 3}
 
 
 def _choices(what: str, name: str) -> str:

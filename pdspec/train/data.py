@@ -194,7 +194,8 @@ class Generator:
         if slot.prompt_tokens:
             written = len(slot.tokens) - slot.prompt_tokens
             ended = slot.tokens[-1] in self.target.tokenizer.eos_ids
-            return self._finish(slot) if ended or written >= self.config.max_answer else None
+            full = written >= self.config.max_answer or len(slot.tokens) >= self.max_tokens
+            return self._finish(slot) if ended or full else None
         start = len(self.before)
         if slot.tokens[-1] == self.after[0]:
             user = slot.tokens[start:-1]

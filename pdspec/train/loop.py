@@ -85,7 +85,7 @@ def _command(family: str, config: TrainConfig) -> str:
     files = "".join(f" --prompts {path}" for path in config.prompts)
     return (
         f"pdspec train {family.replace('_', '-')} --model {config.model} --out {config.out}{files} "
-        f"--tokens {config.tokens} {length} "
+        f"--tokens {config.tokens} --max-answer {config.max_answer} --self-share {config.self_share:g} {length} "
         f"--ttt {config.ttt} --draft-vocab {config.draft_vocab} --learning-rate {config.learning_rate:g} "
         f"--batch {config.batch} --loss {config.loss} --precision {config.precision} --seed {config.seed}"
     )
