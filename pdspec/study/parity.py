@@ -166,19 +166,24 @@ def audited(local: LocalGenerator, request: GenerateRequest, answer: Sequence[in
 def _against_transformers(
     local: LocalGenerator, requests: Sequence[GenerateRequest], answers: Sequence[tuple[int, ...]], progress: Progress
 ) -> dict[str, Any]:  # fmt: skip
-    """Our greedy tokens, teacher-forced through transformers."""
-    config, found = local.resources.config, Audit()
+    """Our greedy tokens, teacher-forced through transformers over the same weights (those of ``dtype``). It computes in
+    float32: what it rounds to bf16 between operations moves its own scores by more than the cap. How it judges them in
+    ``dtype`` stands beside, in ``same_dtype``, for comparison."""
+    config = local.resources.config
+    greedy = [pair for pair in zip(requests, answers, strict=True) if pair[0].sampling.temperature == 0]
     torch.set_num_threads(config.threads or usable_cores())
-    model = reference_model(local.resources.files, config.dtype)
-    for request, answer in zip(requests, answers, strict=True):
-        if request.sampling.temperature == 0:
+
+    def judged(dtype: str) -> dict[str, Any]:
+        model, found = reference_model(local.resources.files, dtype), Audit()
+        for request, answer in greedy:
             logits = transformers_logits(model, request.prompt_ids, answer)
             found += judge(logits, request, answer, local.resources.end_ids, CAPS[config.dtype])
+        progress(f"  against transformers in {dtype}: {found}")
+        return {"positions": found.positions, "ties": found.ties, "unaudited": found.unaudited,
+                "largest_gap": found.largest}  # fmt: skip
+
+    result = judged("float32")
+    if config.dtype != "float32":
+        result["same_dtype"] = judged(config.dtype)
     torch.set_num_threads(1)
-    progress(f"  against transformers: {found}")
-    return {
-        "positions": found.positions,
-        "ties": found.ties,
-        "unaudited": found.unaudited,
-        "largest_gap": found.largest,
-    }
+    return result
