@@ -46,7 +46,7 @@ def head(family: str, summary: str) -> Callable[..., None]:
         ] = False,
         draft_vocab: Annotated[int, typer.Option(help="Size of the draft vocabulary.")] = 4096,
         intermediate: Annotated[
-            int, typer.Option(min=0, help="Width of a new head's MLP (0: the target's; draft-model: four times its own).")
+            int, typer.Option(min=0, help="Width of a new head's MLP; 0: the target's (draft-model: 4 x its own).")
         ] = 0,
         tied_output: Annotated[
             bool, typer.Option("--tied-output", help="eagle3: the target's output rows serve, none are learnt.")
@@ -87,7 +87,8 @@ def head(family: str, summary: str) -> Callable[..., None]:
             length = {"passes": 0.0} if minutes > 0 else {}
             config = TrainConfig(
                 model=model or default_model(), out=out, prompts=tuple(prompts or ()), holdout=holdout,
-                self_share=self_share, minutes=minutes, draft_vocab=draft_vocab, intermediate=intermediate, tied_output=tied_output,
+                self_share=self_share, minutes=minutes, draft_vocab=draft_vocab, intermediate=intermediate,
+                tied_output=tied_output,
                 hidden=hidden, layers=layers, learning_rate=learning_rate, batch=batch, max_length=max_length,
                 seed=seed, threads=threads or 0, loss=loss, precision=precision, head=head, recount=recount,
                 data=tuple(data or ()), work=work, keep_hidden=keep_hidden or quick, resume=resume,
