@@ -10,26 +10,11 @@ from dense_llama import child_scores, paths
 from draft_model_world import CONFIG, DENSE, Story, assert_as_recomputed, make_world, same_drafts
 
 from pdspec.errors import TransferDamaged
-from pdspec.model.native import NativeOps
-from pdspec.model.ops import TorchOps
 from pdspec.sampling import History
 from pdspec.spec.chooser import Seeded
 from pdspec.spec.draft_model.config import GROUP
 from pdspec.spec.protocol import HiddenRows, Verdict
 from pdspec.spec.verify import verify
-
-
-@pytest.fixture(scope="module")
-def native():
-    torch.set_num_threads(1)
-    ops = NativeOps(2)
-    yield ops
-    ops.close()
-
-
-@pytest.fixture(params=["native", "torch"])
-def ops(request, native):
-    return native if request.param == "native" else TorchOps(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

@@ -9,8 +9,6 @@ from eagle1_reference import HEAD, HEADS, LM_HEAD, TARGET, PaperEagle1, Story, m
 from eagle3_reference import EMBEDDING, eagle2_tree, paths
 
 from pdspec.errors import TransferDamaged
-from pdspec.model.native import NativeOps
-from pdspec.model.ops import TorchOps
 from pdspec.sampling import History
 from pdspec.spec.protocol import HiddenRows
 from pdspec.spec.verify import verify
@@ -25,19 +23,6 @@ VARIANTS = [
     ("eagle3", PADDED), ("eagle3", UNSTABLE), ("fc_norm", {}), ("norm_output", {}), ("eagle3.1", {}), ("tied", {}),
     ("eagle3.1", {**UNSTABLE, **PADDED}),
 ]
-
-
-@pytest.fixture(scope="module")
-def native():
-    torch.set_num_threads(1)  # as make_ops does
-    ops = NativeOps(2)
-    yield ops
-    ops.close()
-
-
-@pytest.fixture(params=["native", "torch"])
-def ops(request, native):
-    return native if request.param == "native" else TorchOps(torch.device("cpu"))
 
 
 def same_drafts(a, b) -> bool:

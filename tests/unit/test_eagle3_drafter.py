@@ -20,24 +20,9 @@ from eagle3_reference import (
 )
 
 from pdspec.errors import InvalidRequest, TransferDamaged
-from pdspec.model.native import NativeOps
-from pdspec.model.ops import TorchOps
 from pdspec.spec.protocol import HiddenRows, Verdict
 
 PAPER = PaperHead(HEAD, EMBEDDING)
-
-
-@pytest.fixture(scope="module")
-def native():
-    torch.set_num_threads(1)  # as make_ops does
-    ops = NativeOps(2)
-    yield ops
-    ops.close()
-
-
-@pytest.fixture(params=["native", "torch"])
-def ops(request, native):
-    return native if request.param == "native" else TorchOps(torch.device("cpu"))
 
 
 def same_drafts(a, b) -> bool:

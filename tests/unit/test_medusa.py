@@ -11,8 +11,6 @@ import torch
 from eagle3_reference import paths
 
 from pdspec.errors import InvalidRequest, TransferDamaged
-from pdspec.model.native import NativeOps
-from pdspec.model.ops import TorchOps
 from pdspec.noise import gumbel_noise
 from pdspec.sampling import History
 from pdspec.spec.chooser import Seeded
@@ -39,19 +37,6 @@ def paper(heads: Heads, hidden: torch.Tensor, k: int) -> torch.Tensor:
         x = x + inner * torch.sigmoid(inner)
     own = heads.tensors.get(f"{k}.{heads.config.num_layers}.weight")
     return (LM_HEAD[heads.target_ids] if own is None else own).double() @ x
-
-
-@pytest.fixture(scope="module")
-def native():
-    torch.set_num_threads(1)  # as make_ops does
-    ops = NativeOps(2)
-    yield ops
-    ops.close()
-
-
-@pytest.fixture(params=["native", "torch"])
-def ops(request, native):
-    return native if request.param == "native" else TorchOps(torch.device("cpu"))
 
 
 def make(ops, heads=SHARED, **changes) -> MedusaDrafter:

@@ -11,8 +11,6 @@ import torch
 from mtp_reference import EMBEDDING, LM_HEAD, TARGET, Story, child_scores, make_world, paths
 
 from pdspec.errors import InvalidRequest, TransferDamaged
-from pdspec.model.native import NativeOps
-from pdspec.model.ops import TorchOps
 from pdspec.sampling import History
 from pdspec.spec.chooser import Seeded
 from pdspec.spec.mtp.drafter import MtpDrafter
@@ -23,19 +21,6 @@ from pdspec.types import SamplingParams, Verify
 
 GREEDY, SAMPLED = SamplingParams(temperature=0.0), SamplingParams(temperature=0.8)
 BAR = 1e-4
-
-
-@pytest.fixture(scope="module")
-def native():
-    torch.set_num_threads(1)  # as make_ops does
-    ops = NativeOps(2)
-    yield ops
-    ops.close()
-
-
-@pytest.fixture(params=["native", "torch"])
-def ops(request, native):
-    return native if request.param == "native" else TorchOps(torch.device("cpu"))
 
 
 def paper_of(world, *, shift=0):

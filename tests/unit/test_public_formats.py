@@ -18,27 +18,12 @@ from pdspec.config import WorkerConfig
 from pdspec.engine.local import LocalGenerator
 from pdspec.errors import PdspecError
 from pdspec.model.batch import ForwardBatch
-from pdspec.model.native import NativeOps
-from pdspec.model.ops import TorchOps
 from pdspec.spec.formats import FORMATS, recognise
 from pdspec.spec.protocol import HiddenRows
 from pdspec.types import GenerateRequest, SamplingParams
 
 PUBLISHED = {**EAGLES, **MEDUSAS, **MTPS}
 ROWS = 21
-
-
-@pytest.fixture(scope="module")
-def native():
-    torch.set_num_threads(1)
-    ops = NativeOps(2)
-    yield ops
-    ops.close()
-
-
-@pytest.fixture(params=["native", "torch"])
-def ops(request, native):
-    return native if request.param == "native" else TorchOps(torch.device("cpu"))
 
 
 def batch_of(tokens: np.ndarray) -> ForwardBatch:

@@ -5,30 +5,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from dense_llama import child_scores, paths
 from sparse_world import ROWS, begin, extend, make_world, sparse_logits, view
 
 from pdspec.config import WorkerConfig
 from pdspec.engine.local import LocalGenerator
 from pdspec.errors import ConfigError, PdspecError
-from pdspec.model.native import NativeOps
-from pdspec.model.ops import TorchOps
 from pdspec.spec.sparse.config import View
 from pdspec.types import GenerateRequest, SamplingParams
-
-
-@pytest.fixture(scope="module")
-def native():
-    torch.set_num_threads(1)
-    ops = NativeOps(2)
-    yield ops
-    ops.close()
-
-
-@pytest.fixture(params=["native", "torch"])
-def ops(request, native):
-    return native if request.param == "native" else TorchOps(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

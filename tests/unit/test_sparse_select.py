@@ -8,23 +8,8 @@ import torch
 from sparse_world import CONFIG, DENSE, ROWS, begin, make_world, sparse_logits, target_rows
 
 from pdspec.errors import TransferDamaged
-from pdspec.model.native import NativeOps
-from pdspec.model.ops import TorchOps
 from pdspec.spec.sparse.config import OBSERVED
 from pdspec.spec.sparse.select import attention_mass, choose_rows
-
-
-@pytest.fixture(scope="module")
-def native():
-    torch.set_num_threads(1)
-    ops = NativeOps(2)
-    yield ops
-    ops.close()
-
-
-@pytest.fixture(params=["native", "torch"])
-def ops(request, native):
-    return native if request.param == "native" else TorchOps(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("length", [5, 32, 33, 90])
