@@ -41,8 +41,15 @@ def _cpu() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def kernel_hash(flags: tuple[str, ...] = FLAGS) -> str:
+def chosen_flags() -> tuple[str, ...]:
+    """``FLAGS``, and what ``PDSPEC_KERNEL_FLAGS`` adds: ``-DPDSPEC_DOTS`` makes products of bf16 weights with the CPU's
+    bf16 instructions, activations rounded to bf16 (AVX-512 BF16; elsewhere it changes nothing)."""
+    return (*FLAGS, *os.environ.get("PDSPEC_KERNEL_FLAGS", "").split())
+
+
+def kernel_hash(flags: tuple[str, ...] | None = None) -> str:
     """Hash of sources, flags, compiler version and CPU: the kernel part of a worker's fingerprint."""
+    flags = chosen_flags() if flags is None else flags
     digest = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
         if path.suffix in (".c", ".h"):
@@ -56,7 +63,7 @@ def kernel_hash(flags: tuple[str, ...] = FLAGS) -> str:
 
 def load_kernels(*extra_flags: str) -> ctypes.CDLL:
     """The compiled library, built on first use (about two seconds). Raises ``NoCompiler``, ``ConfigError``."""
-    folder, flags = cache_root() / "kernels", (*FLAGS, *extra_flags)
+    folder, flags = cache_root() / "kernels", (*chosen_flags(), *extra_flags)
     path = folder / f"pdk-{kernel_hash(flags)}.so"
     if not path.exists():
         try:

@@ -131,6 +131,7 @@ class NativeOps:
         self.lib = load_kernels(*extra_flags)
         self.lib.pd_pool_create.restype = _ptr
         self.threads = max(1, threads)
+        self.rounds_inputs = bool(self.lib.pd_rounds_inputs())  # products with bf16 weights read activations in bf16
         self.pool = _ptr(self.lib.pd_pool_create(self.threads))
 
     def close(self) -> None:

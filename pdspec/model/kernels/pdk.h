@@ -46,7 +46,18 @@ INLINE vf load_bf16(const uint16_t *p) {
 /* Packed bf16 weights: a block of 16 lanes is 8 words of 32 bits, word i holding lanes i (low) and i + 8 (high), so
  * that one load, a shift and a mask give both. With 512-bit vectors the lanes stand in order. */
 #define PAIRED (LANES <= 8)
+/* Where the machine multiplies bf16 by itself, two at a time, and PDSPEC_DOTS asks for it: weights in bf16 are packed as [ceil(N/16)][K/2][16][2], and
+ * activations are rounded to bf16 as well, as torch's bf16 linear does. */
+#if defined(PDSPEC_DOTS) && defined(__AVX512BF16__) && VB == 64
+#define DOTS 1
+#else
+#define DOTS 0
+#endif
 INLINE int lane_index(int lane) { return PAIRED ? lane % 8 * 2 + lane / 8 : lane; }
+/* Where weight k of a lane stands in its block of bf16 weights. */
+INLINE size_t half_index(int k, int lane) {
+    return DOTS ? (size_t)(k / 2) * 32 + (size_t)(lane * 2 + k % 2) : (size_t)k * 16 + (size_t)lane_index(lane);
+}
 INLINE void load_block(const void *w, size_t i, vf out[NV], const int bf16) {
     if (!bf16) {
         for (int v = 0; v < NV; v++) out[v] = load_f32((const float *)w + i + v * LANES);
