@@ -42,8 +42,8 @@ def _cpu() -> str:
 
 
 def chosen_flags() -> tuple[str, ...]:
-    """``FLAGS``, and what ``PDSPEC_KERNEL_FLAGS`` adds: ``-DPDSPEC_DOTS`` makes products of bf16 weights with the CPU's
-    bf16 instructions, activations rounded to bf16 (AVX-512 BF16; elsewhere it changes nothing)."""
+    """``FLAGS``, and what ``PDSPEC_KERNEL_FLAGS`` adds: ``-DPDSPEC_NO_DOTS`` multiplies bf16 weights with float32
+    activations where the CPU has bf16 instructions (AVX-512 BF16), too, as all other CPUs do."""
     return (*FLAGS, *os.environ.get("PDSPEC_KERNEL_FLAGS", "").split())
 
 

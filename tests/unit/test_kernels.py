@@ -18,10 +18,10 @@ DTYPES = [torch.bfloat16, torch.float32]
 
 
 # The kernels are written for any vector width; each width's code must work, whatever this machine's is.
-@pytest.fixture(scope="module", params=["native", "16", "32", "64", "dots"])
+@pytest.fixture(scope="module", params=["native", "16", "32", "64", "no dots"])
 def ops(request):
     width = (f"-DPDSPEC_VECTOR_BYTES={request.param}",)
-    flags = {"native": (), "dots": ("-DPDSPEC_DOTS",)}.get(request.param, width)
+    flags = {"native": (), "no dots": ("-DPDSPEC_NO_DOTS",)}.get(request.param, width)
     ops = NativeOps(2, *flags)
     yield ops
     ops.close()

@@ -46,9 +46,9 @@ INLINE vf load_bf16(const uint16_t *p) {
 /* Packed bf16 weights: a block of 16 lanes is 8 words of 32 bits, word i holding lanes i (low) and i + 8 (high), so
  * that one load, a shift and a mask give both. With 512-bit vectors the lanes stand in order. */
 #define PAIRED (LANES <= 8)
-/* Where the machine multiplies bf16 by itself, two at a time, and PDSPEC_DOTS asks for it: weights in bf16 are packed as [ceil(N/16)][K/2][16][2], and
+/* Where the machine multiplies bf16 by itself, two at a time: weights in bf16 are packed as [ceil(N/16)][K/2][16][2], and
  * activations are rounded to bf16 as well, as torch's bf16 linear does. */
-#if defined(PDSPEC_DOTS) && defined(__AVX512BF16__) && VB == 64
+#if !defined(PDSPEC_NO_DOTS) && defined(__AVX512BF16__) && VB == 64
 #define DOTS 1
 #else
 #define DOTS 0
