@@ -26,7 +26,15 @@ from pdspec.noise import LARGEST, gumbel, gumbel_noise
 from pdspec.types import SamplingParams, TokenLogprob
 
 __all__ = [
-    "History", "Support", "choose", "draft_scores", "gumbel_noise", "pick", "stopping_ids", "support", "token_logprob",
+    "History",
+    "Support",
+    "choose",
+    "draft_scores",
+    "gumbel_noise",
+    "pick",
+    "stopping_ids",
+    "support",
+    "token_logprob",
 ]
 
 Floats = npt.NDArray[np.float32]
@@ -58,8 +66,11 @@ class History:
     def extended(self, tokens: Sequence[int]) -> History:
         """The history with ``tokens`` put out as well; cheap enough for every tree node."""
         grown = History(
-            prompt_ids=self.prompt_ids, num_output=self.num_output + len(tokens),
-            seen_ids=self.seen_ids, seen_counts=self.seen_counts, tail=self.tail + tuple(tokens),
+            prompt_ids=self.prompt_ids,
+            num_output=self.num_output + len(tokens),
+            seen_ids=self.seen_ids,
+            seen_counts=self.seen_counts,
+            tail=self.tail + tuple(tokens),
         )
         if len(grown.tail) <= _TAIL:
             return grown
@@ -112,8 +123,14 @@ def stopping_ids(params: SamplingParams, end_ids: Sequence[int]) -> frozenset[in
 
 
 def choose(
-    logits: torch.Tensor, params: SamplingParams, history: History,
-    *, seed: int, sample: int, position: int, end_ids: Sequence[int],
+    logits: torch.Tensor,
+    params: SamplingParams,
+    history: History,
+    *,
+    seed: int,
+    sample: int,
+    position: int,
+    end_ids: Sequence[int],
 ) -> int:
     """The target's token for absolute ``position``, given its logits [V]. Raises PdspecError where they are NaN,
     InvalidRequest where every id is excluded."""

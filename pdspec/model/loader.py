@@ -1,6 +1,6 @@
 """Weights as torch tensors.
 
-    files = resolve("smollm2-135m"); weights = load_weights(files, "bfloat16")
+files = resolve("smollm2-135m"); weights = load_weights(files, "bfloat16")
 """
 
 from __future__ import annotations

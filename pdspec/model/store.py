@@ -1,8 +1,8 @@
 """The cache folder: built once, renamed into place whole, checked by checksum on every later start.
 
-    <root>/models/<name>/          the checkpoint and manifest.json
-    <root>/models/.<name>-*/       being built; a killed build leaves one, the next build removes it
-    <root>/models/.<name>.lock     held while building, so that workers started together convert once
+<root>/models/<name>/          the checkpoint and manifest.json
+<root>/models/.<name>-*/       being built; a killed build leaves one, the next build removes it
+<root>/models/.<name>.lock     held while building, so that workers started together convert once
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Text ↔ target token ids, chat templates, and text that appears while tokens do. No torch: the router uses this.
 
-    ids = tokenizer.apply_chat([{"role": "user", "content": "Hello"}])
-    stream = tokenizer.stream(); text = stream.push(new_ids); ...; text += stream.flush()
+ids = tokenizer.apply_chat([{"role": "user", "content": "Hello"}])
+stream = tokenizer.stream(); text = stream.push(new_ids); ...; text += stream.flush()
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ class Tokenizer:
     more rows). Safe to share between threads."""
 
     def __init__(
-        self, backend: Backend, *, chat_template: str = "", tokens: Mapping[str, str] | None = None,
+        self,
+        backend: Backend,
+        *,
+        chat_template: str = "",
+        tokens: Mapping[str, str] | None = None,
         eos_ids: Sequence[int] = (),
     ) -> None:
         self._backend = backend

@@ -1,7 +1,7 @@
 """Draft heads as folders: where they are found and which target they were made for. No torch.
 
-    config.json          geometry under the field's usual keys; under "pdspec" the target's hashes and the training card
-    model.safetensors    see ``headfile.py``
+config.json          geometry under the field's usual keys; under "pdspec" the target's hashes and the training card
+model.safetensors    see ``headfile.py``
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class TargetIdentity:
                 raise Incompatible(
                     f"the head in {where} was made for a target with {name} = {fields.get(name)!r}, this target has"
                     f" {other.get(name)!r}",
-                    field=name, remedy="choose the head made for this target, or drafter ngram or none",
+                    field=name,
+                    remedy="choose the head made for this target, or drafter ngram or none",
                 )
 
 
@@ -73,7 +74,8 @@ def find_head(name: str, heads: Mapping[str, str], target: TargetIdentity) -> st
             fitting.append((made_for.content_hash != target.content_hash, str(path.parent)))
     if not fitting:
         raise ConfigError(
-            f"no {name} head for this target is shipped", field=f"heads.{name}",
+            f"no {name} head for this target is shipped",
+            field=f"heads.{name}",
             remedy=f"train one with pdspec train {name.replace('_', '-')} and name its folder, or choose drafter ngram"
             " or none",
         )
@@ -96,8 +98,11 @@ def section(target: TargetIdentity | None, card: Mapping[str, Any], **more: Any)
     """The ``pdspec`` entry of ``config.json``."""
     ours: dict[str, Any] = {"format": FORMAT, **more, "card": dict(card)}
     if target is not None:
-        ours["target"] = {"content_hash": target.content_hash, "tokenizer_hash": target.tokenizer_hash,
-                          "geometry": target.geometry}
+        ours["target"] = {
+            "content_hash": target.content_hash,
+            "tokenizer_hash": target.tokenizer_hash,
+            "geometry": target.geometry,
+        }
     return ours
 
 
@@ -107,10 +112,14 @@ def read_section(values: Mapping[str, Any], where: Path) -> tuple[TargetIdentity
     ours = values.get("pdspec") or {}
     try:
         if ours.get("format", FORMAT) != FORMAT:
-            raise ConfigError(f"the head in {where} has format {ours['format']!r}, which pdspec cannot read",
-                              field="heads", remedy="choose a head of this version, or a newer pdspec")
+            raise ConfigError(
+                f"the head in {where} has format {ours['format']!r}, which pdspec cannot read",
+                field="heads",
+                remedy="choose a head of this version, or a newer pdspec",
+            )
         made_for = ours.get("target")
         return TargetIdentity(**made_for) if made_for else None, dict(ours.get("card") or {})
     except (TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"config.json of the head in {where} is damaged: {error!r}", field="heads",
-                              remedy=HEAD_REMEDY) from error
+        raise CheckpointError(
+            f"config.json of the head in {where} is damaged: {error!r}", field="heads", remedy=HEAD_REMEDY
+        ) from error

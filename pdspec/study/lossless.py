@@ -1,9 +1,9 @@
 """``pdspec check lossless``: no drafter, tree or way of verification changes what is put out.
 
-    law       the output law of rejection and block, enumerated, is the target's (float64, toy target)
-    paths     coupled and greedy put out plain decoding's very tokens, whose law is the target's (toy target)
-    joint     two tokens in a row, sampled: chi-square against the exact law (toy target and model)
-    answers   whole answers of a real model, every family and tree
+law       the output law of rejection and block, enumerated, is the target's (float64, toy target)
+paths     coupled and greedy put out plain decoding's very tokens, whose law is the target's (toy target)
+joint     two tokens in a row, sampled: chi-square against the exact law (toy target and model)
+answers   whole answers of a real model, every family and tree
 """
 
 from __future__ import annotations
@@ -109,8 +109,10 @@ def law(local: LocalGenerator, sizes: Sizes, drafters: Sequence[str], progress: 
                 continue
             for verify in ("rejection", "block") if sizes.law_large or tree.startswith("chain") else ("rejection",):
                 case = law_case(local, drafter, tree, verify, params, sizes.law_tokens)
-                progress(f"law {drafter} {tree} {verify}: {case['max_abs_difference']:.2g}"
-                         f" over {case['outcomes']} outcomes of {case['drafts']} drafts")
+                progress(
+                    f"law {drafter} {tree} {verify}: {case['max_abs_difference']:.2g}"
+                    f" over {case['outcomes']} outcomes of {case['drafts']} drafts"
+                )
                 cases.append(case)
     return {
         "ok": all(case["ok"] for case in cases), "cases": cases,
@@ -149,8 +151,12 @@ def _on_model(config: WorkerConfig, sizes: Sizes, prompts: str | None, progress:
     config, random_heads = with_random_heads(config)
     local = LocalGenerator(config)
     try:
-        found = {"answers": answers(local, num_prompts=sizes.num_prompts, max_tokens=sizes.max_tokens, prompts=prompts,
-                                    progress=progress) | {"random_heads": list(random_heads)}}
+        found = {
+            "answers": answers(
+                local, num_prompts=sizes.num_prompts, max_tokens=sizes.max_tokens, prompts=prompts, progress=progress
+            )
+            | {"random_heads": list(random_heads)}
+        }
         if sizes.joint_seeds:
             progress(f"joint, {config.model} …")
             found["joint.model"] = joints(local, prompts=prompts, seeds=sizes.joint_seeds, progress=progress)

@@ -21,8 +21,9 @@ from pdspec.train.eagle3 import Eagle3Trainer, Variation
 from pdspec.train.evaluate import Acceptance, acceptance, held_out_answers
 from pdspec.train.examples import ExampleReader
 from pdspec.train.loop import make_data, reader_of, start_of
+from pdspec.train.optimisers import Optimisers
 from pdspec.train.recipe import Start, recipe
-from pdspec.train.steps import STATE, Progression, adamw, run_steps, tail
+from pdspec.train.steps import STATE, Progression, run_steps, tail
 from pdspec.train.vocab import coverage
 
 FEATURES = 10.0  # EAGLE-1 weighs features ten times as much as tokens (2401.15077, w_cls = 0.1)
@@ -64,16 +65,15 @@ def _own_folder(config: TrainConfig, number: int) -> TrainConfig:
     return replace(config, work=folder)
 
 
-def _row(
-    name: str, config: TrainConfig, start: Start, stores: Sequence[Any], judged: ExampleReader
-) -> dict[str, Any]:
+def _row(name: str, config: TrainConfig, start: Start, stores: Sequence[Any], judged: ExampleReader) -> dict[str, Any]:
     own_outputs, variation = VARIANTS[name]
     config = config if own_outputs else replace(config, ttt=1)
     trainer = recipe("eagle3").new(start)
     assert isinstance(trainer, Eagle3Trainer)
     trainer.variation, trainer.objective = variation, config.loss
     reader, progression = reader_of(config, stores, coverage(start.counts, trainer.target_ids)), Progression()
-    run_steps(config, trainer, reader, adamw(trainer, config), progression, True)
+    optimiser = Optimisers(config.optimiser, trainer.parameters, config.learning_rate)
+    run_steps(config, trainer, reader, optimiser, progression, True)
     (config.work_folder / STATE).unlink()
     trainer.variation = replace(variation, self_drafted=False)  # judged rows read what was right
     return {"variant": name, **_figures(acceptance(trainer, judged, depth=DEPTH)), "steps": progression.step,

@@ -1,11 +1,11 @@
 """A head's card: ``README.md`` beside its weights, written from what ``config.json`` records of it.
 
-    family, model, about, parameters, command     what was trained, and how
-    data, steps, loss_curve, ...                  the run's figures
-    acceptance                                    position by position, on answers held out
-    evaluations                                   the same on other prompts, by name, with the command of each
-    served                                        rows of ``pdspec study acceptance``, with its settings
-    notes                                         what the figures do not say
+family, model, about, parameters, command     what was trained, and how
+data, steps, loss_curve, ...                  the run's figures
+acceptance                                    position by position, on answers held out
+evaluations                                   the same on other prompts, by name, with the command of each
+served                                        rows of ``pdspec study acceptance``, with its settings
+notes                                         what the figures do not say
 """
 
 from __future__ import annotations
@@ -62,8 +62,9 @@ def served_rows(study: Mapping[str, Any], drafter: str) -> list[dict[str, Any]]:
         for row in study.get("families", ()) if row["drafter"] == drafter
     ]  # fmt: skip
     if not rows:
-        raise ConfigError(f"no row of {drafter}", field="served",
-                          remedy=f"run pdspec study acceptance --drafters {drafter} --json")
+        raise ConfigError(
+            f"no row of {drafter}", field="served", remedy=f"run pdspec study acceptance --drafters {drafter} --json"
+        )
     return rows
 
 
@@ -83,6 +84,7 @@ def card_text(card: Card, size: int, *, curve: bool) -> str:
         "samples per step": card.get("batch"),
         "training-time-test steps": card.get("ttt_steps"),
         "loss": card.get("loss"),
+        "optimiser": card.get("optimiser"),
         "matrix products in": card.get("precision"),
         "peak learning rate": card.get("learning_rate"),
         "training time, s": card.get("training_seconds"),

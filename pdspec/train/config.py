@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pdspec.errors import ConfigError
 from pdspec.train.divergence import LOSSES
+from pdspec.train.optimisers import OPTIMISERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ class TrainConfig:
     seed: int = 0
     threads: int = 0
     loss: str = "cross-entropy"  # between draft and target: see divergence.py
+    optimiser: str = "adamw"  # | muon (hidden matrices): see optimisers.py
     precision: str = "auto"  # of matrix products: auto (bfloat16 where the CPU has units for it) | float32 | bfloat16
     resume: bool = False
     head: Path | None = None
@@ -56,6 +58,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if (self.passes > 0) == (self.minutes > 0):
             raise ConfigError("give passes or minutes, not both", field="minutes", remedy="set the other to 0")
+        if self.optimiser not in OPTIMISERS:
+            raise ConfigError(
+                f"unknown optimiser {self.optimiser!r}", field="optimiser", remedy="choose " + " | ".join(OPTIMISERS)
+            )
         if self.loss not in LOSSES:
             raise ConfigError(f"unknown loss {self.loss!r}", field="loss", remedy="choose " + " | ".join(LOSSES))
 

@@ -1,9 +1,9 @@
 """How far a draft's distribution q is from the target's p over the draft vocabulary, with its gradient.
 
-    cross-entropy     -Σ p log q
-    kl                Σ p log(p / q): the same gradient, and a loss of 0 where q = p
-    total-variation   ½ Σ |p - q|: one minus the chance that a token drawn from q survives verification
-                      (Leviathan et al., 2211.17192, definition 3.2)
+cross-entropy     -Σ p log q
+kl                Σ p log(p / q): the same gradient, and a loss of 0 where q = p
+total-variation   ½ Σ |p - q|: one minus the chance that a token drawn from q survives verification
+                  (Leviathan et al., 2211.17192, definition 3.2)
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from pdspec.train.config import TrainConfig
 from pdspec.train.data import Target, generate, load_target
 from pdspec.train.evaluate import evaluate_head, held_out_answers
 from pdspec.train.examples import ExampleReader
+from pdspec.train.optimisers import Optimisers
 from pdspec.train.plan import DataConfig, prompt_sources
 from pdspec.train.precision import product_type
 from pdspec.train.recipe import Recipe, Start, Trainer, recipe
@@ -30,7 +31,6 @@ from pdspec.train.steps import (
     LOG,
     STATE,
     Progression,
-    adamw,
     forget_after,
     load_state,
     loss_curve,
@@ -62,6 +62,7 @@ def train(family: str, config: TrainConfig, *, show: bool = True) -> dict[str, A
         "learning_rate": config.learning_rate,
         "batch": config.batch,
         "loss": config.loss,
+        "optimiser": config.optimiser,
         "precision": str(product_type(config.precision)).removeprefix("torch."),
         "training_seconds": round(progression.elapsed),
         "final_loss": round(tail(progression.losses), 4),
@@ -87,7 +88,8 @@ def _command(family: str, config: TrainConfig) -> str:
         f"pdspec train {family.replace('_', '-')} --model {config.model} --out {config.out}{files} "
         f"--tokens {config.tokens} --max-answer {config.max_answer} --self-share {config.self_share:g} {length} "
         f"--ttt {config.ttt} --draft-vocab {config.draft_vocab} --learning-rate {config.learning_rate:g} "
-        f"--batch {config.batch} --loss {config.loss} --precision {config.precision} --seed {config.seed}"
+        f"--batch {config.batch} --loss {config.loss} --optimiser {config.optimiser} "
+        f"--precision {config.precision} --seed {config.seed}"
     )
 
 
@@ -123,7 +125,7 @@ def _train(
     start = start_of(config, stores, state)
     files, trainer = start.files, chosen.new(start)
     trainer.objective = config.loss
-    optimiser = adamw(trainer, config)
+    optimiser = Optimisers(config.optimiser, trainer.parameters, config.learning_rate)
     progression = Progression()
     if state is not None:
         optimiser.load_state_dict(state["optimiser"])

@@ -1,9 +1,9 @@
 """What the training loop asks of a draft family: ``pdspec/train/<family>_recipe.py``.
 
-    trainer = recipe("eagle3").new(start)      weights as autograd sees them
-    trainer.loss(examples, steps)              one step's loss and its scores
-    trainer.save(folder, identity, card)       int8, with the card's figures
-    recipe("eagle3").load(folder, weights)     to evaluate what was saved
+trainer = recipe("eagle3").new(start)      weights as autograd sees them
+trainer.loss(examples, steps)              one step's loss and its scores
+trainer.save(folder, identity, card)       int8, with the card's figures
+recipe("eagle3").load(folder, weights)     to evaluate what was saved
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ def frozen(tensors: Weights) -> dict[str, torch.nn.Parameter]:
 def refuse_recount(config: TrainConfig) -> None:
     """Raises ConfigError where output rows are the target's: nothing learnt depends on the draft vocabulary."""
     if config.recount:
-        raise ConfigError("these heads learn no output rows", field="recount",
-                          remedy="leave --recount out, or start new ones")
+        raise ConfigError(
+            "these heads learn no output rows", field="recount", remedy="leave --recount out, or start new ones"
+        )
 
 
 def target_parts(weights: Weights, target_ids: torch.Tensor) -> TargetParts:

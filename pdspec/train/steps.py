@@ -23,6 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pdspec.train.config import TrainConfig
 from pdspec.train.examples import ExampleReader
+from pdspec.train.optimisers import Optimisers
 from pdspec.train.precision import product_type, products_in
 from pdspec.train.recipe import Trainer
 
@@ -41,18 +42,11 @@ class Progression:
     losses: list[float] = field(default_factory=list)
 
 
-def adamw(trainer: Trainer, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimiser of all runs."""
-    return torch.optim.AdamW(
-        trainer.parameters.values(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-    )
-
-
 def run_steps(
     config: TrainConfig,
     trainer: Trainer,
     reader: ExampleReader,
-    optimiser: torch.optim.Optimizer,
+    optimiser: Optimisers,
     progression: Progression,
     show: bool,
 ) -> None:
@@ -72,7 +66,7 @@ def run_steps(
                 group["lr"] = config.learning_rate * schedule(share, config.warmup)
             with products_in(dtype):
                 loss, scores = trainer.loss(examples, config.ttt)
-            optimiser.zero_grad(set_to_none=True)
+            optimiser.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trainer.parameters.values(), CLIP)
             optimiser.step()
@@ -132,7 +126,7 @@ def forget_after(path: Path, step: int) -> None:
         path.write_text("".join(lines[:step]), encoding="utf-8")
 
 
-def save_state(path: Path, trainer: Trainer, optimiser: torch.optim.Optimizer, progression: Progression) -> None:
+def save_state(path: Path, trainer: Trainer, optimiser: Optimisers, progression: Progression) -> None:
     """Writes the state, whole or not at all."""
     state = {
         "parameters": {name: value.detach() for name, value in trainer.parameters.items()},

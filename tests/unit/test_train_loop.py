@@ -16,6 +16,7 @@ from pdspec.spec.eagle3.checkpoint import Head, load_head
 from pdspec.train.data import generate, load_target
 from pdspec.train.evaluate import chain_hits, evaluate_head, write_answers
 from pdspec.train.loop import TrainConfig, train
+from pdspec.train.optimisers import OPTIMISERS
 from pdspec.train.plan import DataConfig
 from pdspec.train.scoring import StepScores
 from pdspec.train.steps import LOG, schedule
@@ -66,13 +67,14 @@ def curve(folder: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in map(json.loads, (folder / "work" / LOG).read_text().splitlines())]
 
 
-def test_a_run_cut_half_way_repeats_the_unbroken_one(tmp_path: Path, store: TokenStore) -> None:
-    whole = train_head(run_config(tmp_path / "whole", store), show=False)
-    train_head(run_config(tmp_path / "cut", store, max_steps=5), show=False)
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_a_run_cut_half_way_repeats_the_unbroken_one(tmp_path: Path, store: TokenStore, optimiser: str) -> None:
+    whole = train_head(run_config(tmp_path / "whole", store, optimiser=optimiser), show=False)
+    train_head(run_config(tmp_path / "cut", store, max_steps=5, optimiser=optimiser), show=False)
     assert len(curve(tmp_path / "cut")) == 5
     with (tmp_path / "cut" / "work" / LOG).open("a") as log:
         log.write('{"step": 6, "loss": 0.0}\n')  # a step that was lost with the run, after the last save
-    resumed = train_head(run_config(tmp_path / "cut", store, resume=True), show=False)
+    resumed = train_head(run_config(tmp_path / "cut", store, resume=True, optimiser=optimiser), show=False)
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
     assert len(curve(tmp_path / "whole")) == 12
     assert resumed.fingerprint() == whole.fingerprint()

@@ -1,7 +1,7 @@
 """EAGLE-1 heads on disk: SafeAILab's tensor names (see ``headfile.py`` for the form, ``formats.py`` for others').
 
-    fc (weight and bias), layers.0.*; embed_tokens may be repeated
-    d2t, t2d   where the head drafts a part of the vocabulary, as EAGLE-3 heads have them; rows of the target's lm_head
+fc (weight and bias), layers.0.*; embed_tokens may be repeated
+d2t, t2d   where the head drafts a part of the vocabulary, as EAGLE-3 heads have them; rows of the target's lm_head
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """The head's forward pass (SafeAILab/EAGLE, eagle/model/cnets1.py), spelled out with ``Ops``.
 
-    f_i   the target's hidden state of row i *after its final norm* (``outputs[0]`` of its decoder, which is what its
-          lm_head reads), or, while drafting, the parent's output: the head is trained to give the next such state
-    t_i+1 the token that follows row i
-    x   = fc(cat(embed(t_i+1), f_i))                               [R, H]; no norm before attention
-    a   = x + attention(x)                                         RoPE position i
-    out = a + mlp(post_attention_layernorm(a))                     the next feature; there is no final norm
-    log q(t_i+2) = log_softmax(lm_head(out))                       the target's lm_head, or its rows of the draft ids
+f_i   the target's hidden state of row i *after its final norm* (``outputs[0]`` of its decoder, which is what its
+      lm_head reads), or, while drafting, the parent's output: the head is trained to give the next such state
+t_i+1 the token that follows row i
+x   = fc(cat(embed(t_i+1), f_i))                               [R, H]; no norm before attention
+a   = x + attention(x)                                         RoPE position i
+out = a + mlp(post_attention_layernorm(a))                     the next feature; there is no final norm
+log q(t_i+2) = log_softmax(lm_head(out))                       the target's lm_head, or its rows of the draft ids
 """
 
 from __future__ import annotations
@@ -32,7 +32,15 @@ class Eagle1Head:
     packed by the same ``ops``; of the latter a head with a draft vocabulary takes a copy of its rows."""
 
     def __init__(
-        self, head: Head, *, ops: Ops, embedding: Any, lm_head: Any, cache: PagedCache, group: str, dtype: str,
+        self,
+        head: Head,
+        *,
+        ops: Ops,
+        embedding: Any,
+        lm_head: Any,
+        cache: PagedCache,
+        group: str,
+        dtype: str,
         max_positions: int,
     ) -> None:
         self.ops, self.config = ops, head.config

@@ -1,8 +1,8 @@
 """The heads' forward pass (FasterDecoding/Medusa, medusa_model.py), spelled out with ``Ops``.
 
-    h                              the target's hidden state of row i, after its final norm
-    x = h;  x += SiLU(W x + b)     for each residual block of head k
-    log q(t_{i+2+k}) = log_softmax(lm_head(x))    k = 0, 1, …; t_{i+1} is the target's own; over draft ids
+h                              the target's hidden state of row i, after its final norm
+x = h;  x += SiLU(W x + b)     for each residual block of head k
+log q(t_{i+2+k}) = log_softmax(lm_head(x))    k = 0, 1, …; t_{i+1} is the target's own; over draft ids
 """
 
 from __future__ import annotations
@@ -24,8 +24,13 @@ class MedusaHeads:
         self.ops, self.config = ops, heads.config
         kind, tensors, blocks = DTYPES[dtype], heads.tensors, range(heads.config.num_layers)
         self._blocks = [
-            [(ops.pack(tensors[f"{k}.{j}.linear.weight"].to(kind)),
-              tensors[f"{k}.{j}.linear.bias"].float().to(ops.device)) for j in blocks]
+            [
+                (
+                    ops.pack(tensors[f"{k}.{j}.linear.weight"].to(kind)),
+                    tensors[f"{k}.{j}.linear.bias"].float().to(ops.device),
+                )
+                for j in blocks
+            ]
             for k in range(heads.config.num_heads)
         ]
         if heads.config.own_lm_heads:

@@ -1,7 +1,7 @@
 """MTP: which modules serve a target, and the drafter over them.
 
-    mtp:modules    how many of a head's modules are used; empty: all. A random head has as many, or 2
-    mtp:reuse      true: module 1 drafts every depth, the others are not loaded
+mtp:modules    how many of a head's modules are used; empty: all. A random head has as many, or 2
+mtp:reuse      true: module 1 drafts every depth, the others are not loaded
 """
 
 from __future__ import annotations
@@ -27,12 +27,16 @@ _RANDOM_DRAFT_VOCABULARY, _RANDOM_MODULES = 4096, 2
 _REUSED_TREE, _REUSED_TREE_GPU = "chain(2)", "dynamic(4,4,8)"
 
 DESCRIPTION = Description(
-    name="mtp", summary="DeepSeek-V3's modules in series, one decoder layer and KV for each token ahead; or one reused",
+    name="mtp",
+    summary="DeepSeek-V3's modules in series, one decoder layer and KV for each token ahead; or one reused",
     needs="modules trained for the target (heads.mtp: FOLDER or random:SEED)",
     ships="draft KV of each module, first draft tokens with log q, one hidden row of each module but the last",
-    trees=("chain", "static", "dynamic"), default_tree="chain(2)", default_tree_gpu="dynamic(2,4,8)",
+    trees=("chain", "static", "dynamic"),
+    default_tree="chain(2)",
+    default_tree_gpu="dynamic(2,4,8)",
     source="DeepSeek-AI 2024, DeepSeek-V3, arXiv 2412.19437, section 2.2; reuse: EAGLE-style serving of one module",
-    options={"modules": "", "reuse": "false"}, formats=readable(FAMILY),
+    options={"modules": "", "reuse": "false"},
+    formats=readable(FAMILY),
 )
 
 
@@ -68,8 +72,13 @@ def _load(where: str, setting: Setting, parts: Parts) -> tuple[Head, bool, list[
     head = open_head(where, setting)
     matches = check_target(head, setting.identity, where, strict=setting.strict)
     modules = make_modules(
-        head, _num_used(setting, head.config), ops=parts.ops, embedding=parts.runner.embedding,
-        lm_head=parts.runner.lm_head, cache=parts.cache, dtype=setting.dtype,
+        head,
+        _num_used(setting, head.config),
+        ops=parts.ops,
+        embedding=parts.runner.embedding,
+        lm_head=parts.runner.lm_head,
+        cache=parts.cache,
+        dtype=setting.dtype,
         max_positions=setting.target.config.max_context,
     )
     return head, matches, modules
@@ -89,8 +98,11 @@ def _num_used(setting: Setting, config: MtpConfig) -> int:
         return 1
     count = _asked(setting) or config.num_modules
     if count > config.num_modules:
-        raise ConfigError(f"mtp:modules is {count}, the head has {config.num_modules}", field="options.mtp:modules",
-                          remedy=f"keep it at {config.num_modules} or below, or leave it empty")
+        raise ConfigError(
+            f"mtp:modules is {count}, the head has {config.num_modules}",
+            field="options.mtp:modules",
+            remedy=f"keep it at {config.num_modules} or below, or leave it empty",
+        )
     return count
 
 
