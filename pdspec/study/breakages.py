@@ -155,12 +155,9 @@ BREAKAGES: dict[str, Callable[[Resources, str], Callable[[], None]]] = {
     "another request's DraftStart": partial(_drafter, OtherStart),
 }
 _ONE_LEVEL = tuple(name for name in BREAKAGES if name != "wrong fused layer")
-_INPUTS = ("token shift +1", "token shift -1", "hidden shift +1", "hidden shift -1", "another request's DraftStart")
-# Those that a family's control is sure to see. EAGLE-1's head finds its place by its features, too: rows that stand
-# elsewhere, or are empty, cost it a third of its acceptance and less. Medusa reads one hidden row, the last: no token,
-# position or later row.
+# Those that a family's control is sure to see. Medusa reads one hidden row, the last: no token, position or later row.
 APPLY = {
-    "eagle1": _INPUTS, "eagle2": _INPUTS, "eagle3": tuple(BREAKAGES), "mtp": _ONE_LEVEL,
+    "eagle1": _ONE_LEVEL, "eagle2": _ONE_LEVEL, "eagle3": tuple(BREAKAGES), "mtp": _ONE_LEVEL,
     "medusa": ("hidden shift -1", "another request's DraftStart"),
 }  # fmt: skip
 

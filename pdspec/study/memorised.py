@@ -31,7 +31,7 @@ from pdspec.train.steps import CLIP, schedule
 from pdspec.types import GenerateRequest, SamplingParams
 
 DIGITS = 64  # copied twice in the prompt, once by the target
-STEPS, MORE_STEPS = 160, {"eagle1": 480, "eagle2": 480}  # of training
+STEPS, MORE_STEPS = 160, {"eagle1": 800, "eagle2": 800}  # of training
 LEARNING_RATE = 2e-3
 WARMUP = 0.1
 DECAY = 0.8  # of the loss, from one token ahead to the next

@@ -2,7 +2,10 @@
 
 * the RoPE base is low, so that every pair of queries and keys tells a row from its neighbour;
 * what reads the target's features whitens the text's own, so that what distinguishes them is as large as what they have
-  in common, and whatever none of them contains is large, too.
+  in common, and whatever none of them contains is large, too;
+* EAGLE-1's head reads its own outputs with no norm between: it is whitened less, lest each step multiply them, and in
+  training every other row reads the output of some other row. So what it drafts cannot all be written into the first
+  output: later tokens have to be found where the draft KV says.
 
 The target's distribution is sharpened to its greedy choices; where a head's logits are made with the target's own
 output rows, they are not sharpened with it.
@@ -33,9 +36,11 @@ from pdspec.train.medusa import MedusaTrainer
 from pdspec.train.mtp import MtpTrainer
 from pdspec.train.scoring import TargetParts, rms
 
-RIDGE = 0.001  # of the largest singular value but one: what whitening adds to all of them
+RIDGE, EAGLE1_RIDGE = 0.001, 3.0  # of the largest singular value but one: what whitening adds to all of them
 ROPE_THETA = 2.0
-INTERMEDIATE = 64
+INTERMEDIATE, EAGLE1_INTERMEDIATE = 64, 32
+EAGLE1_TOKENS = 2.0  # root mean square of what the tokens add to EAGLE-1's input, where the features add 1
+MISTAKEN = 0.5  # share of EAGLE-1's later rows that read another row's output
 QUERY_GAIN = 2.0  # attention picks a few rows
 ATTENTION_GAIN = {"eagle1": 2.0, "mtp": 4.0}  # what attention picks must count beside the whitened feature
 OUTPUT_GAIN = 0.3  # of the random output rows: logits start flat
@@ -65,17 +70,28 @@ class Lesson:
         """Rows and as many again: those of chains."""
         return 2 * (len(self.hidden) + 1)
 
-    def whitening(self, features: torch.Tensor) -> torch.Tensor:
+    def whitening(self, features: torch.Tensor, ridge: float = RIDGE) -> torch.Tensor:
         """``whitening`` of [N, K] to the target's width."""
-        return whitening(features, self.target.hidden_size, self.seed)
+        return whitening(features, self.target.hidden_size, self.seed, ridge)
 
     def geometry(self, config: Any) -> Any:
         """A layer's config with a RoPE base that tells neighbours apart."""
         return replace(config, rope_theta=ROPE_THETA, rope_scaling=None)
 
 
-class PlainLogits(Eagle1Trainer):
-    """Its own logits are not sharpened with the target's."""
+class Distrustful(Eagle1Trainer):
+    """Its own logits are not sharpened with the target's, and what it carries from step to step is often another
+    row's."""
+
+    def __init__(self, *of_a_trainer: Any, seed: int) -> None:
+        super().__init__(*of_a_trainer)
+        self._random = torch.Generator().manual_seed(seed)
+
+    def carried(self, output: torch.Tensor) -> torch.Tensor:
+        """Of each row its own output or, as often, any row's."""
+        mistaken = torch.rand(len(output), generator=self._random) < MISTAKEN
+        others = torch.randint(len(output), (len(output),), generator=self._random)
+        return torch.where(mistaken[:, None], output.detach()[others], output)
 
     def scored(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Through the target's output rows as they are."""
@@ -96,14 +112,21 @@ def _eagle3(lesson: Lesson) -> Eagle3Trainer:
 
 def _eagle1(lesson: Lesson) -> Eagle1Trainer:
     config = lesson.geometry(
-        Eagle1Config.for_target(lesson.target, len(lesson.vocabulary), intermediate_size=INTERMEDIATE, bias=False)
+        Eagle1Config.for_target(
+            lesson.target, len(lesson.vocabulary), intermediate_size=EAGLE1_INTERMEDIATE, bias=False
+        )
     )
     tensors = eagle1_file.random_head(config, lesson.seed).tensors
     for letter in "qk":
         tensors[f"layers.0.self_attn.{letter}_proj.weight"] *= QUERY_GAIN
     tensors["layers.0.self_attn.o_proj.weight"] *= ATTENTION_GAIN["eagle1"]
-    tensors["fc.weight"][:, config.hidden_size :] = lesson.whitening(lesson.hidden[1:-1, -1])
-    return PlainLogits(config, _parameters(tensors), lesson.vocabulary, lesson.parts, lesson.positions)
+    of_token, of_feature = tensors["fc.weight"].split(config.hidden_size, dim=1)
+    of_feature.copy_(lesson.whitening(lesson.hidden[:-1, -1], EAGLE1_RIDGE))
+    read = lesson.embedding[lesson.vocabulary] @ of_token.T
+    of_token.mul_(EAGLE1_TOKENS / read.square().mean().sqrt())
+    return Distrustful(
+        config, _parameters(tensors), lesson.vocabulary, lesson.parts, lesson.positions, seed=lesson.seed
+    )
 
 
 def _mtp(lesson: Lesson) -> MtpTrainer:
@@ -151,13 +174,13 @@ def save(trainer: Any, folder: Path, identity: TargetIdentity) -> None:
     write(folder, make(config=trainer.config, tensors=tensors, target_ids=trainer.target_ids, target=identity))
 
 
-def whitening(features: torch.Tensor, hidden: int, seed: int) -> torch.Tensor:
+def whitening(features: torch.Tensor, hidden: int, seed: int, ridge: float = RIDGE) -> torch.Tensor:
     """float32 [hidden, K] that turns rows [N, K] into rows of mean square 1 along directions of their own: a random
-    projection of (FᵀF + λ²)^(-1/2), F scaled per column."""
+    projection of (FᵀF + λ²)^(-1/2), F scaled per column, λ = ``ridge`` × its second singular value."""
     rows_NK = features.double()
     scale_K = rows_NK.std(0).clamp(min=1e-6)
     _, singular, right_RK = torch.linalg.svd(rows_NK / scale_K, full_matrices=False)
-    floor = RIDGE * singular[1]
+    floor = ridge * singular[1]
     gain_R = 1 / (singular.square() + floor.square()).sqrt() - 1 / floor
     generator = torch.Generator().manual_seed(seed + 1)
     random_HK = torch.randn(hidden, features.shape[1], generator=generator).double()

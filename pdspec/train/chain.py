@@ -57,6 +57,10 @@ class ChainTrainer:
         """The tokens that ``rows`` read in ``step``, after ``output`` of the step before: what the text has there."""
         return packed.ids_after(rows, step)
 
+    def carried(self, output: torch.Tensor) -> torch.Tensor:
+        """What rows read as their features in place of the target's: ``output`` [M, H] of the step before."""
+        return output
+
     def chain(self, packed: Packed, features: torch.Tensor, num_steps: int) -> Iterator[ChainStep]:
         """The steps, one after the other."""
         residual, read = self.inputs(packed.next_ids, features)
@@ -70,7 +74,7 @@ class ChainTrainer:
                 before, alive = alive, packed.alive(step)
                 rows = packed.query[alive]
                 x = x[alive_in(before, alive)]
-                residual, read = self.inputs(self.next_ids(packed, rows, step, x), x)
+                residual, read = self.inputs(self.next_ids(packed, rows, step, x), self.carried(x))
                 q, k, v = self.layer.qkv(read, packed.positions[rows] + step)
                 keys.extend(k, v, alive, len(packed.query))
             hidden = residual + self.layer.attended(q, keys, packed, alive)
