@@ -23,6 +23,7 @@ from pdspec.cli import (
     drafters,
     generate,
     models,
+    plan,
     study,
     study_training,
     top,
@@ -66,6 +67,10 @@ def build_app() -> typer.Typer:
     group.callback(invoke_without_command=True)(chaos_faults.chaos)
     group.info.no_args_is_help = False
     app.add_typer(group, name="chaos")
+    group = _group("Predictions.", {})
+    group.callback(invoke_without_command=True)(plan.plan)
+    group.info.no_args_is_help = False
+    app.add_typer(group, name="plan")
     measured = {"decode": bench.decode, "handoff": bench.handoff, "stream": bench.stream, "budget": bench.budget}
     app.add_typer(_group("Measurements.", measured), name="bench")
     compared = {name: study.comparison(name, *rest) for name, rest in study.COMPARISONS.items()}
