@@ -24,6 +24,7 @@ from pdspec.cli import (
     generate,
     models,
     plan,
+    plan_traces,
     study,
     study_training,
     top,
@@ -67,7 +68,7 @@ def build_app() -> typer.Typer:
     group.callback(invoke_without_command=True)(chaos_faults.chaos)
     group.info.no_args_is_help = False
     app.add_typer(group, name="chaos")
-    group = _group("Predictions.", {})
+    group = _group("Predictions.", {"simulate": plan_traces.simulate, "sweep": plan_traces.sweep})
     group.callback(invoke_without_command=True)(plan.plan)
     group.info.no_args_is_help = False
     app.add_typer(group, name="plan")

@@ -51,8 +51,7 @@ def case(name: str) -> Question:
 def answer(question: Question) -> dict[str, Any]:
     """Everything, as one mapping. ``expected_tokens``, ``ms_per_token``, ``baseline_ms_per_token`` and ``speedup`` are
     the closed form's, from T_draft and T_target of the roofline, whose own rows also count the rows verified."""
-    shape = Shape(config=model_shape(question.model), dtype=question.dtype, kv_dtype=question.kv_dtype)
-    target = Roofline(hardware=hardware(question.hardware), shape=shape, devices=question.devices)
+    target = target_of(question)
     cost, alpha = _drafter(question, target)
     load = question.load
     base = advice.plain(target, load)
@@ -83,6 +82,12 @@ def answer(question: Question) -> dict[str, Any]:
         },
         "ratio": advice.ratio(target, best, load),
     }  # fmt: skip
+
+
+def target_of(question: Question) -> Roofline:
+    """The target on its devices. Raises ConfigError for names that are not known."""
+    shape = Shape(config=model_shape(question.model), dtype=question.dtype, kv_dtype=question.kv_dtype)
+    return Roofline(hardware=hardware(question.hardware), shape=shape, devices=question.devices)
 
 
 def _drafter(question: Question, target: Roofline) -> tuple[DraftCost, float]:

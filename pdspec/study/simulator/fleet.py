@@ -16,7 +16,7 @@ from router.policy import WorkerState, WorkerView, choose
 
 HEARTBEAT_S = 0.2
 WHOLE = 32  # fleets up to this size are shown to the policy whole
-_SHORT = 8
+_SHORT = 3
 
 
 class Side:

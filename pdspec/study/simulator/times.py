@@ -115,6 +115,5 @@ def steps_of(chances: np.ndarray, tokens: int, random: np.random.Generator) -> i
         return 0
     if len(chances) == 1:
         return tokens
-    cumulated = np.cumsum(chances)
-    done = np.cumsum(1 + np.searchsorted(cumulated[:-1], random.random(tokens)))
+    done = np.cumsum(1 + np.searchsorted(np.cumsum(chances)[:-1], random.random(tokens)))
     return int(np.searchsorted(done, tokens)) + 1
