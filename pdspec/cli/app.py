@@ -28,6 +28,7 @@ from pdspec.cli import (
     study,
     study_training,
     top,
+    trace,
     train,
     train_card,
     train_data,
@@ -50,6 +51,7 @@ def build_app() -> typer.Typer:
     app.command("up")(up.up)
     app.command("down")(down.down)
     app.command("generate")(generate.generate)
+    app.command("trace")(trace.trace)
     app.command("top")(top.top)
     app.command("doctor")(doctor.doctor)
     app.command("demo")(demo.demo)
