@@ -50,7 +50,7 @@ def trace(
         if live:
             out.print(f"[bold]{one.title}[/bold]")
         with only_json(json):
-            replays.append(player.play(one, tree=tree or "", max_tokens=max_tokens, on_step=_shown(out, live)))
+            replays.append(player.play(one, drafter=drafter or "", tree=tree or "", max_tokens=max_tokens, on_step=_shown(out, live)))
         if live:
             out.print(_summary(replays[-1]), style="dim")
     if html is not None:

@@ -24,12 +24,15 @@ class Asked:
     raw: bool
     temperature: float
     seed: int
+    drafter: str = ""
+    tree: str = ""
 
 
 def of_scenarios() -> list[Asked]:
     """The two that the page shows where no prompt is given."""
     return [
-        Asked(title=one.title, text=one.text, raw=True, temperature=one.temperature, seed=one.seed)
+        Asked(title=one.title, text=one.text, raw=True, temperature=one.temperature, seed=one.seed,
+              drafter=one.drafter, tree=one.tree)
         for one in SCENARIOS
     ]  # fmt: skip
 
@@ -49,11 +52,14 @@ class Player:
         self._tokenizer = load_tokenizer(config.model, config.cache_dir or None)
 
     def play(
-        self, asked: Asked, *, tree: str = "", max_tokens: int, on_step: Callable[[Record], None]
+        self, asked: Asked, *, drafter: str = "", tree: str = "", max_tokens: int, on_step: Callable[[Record], None]
     ) -> dict[str, Any]:
-        """The recording, with its title."""
+        """The recording, with its title. A scenario's own drafter and tree give way to those named here."""
+        known = asked.drafter in self._generator.resources.drafters and not drafter
+        drafter, tree = (asked.drafter, tree or asked.tree) if known else (drafter, tree)
         user = UserRequest(
-            text=asked.text if asked.raw else None, chat=None if asked.raw else (("user", asked.text),), tree=tree,
+            text=asked.text if asked.raw else None, chat=None if asked.raw else (("user", asked.text),),
+            drafter=drafter, tree=tree,
             sampling=SamplingParams(temperature=asked.temperature, seed=asked.seed, max_tokens=max_tokens),
         )  # fmt: skip
         request = to_generate_request(

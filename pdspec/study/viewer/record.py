@@ -12,6 +12,7 @@ from pdspec.engine.decode import DecodeEngine, StepResult
 from pdspec.engine.local import LocalGenerator, check
 from pdspec.engine.resources import Resources
 from pdspec.engine.sequence import DecodeSequence
+from pdspec.model.ops import Rope
 from pdspec.model.tokenizer import CONTEXT, Tokenizer
 from pdspec.sampling import support
 from pdspec.spec.protocol import Draft
@@ -120,9 +121,12 @@ def record(
         steps.append(step)
         on_step(step)
 
-    engine = Recorder(generator.resources, texts, told)
+    engine, own = Recorder(generator.resources, texts, told), generator.decode
     generator.decode = engine
-    chunks = list(generator.generate(request))
+    try:
+        chunks = list(generator.generate(request))
+    finally:
+        generator.decode = own
     ids = [token for chunk in chunks for token in chunk.token_ids]
     drafter = generator.resources.drafter(request.drafter)
     stats = chunks[-1].stats
@@ -135,14 +139,15 @@ def record(
         "temperature": request.sampling.temperature, "seed": str(request.sampling.seed),
         "acceptance_length": round((len(ids) - 1) / verifications, 4) if verifications else 0.0,
         "drafted": sum(len(step["nodes"]) for step in steps), "accepted": sum(len(step["path"]) for step in steps),
-        "target_bytes": engine.target_bytes, "draft_bytes": held_bytes(drafter), "kv_row_bytes": engine.kv_row_bytes,
+        "target_bytes": engine.target_bytes, "draft_bytes": held_bytes(drafter, generator.resources.cache),
+        "kv_row_bytes": engine.kv_row_bytes,
     }  # fmt: skip
 
 
-def held_bytes(drafter: object) -> int:
+def held_bytes(drafter: object, cache: object) -> int:
     """Bytes of the weights that a drafter reads in one forward: all tensors it holds, each once, but for embeddings
-    (one row is read of them), KV pages, and RoPE tables."""
-    seen: set[int] = set()
+    (one row is read of them), the pages of ``cache``, and RoPE tables."""
+    seen = {one.untyped_storage().data_ptr() for one in _reachable(cache, set())}
     total = 0
     for one in _reachable(drafter, set()):
         data = one.untyped_storage().data_ptr()
@@ -152,11 +157,11 @@ def held_bytes(drafter: object) -> int:
     return total
 
 
-_SKIPPED = ("embedding", "_cache", "cache", "_pages", "pages", "rope", "_rope", "ops", "_ops", "scratch", "_scratch")
+_SKIPPED = ("embedding", "_ops", "ops", "_scratch", "scratch")
 
 
 def _reachable(one: object, seen: set[int]) -> Iterator[torch.Tensor]:
-    if id(one) in seen:
+    if id(one) in seen or isinstance(one, Rope):
         return
     seen.add(id(one))
     if isinstance(one, torch.Tensor):
