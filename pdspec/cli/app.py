@@ -24,6 +24,7 @@ from pdspec.cli import (
     generate,
     models,
     plan,
+    plan_calibrate,
     plan_traces,
     study,
     study_training,
@@ -61,7 +62,7 @@ def build_app() -> typer.Typer:
     trained = {"data": train_data.data, **heads, "card": train_card.card}
     app.add_typer(_group("Train draft heads on answers that the target itself writes.", trained), name="train")
     app.add_typer(_group("Public prompt sets.", {"fetch": data.fetch}), name="data")
-    proofs = {"parity": check.parity, "handoff": check.handoff, "lossless": check.lossless}
+    proofs = {"parity": check.parity, "handoff": check.handoff, "lossless": check.lossless, "plan": check.plan}
     app.add_typer(_group("Proofs, run on this machine.", proofs), name="check")
     faults = {
         "kill-decode": chaos_faults.kill_decode, "detect": chaos_faults.detect, "fuzz": chaos.fuzz, "tls": chaos.tls,
@@ -70,7 +71,10 @@ def build_app() -> typer.Typer:
     group.callback(invoke_without_command=True)(chaos_faults.chaos)
     group.info.no_args_is_help = False
     app.add_typer(group, name="chaos")
-    group = _group("Predictions.", {"simulate": plan_traces.simulate, "sweep": plan_traces.sweep})
+    predicted = {
+        "calibrate": plan_calibrate.calibrate, "simulate": plan_traces.simulate, "sweep": plan_traces.sweep,
+    }  # fmt: skip
+    group = _group("Predictions.", predicted)
     group.callback(invoke_without_command=True)(plan.plan)
     group.info.no_args_is_help = False
     app.add_typer(group, name="plan")

@@ -15,7 +15,7 @@ from pdspec.errors import ConfigError
 
 
 def trace(
-    prompt: Annotated[str, typer.Argument(help="The user's message (default: two scenarios of the project's own).")] = "",
+    prompt: Annotated[str, typer.Argument(help="The user's message (default: two shipped scenarios).")] = "",
     html: Annotated[Path | None, typer.Option(help="Write the page here.")] = None,
     live: Annotated[bool, typer.Option("--live", help="Show each verification in the terminal.")] = False,
     max_tokens: Annotated[int, typer.Option(min=2, help="Longest answer.")] = 48,
@@ -41,16 +41,18 @@ def trace(
         from pdspec.study.viewer.asking import Player, of_prompt, of_scenarios
 
         player = Player(given)
-    asked = of_scenarios() if not prompt else of_prompt(
-        prompt, raw=raw, temperature=temperature, seed=secrets.randbits(63) if seed is None else seed
-    )  # fmt: skip
+    seed = secrets.randbits(63) if seed is None else seed
+    asked = of_prompt(prompt, raw=raw, temperature=temperature, seed=seed) if prompt else of_scenarios()
     out = Console(highlight=False, stderr=json)
     replays = []
     for one in asked:
         if live:
             out.print(f"[bold]{one.title}[/bold]")
         with only_json(json):
-            replays.append(player.play(one, drafter=drafter or "", tree=tree or "", max_tokens=max_tokens, on_step=_shown(out, live)))
+            replay = player.play(
+                one, drafter=drafter or "", tree=tree or "", max_tokens=max_tokens, on_step=_shown(out, live)
+            )
+            replays.append(replay)
         if live:
             out.print(_summary(replays[-1]), style="dim")
     if html is not None:

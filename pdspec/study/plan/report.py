@@ -100,7 +100,7 @@ def _drafter(question: Question, target: Roofline) -> tuple[DraftCost, float]:
     if question.drafter:
         return priced(question.drafter)
     options = [priced(name) for name in FAMILIES]
-    return min(options, key=lambda one: advice.best_chain(target, *one, question.load).token_s)
+    return min(options, key=lambda one: advice.best_chain(target, one[0], one[1], question.load).token_s)
 
 
 def _shown(setting: Setting, base: Setting) -> dict[str, Any]:

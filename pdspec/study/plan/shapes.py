@@ -62,10 +62,12 @@ def model_shape(name: str) -> ModelConfig:
     if Path(name).is_dir():
         return read_config(Path(name), name)
     try:
-        located = locate(name)
+        located = locate(name, weights=False)
     except PdspecError as error:
         raise unknown_name("model", name, tuple(KNOWN), field="--model", where="the table") from error
-    return read_config(located.folder, name)
+    if located.path is None:
+        raise unknown_name("model", name, tuple(KNOWN), field="--model", where="the table")
+    return read_config(located.path, name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +95,9 @@ class Shape:
                 shapes = layer_shapes(self.config, layer)
                 own = {name: prod(shape) for name, shape in shapes.items()}
                 inside = sum(size for name, size in own.items() if ".experts." in name)
-                kinds[moe is not None] = sum(own.values()) - inside, inside
-            outside, inside = kinds[moe is not None]
-            dense, routed, experts = dense + outside, routed + inside, max(experts, moe.num_experts if moe else 0)
+                kinds[moe is not None] = float(sum(own.values()) - inside), float(inside)
+            outside, own_experts = kinds[moe is not None]
+            dense, routed, experts = dense + outside, routed + own_experts, max(experts, moe.num_experts if moe else 0)
         return dense, routed, experts
 
     @property

@@ -143,8 +143,9 @@ class Simulation:
 
 
 def simulate(
-    trace: Sequence[TraceRequest], deployment: Deployment, times: WorkerTimes, *, goal: Goal | None = None, seed: int = 0
-) -> dict[str, Any]:
+    trace: Sequence[TraceRequest], deployment: Deployment, times: WorkerTimes, *, goal: Goal | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:  # fmt: skip
     """Throughput, latencies, and good requests per second where ``goal`` says what is good."""
     began = time.perf_counter()
     simulation = Simulation(deployment, times, seed)

@@ -61,7 +61,8 @@ def _highest(
         asked = found["requests"] + found["turned_away"]
         return bool(asked) and found.get("good_share", 0.0) * found["requests"] >= GOOD_SHARE * asked, found
 
-    low, high, best = 0.0, 1.0, dict[str, Any]()
+    low, high = 0.0, 1.0
+    best: dict[str, Any] = {}
     fine, found = good(high)
     if fine:
         while fine and high < _FURTHEST:

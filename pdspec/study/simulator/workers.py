@@ -45,7 +45,7 @@ class CountedPool(PagePool):
 
 @dataclass(kw_only=True, eq=False)
 class SimAnswer:
-    """One request from its arrival to its last token, as the decode scheduler sees it. Times in seconds, -1: not yet."""
+    """A request from its arrival to its last token, as the decode scheduler sees it. Times in seconds; -1: not yet."""
 
     request: TraceRequest
     verifications: int
