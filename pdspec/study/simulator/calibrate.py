@@ -104,7 +104,7 @@ def calibrate(
         long = asking.ask(0, _LONG, tokens)
         short = [len(prompt) for prompt in prompts]
         kv_token_s = max(0.0, (float(np.median(long.gaps)) - steps[0]) / (_LONG - float(np.mean(short))))
-        waits = [one.chunks[1][0] - one.chunks[0][0] for one in answers[:1] + [long]]
+        waits = [one.chunks[1][0] - one.chunks[0][0] for one in (*answers[:1], long)]
         beside = _beside_prefills(asking, tokens)
     own = kv_token_s * float(np.mean(short))
     base = [max(1e-6, one - batch * own) for batch, one in zip(batches, steps, strict=True)]

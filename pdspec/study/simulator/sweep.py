@@ -26,7 +26,7 @@ def sweep(
     if workers < 3:
         raise ConfigError("there is nothing to split", field="--workers", remedy="sweep at least 3")
     own = summary(trace)["rate"]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for prefill in splits(workers):
         shape = replace(deployment, prefill=prefill, decode=workers - prefill)
         rate, at_rate = _highest(trace, shape, times, goal, seed)
