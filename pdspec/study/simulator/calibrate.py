@@ -90,7 +90,7 @@ def calibrate(
     with Stack(config, progress=progress) as stack:
         asking = Asking(stack.endpoint, prompts, drafter, tree)
         asking.ask(0, 0, 8)
-        prefills = [(length, asking.ask(run, length, 1)) for run in range(runs) for length in LENGTHS]
+        prefills = [(length, asking.ask(run, length, 2)) for run in range(runs) for length in LENGTHS]
         computed = [seen.stats.prefill_ms / 1e3 for _, seen in prefills]
         token_s, chunk_s = np.polyfit([length for length, _ in prefills], computed, 1)
         request_s = float(np.median([seen.chunks[0][0] - seen.stats.prefill_ms / 1e3 for _, seen in prefills]))
