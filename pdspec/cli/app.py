@@ -23,9 +23,13 @@ from pdspec.cli import (
     drafters,
     generate,
     models,
+    plan,
+    plan_calibrate,
+    plan_traces,
     study,
     study_training,
     top,
+    trace,
     train,
     train_card,
     train_data,
@@ -48,6 +52,7 @@ def build_app() -> typer.Typer:
     app.command("up")(up.up)
     app.command("down")(down.down)
     app.command("generate")(generate.generate)
+    app.command("trace")(trace.trace)
     app.command("top")(top.top)
     app.command("doctor")(doctor.doctor)
     app.command("demo")(demo.demo)
@@ -57,7 +62,7 @@ def build_app() -> typer.Typer:
     trained = {"data": train_data.data, **heads, "card": train_card.card}
     app.add_typer(_group("Train draft heads on answers that the target itself writes.", trained), name="train")
     app.add_typer(_group("Public prompt sets.", {"fetch": data.fetch}), name="data")
-    proofs = {"parity": check.parity, "handoff": check.handoff, "lossless": check.lossless}
+    proofs = {"parity": check.parity, "handoff": check.handoff, "lossless": check.lossless, "plan": check.plan}
     app.add_typer(_group("Proofs, run on this machine.", proofs), name="check")
     faults = {
         "kill-decode": chaos_faults.kill_decode, "detect": chaos_faults.detect, "fuzz": chaos.fuzz, "tls": chaos.tls,
@@ -66,6 +71,13 @@ def build_app() -> typer.Typer:
     group.callback(invoke_without_command=True)(chaos_faults.chaos)
     group.info.no_args_is_help = False
     app.add_typer(group, name="chaos")
+    predicted = {
+        "calibrate": plan_calibrate.calibrate, "simulate": plan_traces.simulate, "sweep": plan_traces.sweep,
+    }  # fmt: skip
+    group = _group("Predictions.", predicted)
+    group.callback(invoke_without_command=True)(plan.plan)
+    group.info.no_args_is_help = False
+    app.add_typer(group, name="plan")
     measured = {"decode": bench.decode, "handoff": bench.handoff, "stream": bench.stream, "budget": bench.budget}
     app.add_typer(_group("Measurements.", measured), name="bench")
     compared = {name: study.comparison(name, *rest) for name, rest in study.COMPARISONS.items()}
