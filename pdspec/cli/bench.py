@@ -7,10 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from pdspec.cli.options import Dtype, HandoffPath, Heads, Json, Model, Numerics, Options, Prompts, Threads, given_flags
+from pdspec.cli.options import Dtype, HandoffPath, Json, Model, Threads, given_flags, numbers
 from pdspec.cli.output import notes, only_json, print_json
-from pdspec.errors import InvalidRequest
+from pdspec.cli.runs import Shared, shared_options
 from pdspec.settings import read_file
+
+REPETITIVE_SPEEDUP = 3.0  # that some drafter reaches over plain decoding where answers repeat their prompts
 
 
 @shared_options(num_prompts=8, max_tokens=128)
@@ -24,6 +26,8 @@ def decode(
     handoff: HandoffPath = None,
     nodes: Annotated[int, typer.Option(help="Draft nodes of one verification, for every drafter.")] = 8,
     runs: Annotated[int, typer.Option(help="Interleaved runs; the median counts.")] = 5,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Also sampled, beside greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Of the sampled answers.")] = 0.95,
     *,
     shared: Shared,
 ) -> None:
@@ -37,10 +41,13 @@ def decode(
             vs_transformers=vs_transformers,
             worker=shared.worker,
             handoff=handoff or "direct",
-            prompts=shared.prompts, num_prompts=shared.num_prompts, max_tokens=shared.max_tokens, nodes=nodes, runs=runs,
+            **shared.asked(), nodes=nodes, runs=runs, temperature=temperature, top_p=top_p,
+            wanted_speedup=REPETITIVE_SPEEDUP if shared.workload == "repetitive" else 0.0,
             progress=notes().print,
         )  # fmt: skip
     _show(result, shared.json)
+    if not result["ok"]:
+        raise typer.Exit(1)
 
 
 def stream(
@@ -73,17 +80,10 @@ def handoff(
         from pdspec.study import bench_handoff as study
 
         result = study.run(
-            worker=given_flags(model=model, dtype=dtype, threads=threads), lengths=_numbers(lengths, "lengths"),
+            worker=given_flags(model=model, dtype=dtype, threads=threads), lengths=numbers(lengths, "lengths"),
             runs=runs, progress=notes().print,
         )  # fmt: skip
     _show(result, json)
-
-
-def _numbers(text: str, field: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise InvalidRequest(f"{text!r} are no numbers", field=field, remedy="e.g. 512,2048")
-    return [int(part) for part in parts]
 
 
 def _show(result: dict[str, Any], json: bool) -> None:
@@ -115,10 +115,10 @@ def budget(
         from pdspec.study import bench_budget as study
 
         result = study.run(
-            worker=shared.worker, drafter=drafter, trees=[text.strip() for text in trees.split(";") if text.strip()], cap=cap,
-            concurrency=[int(text) for text in concurrency.split(",")], temperature=temperature, prompts=shared.prompts,
-            num_prompts=shared.num_prompts, max_tokens=shared.max_tokens, wall_pairs=wall, progress=notes().print,
-            table=read_file(table)["table"] if table else None,
+            worker=shared.worker, drafter=drafter, cap=cap,
+            trees=[text.strip() for text in trees.split(";") if text.strip()],
+            concurrency=numbers(concurrency, "concurrency"), temperature=temperature, **shared.asked(),
+            wall_pairs=wall, progress=notes().print, table=read_file(table)["table"] if table else None,
         )  # fmt: skip
     if shared.json:
         print_json(result)

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from pdspec.cli.options import Dtype, Heads, Json, Model, Numerics, Options, Prompts, Threads, given_flags
+from pdspec.cli.options import Dtype, Json, Model, Options, Prompts, Threads, given_flags
 from pdspec.cli.output import notes, only_json, print_json
+from pdspec.cli.runs import Shared, shared_options
 from pdspec.errors import ConfigError
 
 
@@ -35,7 +36,7 @@ def acceptance(
             worker=shared.worker,
             drafters=families(drafters) if drafters else (), trees=dict(_pair(text) for text in tree or []),
             temperatures=[float(text) for text in _names(temperatures)], judged=judged, nodes=nodes,
-            prompts=shared.prompts, num_prompts=shared.num_prompts, max_tokens=shared.max_tokens, progress=notes().print,
+            **shared.asked(), progress=notes().print,
         )  # fmt: skip
     if shared.json:
         print_json(result)
@@ -60,7 +61,7 @@ def comparison(name: str, summary: str, drafters: str) -> Callable[..., None]:
             result = study.run(
                 name, worker=shared.worker,
                 drafters=_names(drafters), temperatures=[float(text) for text in _names(temperatures)],
-                prompts=shared.prompts, num_prompts=shared.num_prompts, max_tokens=shared.max_tokens, progress=notes().print,
+                **shared.asked(), progress=notes().print,
             )  # fmt: skip
         if shared.json:
             print_json(result)
@@ -100,7 +101,7 @@ def stepping(name: str, summary: str, drafters: str) -> Callable[..., None]:
             result = study.run(
                 name, worker=shared.worker, drafters=_names(drafters), tree=tree,
                 temperatures=[float(text) for text in _names(temperatures)], sequences=sequences,
-                prompts=shared.prompts, num_prompts=shared.num_prompts, max_tokens=shared.max_tokens, progress=notes().print,
+                **shared.asked(), progress=notes().print,
             )  # fmt: skip
         if shared.json:
             print_json(result)

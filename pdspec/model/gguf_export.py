@@ -1,22 +1,24 @@
 """A checkpoint folder of a Llama decoder → one GGUF file of the same bf16 weights: the way back of ``gguf_convert``.
 
-Matrices stay bf16 bit for bit, norm weights become float32 (llama.cpp wants them so; the values are the same), rows of q
-and k are interleaved for llama.cpp's RoPE. No torch.
+Matrices stay bf16 bit for bit, norm weights become float32 (llama.cpp wants them so; the values are the same), rows of
+q and k are interleaved for llama.cpp's RoPE. No torch.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pdspec.errors import CheckpointError
+from pdspec.errors import CheckpointError, ConfigError
 from pdspec.model.config import ModelConfig, read_json
 from pdspec.model.files import ModelFiles, tensor_entries
 from pdspec.model.gguf_convert import CONTROL_TOKEN, LAYER_NAMES, TOP_NAMES
+from pdspec.model.store import MANIFEST
 from pdspec.model.tensorfile import iterate_bytes
 
 NORMAL_TOKEN = 1  # llama.cpp: LLAMA_TOKEN_TYPE_NORMAL
@@ -48,6 +50,18 @@ def export(files: ModelFiles, path: Path) -> Path:
         writer.close()
     os.replace(fresh, path)
     return path
+
+
+def export_folder(files: ModelFiles, folder: Path) -> Path:
+    """Copy the checkpoint to a ``folder`` that does not exist yet, for engines that read Hugging Face's form. Raises
+    CheckpointError for a model without files, ConfigError for a folder that exists or cannot be written."""
+    if files.path is None:
+        raise _refusal(f"{files.name} has no files")
+    try:
+        shutil.copytree(files.path, folder, ignore=shutil.ignore_patterns(MANIFEST))
+    except OSError as error:
+        raise ConfigError(f"cannot write {folder}: {error}", field="out", remedy="name a new folder") from error
+    return folder
 
 
 def _describe(writer: Any, config: ModelConfig, name: str) -> None:

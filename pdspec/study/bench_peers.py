@@ -6,7 +6,7 @@ answers through router, prefill and decode worker, its client in this process; t
 * **one prompt at a time**: tokens per second after the first token, prompt by prompt in turns.
 * **batches**: all prompts of a batch at once; tokens over the time to the last token, prefill included.
 
-Of pdspec both plain decoding and the best speculative setting are shown; settings are tried once before anything counts.
+Of pdspec both plain decoding and the best speculative setting are shown; settings are tried once before that.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from pdspec.errors import ConfigError
 from pdspec.model.files import ModelFiles, resolve
 from pdspec.model.gguf_export import export
 from pdspec.model.store import cache_root
-from pdspec.study.bench_decode import Setting
 from pdspec.study.heads import worker_config
 from pdspec.study.load import Load as Client
 from pdspec.study.load import Timed
 from pdspec.study.peers.find import KINDS, find
 from pdspec.study.peers.process import Load, PeerProcess
+from pdspec.study.settings import Setting
 from pdspec.study.stack import Stack
 from pdspec.study.ways import prompt_ids
 from pdspec.telemetry import usable_cores

@@ -33,8 +33,9 @@ class FakeWorker(rpc.WorkerServicer):
         """Always ready, and never full."""
         return worker_info_to_pb(
             WorkerInfo(
-                worker_id="fake", role="decode", address=self.address, model="fake", fingerprint="f", drafters=("none",),
-                free_pages=1 << 20, total_pages=1 << 20, page_size=16, max_context=1 << 20, vocab_size=_VOCABULARY,
+                worker_id="fake", role="decode", address=self.address, model="fake", fingerprint="f",
+                drafters=("none",), free_pages=1 << 20, total_pages=1 << 20, page_size=16,
+                max_context=1 << 20, vocab_size=_VOCABULARY,
             )
         )  # fmt: skip
 

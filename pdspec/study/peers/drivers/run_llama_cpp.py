@@ -56,10 +56,9 @@ class Engine:
         tokens = [[token] for token in self._prompt(rows, len(prompts))]
         first = time.perf_counter() - began
         for step in range(max_tokens - 1):
-            found = self._forward(
-                [(own[-1], len(ids) + step, n, True) for n, (ids, own) in enumerate(zip(prompts, tokens))]
-            )
-            for own, token in zip(tokens, found):
+            both = enumerate(zip(prompts, tokens, strict=True))
+            found = self._forward([(own[-1], len(ids) + step, n, True) for n, (ids, own) in both])
+            for own, token in zip(tokens, found, strict=True):
                 own.append(token)
         return tokens, first, time.perf_counter() - began
 
@@ -68,7 +67,7 @@ class Engine:
         for at in range(0, len(rows), 2048):
             part = rows[at : at + 2048]
             ends = [sequence for _, _, sequence, last in part if last]
-            for sequence, token in zip(ends, self._forward(part)):
+            for sequence, token in zip(ends, self._forward(part), strict=True):
                 found[sequence] = token
         return found
 

