@@ -12,8 +12,6 @@ from pdspec.cli.output import notes, only_json, print_json
 from pdspec.cli.runs import Shared, shared_options
 from pdspec.settings import read_file
 
-REPETITIVE_SPEEDUP = 3.0  # that some drafter reaches over plain decoding where answers repeat their prompts
-
 
 @shared_options(num_prompts=8, max_tokens=128)
 def decode(
@@ -34,7 +32,9 @@ def decode(
     """Tokens per second and acceptance length of drafters at an equal node budget, through router and workers."""
     with only_json(shared.json):
         from pdspec.study import bench_decode as study
+        from pdspec.study.bench_short import REPETITIVE_SPEEDUP
         from pdspec.study.heads import families
+        from pdspec.study.workloads import REPETITIVE
 
         result = study.run(
             drafters=families(drafters),
@@ -42,7 +42,7 @@ def decode(
             worker=shared.worker,
             handoff=handoff or "direct",
             **shared.asked(), nodes=nodes, runs=runs, temperature=temperature, top_p=top_p,
-            wanted_speedup=REPETITIVE_SPEEDUP if shared.workload == "repetitive" else 0.0,
+            wanted_speedup=REPETITIVE_SPEEDUP if shared.workload == REPETITIVE else 0.0,
             progress=notes().print,
         )  # fmt: skip
     _show(result, shared.json)

@@ -1,10 +1,12 @@
-"""``pdspec bench peers``, ``router``, ``mixed`` and ``step``: beside other engines, and with many requests at once."""
+"""``pdspec bench peers``, ``router``, ``mixed``, ``step``, ``short``: other engines, many requests, all in short."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Column, Table
 
 from pdspec.cli.options import Dtype, Json, Model, Threads, default_model, given_flags, numbers, pairs
 from pdspec.cli.output import notes, only_json, print_json
@@ -113,6 +115,43 @@ def step(
             runs=runs, progress=notes().print,
         )  # fmt: skip
     _finish(result, shared.json)
+
+
+def short(
+    model: Model = None,
+    threads: Threads = None,
+    only: Annotated[
+        str, typer.Option(help="Sections, comma separated: decode, repetitive, step, router, mixed, stream, …")
+    ] = "",
+    peers: Annotated[
+        str, typer.Option(help="Folder of virtual environments, or file of NAME: PYTHON.", envvar="PDSPEC_PEERS")
+    ] = "",
+    json: Json = False,
+) -> None:
+    """Every CPU figure in a short form beside what is promised of it, in less than ten minutes on a quiet machine."""
+    with only_json(json):
+        from pdspec.study import bench_short as study
+
+        result = study.run(
+            worker=given_flags(model=model, threads=threads), peers=peers,
+            only=[name.strip() for name in only.split(",") if name.strip()], progress=notes().print,
+        )  # fmt: skip
+    if json:
+        print_json(result)
+    else:
+        _print_table(result["rows"])
+    if not result["ok"]:
+        raise typer.Exit(1)
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    found, floor = Column("found", justify="right"), Column("promised", justify="right")
+    table = Table("section", "figure", found, floor, "", box=None)
+    for row in rows:
+        promised = f"{row['sense']} {row['floor']:.4g}" if row["sense"] else ""
+        mark = "" if not row["sense"] else "ok" if row["ok"] else "MISSED"
+        table.add_row(row["section"], row["figure"], f"{row['found']:.4g}", promised, mark)
+    Console().print(table)
 
 
 def _finish(result: dict[str, Any], json: bool) -> None:

@@ -60,7 +60,7 @@ class Timed(DecodeEngine):
                 raise result
         whole = time.perf_counter() - began
         parts = {name: self.clocks[name] - before.get(name, 0.0) for name in ("draft", "forward")}
-        parts |= {"step": whole, "python": whole - sum(parts.values()), "sampling": self.judging + self.drafted_noise}
+        parts |= {"python": whole - sum(parts.values()), "sampling": self.judging + self.drafted_noise}
         for name, seconds in parts.items():
             self.parts[name].append(1e3 * seconds)
 
@@ -92,7 +92,7 @@ def run(
     found: dict[str, list[dict[str, float]]] = defaultdict(list)
     generator = LocalGenerator(config)
     try:
-        for index in range(runs):
+        for _ in range(runs):
             for setting in settings:
                 for kind, params in kinds.items():
                     row = _one(generator, setting, params, ids, max_tokens)
@@ -140,5 +140,6 @@ def _one(
         for pages in held:
             generator.resources.pool.release(pages)
     row = {name: statistics.median(times[_WARM:] or times) for name, times in engine.parts.items()}
+    row["step"] = row["draft"] + row["forward"] + row["python"]  # a pause falls into one part of a step, not into all
     shares = {f"{name}_share": row[name] / row["step"] for name in ("python", "sampling", "draft")}
     return {**row, **shares, "acceptance_length": tokens / engine.steps}
