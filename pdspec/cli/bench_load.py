@@ -109,7 +109,8 @@ def step(
         from pdspec.study import bench_step as study
         from pdspec.study.settings import Setting
 
-        chosen = [Setting(*text.split(maxsplit=1)) for text in ("none", *settings.split(";")) if text.strip()]
+        parts = [text.strip().partition(" ") for text in ("none", *settings.split(";")) if text.strip()]
+        chosen = [Setting(drafter, tree.strip()) for drafter, _, tree in parts]
         result = study.run(
             worker=shared.worker, settings=chosen, batch=batch, temperature=temperature, top_p=top_p, **shared.asked(),
             runs=runs, progress=notes().print,

@@ -62,7 +62,7 @@ def shared_options(*, num_prompts: int, max_tokens: int) -> Callable[[Command], 
             kept = {name: given.pop(name) for name in ("prompts", "workload", "num_prompts", "max_tokens", "json")}
             command(shared=Shared(worker=given_flags(**flags), **kept), **given)
 
-        values = [(name, kind, None) for name, kind in _WORKER.items()]
+        values: list[tuple[str, Any, Any]] = [(name, kind, None) for name, kind in _WORKER.items()]
         values += [("prompts", Prompts, None), ("workload", _Workload, ""), ("num_prompts", _NumPrompts, num_prompts)]
         values += [("max_tokens", _MaxTokens, max_tokens), ("json", Json, False)]
         own = inspect.signature(command, eval_str=True).parameters.values()

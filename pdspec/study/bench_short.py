@@ -123,7 +123,7 @@ SECTIONS: Mapping[str, Callable[[Short], Iterator[Row]]] = {
 
 def run(*, worker: dict[str, Any], only: list[str], peers: str, progress: Progress) -> dict[str, Any]:
     """The sections ``only`` names (empty: all), one after the other. A section that cannot run here says so
-    (``left_out``). Raises UnknownName."""
+    (``left_out``). Raises ConfigError."""
     for name in only:
         if name not in SECTIONS:
             raise unknown_name("section", name, tuple(SECTIONS), field="--only")

@@ -103,7 +103,7 @@ def run(
     table = {
         name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in found.items()
     }
-    floors = [
+    floors: list[dict[str, Any]] = [
         {"name": "python_share", "wanted": PYTHON_SHARE, "found": table[f"{settings[0]} greedy"]["python_share"]},
         {"name": "sampling_share", "wanted": NOISE_SHARE, "found": table[f"{settings[0]} sampled"]["sampling_share"]},
     ]

@@ -53,12 +53,12 @@ class Took:
 
 class PeerProcess:
     """One peer with its model loaded, until the block ends. Raises PeerLost when it cannot be started or breaks off,
-    PdspecError for what its engine refuses."""
+    PdspecError for what its engine refuses. ``script`` stands in for the peer's driver."""
 
-    def __init__(self, name: str, python: str, load: Load) -> None:
+    def __init__(self, name: str, python: str, load: Load, script: Path | None = None) -> None:
         self.name, self.load = name, load
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  closed in stop
-        command = [python, str(_DRIVERS / KINDS[name].script)]
+        command = [python, str(script or _DRIVERS / KINDS[name].script)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment()
         )
