@@ -92,14 +92,19 @@ def _add_tokenizer(writer: Any, folder: Path, config: ModelConfig) -> None:
     writer.add_token_list([texts.get(index, f"[PAD{index}]") for index in range(config.vocab_size)])
     writer.add_token_types([CONTROL_TOKEN if index in special else NORMAL_TOKEN for index in range(config.vocab_size)])
     writer.add_token_merges(merges)
-    for ids, add in ((config.bos_ids, writer.add_bos_token_id), (config.eos_ids, writer.add_eos_token_id)):
-        if ids:
-            add(ids[0])
-    if config.eos_ids:
-        writer.add_pad_token_id(config.eos_ids[0])
+    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+    named = {text: one for one, text in special.items()}
+    ids = {"bos": config.bos_ids, "eos": config.eos_ids}
+    adders = {
+        "bos": writer.add_bos_token_id, "eos": writer.add_eos_token_id, "unk": writer.add_unk_token_id,
+        "pad": writer.add_pad_token_id,
+    }  # fmt: skip
+    for name, add in adders.items():
+        found = [*ids.get(name, ()), *([named[text]] if (text := settings.get(f"{name}_token")) in named else [])]
+        if found:
+            add(found[0])
     writer.add_add_bos_token(False)
-    settings = folder / "tokenizer_config.json"
-    if settings.exists() and isinstance(template := read_json(settings).get("chat_template"), str):
+    if isinstance(template := settings.get("chat_template"), str):
         writer.add_chat_template(template)
 
 
