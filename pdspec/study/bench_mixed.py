@@ -22,6 +22,7 @@ from typing import Any
 
 from pdspec.config import WorkerConfig
 from pdspec.errors import ConfigError, PdspecError
+from pdspec.model.files import resolve
 from pdspec.study.heads import worker_config
 from pdspec.study.load import Load, Timed
 from pdspec.study.processes import pin
@@ -100,7 +101,8 @@ def make_plan(
     words = [token for ids in texts for token in ids]
     draw = random.Random(7)
     moments = tuple(_LEAD_S + at for at in accumulate(draw.expovariate(rate) for _ in range(arrivals)))
-    tokens = int(1e3 * (moments[-1] + 4 * prompt_tokens / 1000) / step_ms)
+    room = resolve(config.model, config.cache_dir or None).config.max_context - max(map(len, texts)) - 1
+    tokens = min(room, int(1e3 * (moments[-1] + 4 * prompt_tokens / 1000) / step_ms))
 
     def request(ids: Sequence[int], count: int) -> UserRequest:
         params = SamplingParams(max_tokens=count, ignore_eos=True, seed=0)
@@ -124,7 +126,8 @@ def measure(load: Load, plan: Plan) -> dict[str, float]:
     began, ended = min(one.asked for one in prompts), max(one.times[0] for one in prompts)
     gaps = sorted(gap for one in answers for gap in _gaps(one, began, ended))
     if len(gaps) < 2 or any(one.complete for one in answers):
-        raise PdspecError("the answers ended before the last prompt was answered", remedy="a smaller --step-ms")
+        message = "the answers ended before the last prompt was answered"
+        raise PdspecError(message, remedy="a smaller --step-ms, or fewer --arrivals")
     ttft = sorted(one.ttft_s for one in prompts)
     return {
         "itl_p50_ms": 1e3 * _at(gaps, 0.5), "itl_p99_ms": 1e3 * _at(gaps, 0.99), "itl_max_ms": 1e3 * gaps[-1],
