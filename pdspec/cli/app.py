@@ -13,6 +13,7 @@ import typer
 
 from pdspec.cli import (
     bench,
+    bench_load,
     chaos,
     chaos_faults,
     check,
@@ -56,7 +57,10 @@ def build_app() -> typer.Typer:
     app.command("top")(top.top)
     app.command("doctor")(doctor.doctor)
     app.command("demo")(demo.demo)
-    app.command("models")(models.models)
+    group = _group("The names that --model takes; their weights for other engines.", {"export": models.export})
+    group.callback(invoke_without_command=True)(models.models)
+    group.info.no_args_is_help = False
+    app.add_typer(group, name="models")
     app.command("drafters")(drafters.drafters)
     heads = {name: train.head(name, summary) for name, summary in train.FAMILIES.items()}
     trained = {"data": train_data.data, **heads, "card": train_card.card}
@@ -78,7 +82,11 @@ def build_app() -> typer.Typer:
     group.callback(invoke_without_command=True)(plan.plan)
     group.info.no_args_is_help = False
     app.add_typer(group, name="plan")
-    measured = {"decode": bench.decode, "handoff": bench.handoff, "stream": bench.stream, "budget": bench.budget}
+    measured = {
+        "decode": bench.decode, "handoff": bench.handoff, "stream": bench.stream, "budget": bench.budget,
+        "peers": bench_load.peers, "router": bench_load.router, "mixed": bench_load.mixed, "step": bench_load.step,
+        "short": bench_load.short,
+    }  # fmt: skip
     app.add_typer(_group("Measurements.", measured), name="bench")
     compared = {name: study.comparison(name, *rest) for name, rest in study.COMPARISONS.items()}
     stepped = {name: study.stepping(name, *rest) for name, rest in study.STEPPINGS.items()}
