@@ -159,6 +159,7 @@ class GenerationStats:
     prefill_retries: int = 0
     partial: bool = False  # cut at a stop string or moved by the router: counts it could not see are 0
     moves: int = 0  # times the stream continued on another decode worker
+    wire_kv: str = ""  # "int8": LOSSY, KV was rounded for the wire
 
     @property
     def acceptance_length(self) -> float:

@@ -199,13 +199,15 @@ class PrefillService:
     async def _send(self, stream: PrefillStream, prompt: QueuedPrompt, events: Events) -> None:
         cache, epoch = self.host.resources.cache, stream.open.epoch
         while True:
+            if events.queue.empty():
+                await stream.flush()
             kind, values = await events.queue.get()
             match kind:
                 case "rows":
                     for frame in page_frames(cache, prompt.ctx.pages, *values, have=stream.open.have_rows):
-                        await stream.send(frame)
+                        await stream.send(frame, more=True)
                 case "hidden":
-                    await stream.send(hidden_frame(epoch, values[0]))
+                    await stream.send(hidden_frame(epoch, values[0]), more=True)
                 case "first":
                     await stream.send(First(epoch=epoch, token_id=values[0], logprob=values[1]))
                 case "start":
@@ -249,7 +251,7 @@ def page_frames(
 def hidden_frame(epoch: int, rows: TargetRows) -> HiddenRows:
     """Captured layers, then the final state, each float32 [rows, ...]."""
     parts = [part for part in (rows.captured, rows.final) if part is not None]
-    payload = b"".join(part.contiguous().cpu().numpy().tobytes() for part in parts)
+    payload = tuple(part.contiguous().cpu().numpy().data for part in parts)
     return HiddenRows(epoch=epoch, seq=0, start=rows.start, count=len(parts[0]), dtype="float32", payload=payload)
 
 

@@ -146,6 +146,13 @@ class PagedCache:
         """Rows ``start..stop-1`` as ranges of flat rows (page * page_size + offset), neighbours joined."""
         if not 0 <= start <= stop <= len(pages) * self.page_size:
             raise IndexError(f"rows {start}..{stop} in {len(pages)} pages of {self.page_size}")
+        held = pages[start // self.page_size : -(-stop // self.page_size)]
+        first = held[0] if held else 0
+        if 0 <= first <= self.num_pages - len(held) and list(held) == list(range(first, first + len(held))):
+            begin = first * self.page_size + start % self.page_size
+            if stop > start:  # pages that follow one another, without a loop
+                yield begin, begin + stop - start
+            return
         begin = end = -1
         row = start
         while row < stop:

@@ -121,7 +121,7 @@ class TokenLogprob(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top_ids: _Optional[bytes] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Stats(_message.Message):
-    __slots__ = ("prompt_tokens", "output_tokens", "verifications", "drafted_tokens", "accepted_tokens", "first_draft_accepted", "accepted_per_position", "reached_per_position", "kv_bytes", "draft_kv_bytes", "hidden_bytes", "prefill_worker", "decode_worker", "handoff", "drafter", "queue_ms", "prefill_ms", "transfer_exposed_ms", "decode_ms", "draft_rebuilds", "prefill_retries", "partial", "moves")
+    __slots__ = ("prompt_tokens", "output_tokens", "verifications", "drafted_tokens", "accepted_tokens", "first_draft_accepted", "accepted_per_position", "reached_per_position", "kv_bytes", "draft_kv_bytes", "hidden_bytes", "prefill_worker", "decode_worker", "handoff", "drafter", "queue_ms", "prefill_ms", "transfer_exposed_ms", "decode_ms", "draft_rebuilds", "prefill_retries", "partial", "moves", "wire_kv")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     VERIFICATIONS_FIELD_NUMBER: _ClassVar[int]
@@ -145,6 +145,7 @@ class Stats(_message.Message):
     PREFILL_RETRIES_FIELD_NUMBER: _ClassVar[int]
     PARTIAL_FIELD_NUMBER: _ClassVar[int]
     MOVES_FIELD_NUMBER: _ClassVar[int]
+    WIRE_KV_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     output_tokens: int
     verifications: int
@@ -168,7 +169,8 @@ class Stats(_message.Message):
     prefill_retries: int
     partial: bool
     moves: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., verifications: _Optional[int] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., first_draft_accepted: _Optional[int] = ..., accepted_per_position: _Optional[_Iterable[int]] = ..., reached_per_position: _Optional[_Iterable[int]] = ..., kv_bytes: _Optional[int] = ..., draft_kv_bytes: _Optional[int] = ..., hidden_bytes: _Optional[int] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., handoff: _Optional[str] = ..., drafter: _Optional[str] = ..., queue_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., transfer_exposed_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., draft_rebuilds: _Optional[int] = ..., prefill_retries: _Optional[int] = ..., partial: _Optional[bool] = ..., moves: _Optional[int] = ...) -> None: ...
+    wire_kv: str
+    def __init__(self, prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., verifications: _Optional[int] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., first_draft_accepted: _Optional[int] = ..., accepted_per_position: _Optional[_Iterable[int]] = ..., reached_per_position: _Optional[_Iterable[int]] = ..., kv_bytes: _Optional[int] = ..., draft_kv_bytes: _Optional[int] = ..., hidden_bytes: _Optional[int] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., handoff: _Optional[str] = ..., drafter: _Optional[str] = ..., queue_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., transfer_exposed_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., draft_rebuilds: _Optional[int] = ..., prefill_retries: _Optional[int] = ..., partial: _Optional[bool] = ..., moves: _Optional[int] = ..., wire_kv: _Optional[str] = ...) -> None: ...
 
 class GenerateChunk(_message.Message):
     __slots__ = ("request_id", "start", "token_ids", "text", "logprobs", "finish_reason", "stop_match", "stats", "seed", "trace")
@@ -291,12 +293,14 @@ class DecodeChunk(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., start: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[str] = ..., stop_match: _Optional[str] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ..., trace: _Optional[_Union[DraftTrace, _Mapping]] = ...) -> None: ...
 
 class PrefillFrame(_message.Message):
-    __slots__ = ("header", "payload")
+    __slots__ = ("header", "payload", "more")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
     header: bytes
     payload: bytes
-    def __init__(self, header: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    more: _containers.RepeatedCompositeFieldContainer[PrefillFrame]
+    def __init__(self, header: _Optional[bytes] = ..., payload: _Optional[bytes] = ..., more: _Optional[_Iterable[_Union[PrefillFrame, _Mapping]]] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()

@@ -11,6 +11,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, Generic, Protocol, TypeVar
 
 from pdspec.errors import PdspecError
+from pdspec.wire.memory import keep_freed_memory
 
 
 class Service(Protocol):
@@ -30,6 +31,7 @@ def run_in_foreground(make: Callable[[], AbstractAsyncContextManager[Service]], 
 
     async def main() -> None:
         stop = asyncio.Event()
+        keep_freed_memory()
         for name in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(name, stop.set)
         async with make() as service:
