@@ -81,8 +81,9 @@ class RouterService(rpc.RouterServicer):
         )
         handoff = Handoff(user.handoff or self.config.handoff)
         answer = Answer(
-            request, fleet=self.fleet, text=text, config=self.config, handoff=handoff, resumed=user.resume_ids
-        )
+            request, fleet=self.fleet, text=text, config=self.config, handoff=handoff,
+            token_bytes=self._tokenizer.token_bytes, resumed=user.resume_ids,
+        )  # fmt: skip
         try:
             async with aclosing(self._live.watched(request, began, answer.chunks())) as chunks:
                 async for chunk in chunks:
