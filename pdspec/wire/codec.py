@@ -231,8 +231,8 @@ def logprob_from_pb(message: pb.TokenLogprob) -> TokenLogprob:
     if len(ids) != len(message.top_logprobs):
         raise InvalidRequest(f"{len(ids)} ids for {len(message.top_logprobs)} values", field="logprobs.top_ids")
     top = tuple(zip(ids, message.top_logprobs, strict=True))
-    texts = {"text": message.text, "top_texts": tuple(message.top_texts)}
-    return TokenLogprob(token_id=message.token_id, logprob=message.logprob, top=top, **texts)
+    texts = tuple(message.top_texts)
+    return TokenLogprob(token_id=message.token_id, logprob=message.logprob, top=top, text=message.text, top_texts=texts)
 
 
 def trace_to_pb(trace: DraftTrace) -> pb.DraftTrace:
