@@ -105,6 +105,7 @@ class RouterService(rpc.RouterServicer):
     def set_workers(self, *, prefill: Sequence[str], decode: Sequence[str]) -> None:
         """Route to these addresses from now on. On the event loop only."""
         self.fleet.set_workers(prefill=prefill, decode=decode)
+        self._report_health()  # who has none left hears no heartbeat that would
 
     async def watch_health(self, servicer: health.aio.HealthServicer) -> None:
         """Keep the Router's health: SERVING while a decode worker is ready."""

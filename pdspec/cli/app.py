@@ -22,6 +22,7 @@ from pdspec.cli import (
     down,
     drafters,
     generate,
+    http,
     models,
     study,
     study_training,
@@ -48,6 +49,7 @@ def build_app() -> typer.Typer:
     app.command("up")(up.up)
     app.command("down")(down.down)
     app.command("generate")(generate.generate)
+    app.command("http")(http.http)
     app.command("top")(top.top)
     app.command("doctor")(doctor.doctor)
     app.command("demo")(demo.demo)
