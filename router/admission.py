@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from pdspec.answer_text import TextStream
+from pdspec.grammar import check_structure
 from pdspec.prompting import PromptTokenizer, prompt_ids, to_generate_request
 from pdspec.types import GenerateRequest, UserRequest
 from pdspec.validation import check_request, check_resume, check_user_request
@@ -63,6 +64,8 @@ async def admit(
         drafters=drafters,
         models={model, *(info.model for info in infos)},
     )
+    if request.sampling.structured:
+        await asyncio.to_thread(check_structure, request.sampling)
     return request
 
 

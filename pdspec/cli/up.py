@@ -54,8 +54,9 @@ def up(
     sets: Sets = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return when ready; `pdspec down` ends it.")] = False,
 ) -> None:
-    """Start prefill workers, decode workers and the router under Ray; prints `ready` and the endpoint (before it the URL of
-    --http-port)."""
+    """Start prefill workers, decode workers and the router under Ray; prints `ready` and the endpoint.
+
+    With --http-port the URL of OpenAI's API comes one line before it."""
     chosen = cluster_config(
         config=config,
         sets=sets,

@@ -18,6 +18,7 @@ from pdspec.types import SamplingParams, UserRequest
 
 MAX_CHOICES = 128  # answers to one HTTP request
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
+_NAMES = ("model", "drafter", "tree", "handoff", "draft_prefill")
 ROLES = {"developer": "system"}  # OpenAI's newer name, which chat templates do not know
 
 
@@ -91,7 +92,7 @@ def _asked(fields: Fields, bases: list[UserRequest], *, chat: bool, request_id: 
         include_usage = options.flag("include_usage")
         options.harmless("include_obfuscation", False)
         options.end()
-    names = {name: fields.text(name) for name in ("model", "drafter", "tree", "handoff", "draft_prefill")}
+    names: dict[str, Any] = {name: fields.text(name) for name in _NAMES}
     for name in ("user", "metadata", "safety_identifier", "prompt_cache_key"):
         fields.harmless(name)  # for the books of whoever serves
     fields.harmless("store", False)

@@ -103,6 +103,11 @@ class Tokenizer:
         without a text."""
         return self._pieces.bytes_of(token_id)
 
+    def to_json(self) -> str:
+        """The text of a ``tokenizer.json`` that says all of this but the chat template."""
+        text: str = self._backend.to_str()
+        return text
+
     def vocabulary(self) -> dict[int, str]:
         """The text of every id that has one, as the vocabulary writes it (``Ġthe``)."""
         return {one: text for text, one in self._backend.get_vocab(with_added_tokens=True).items()}

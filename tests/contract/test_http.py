@@ -140,8 +140,7 @@ def test_every_field_reaches_the_worker() -> None:
             await http.client.chat.completions.create(
                 model="tiny", max_completion_tokens=4, temperature=0.5, top_p=0.9, presence_penalty=0.1,
                 frequency_penalty=0.2, logit_bias={"7": -3}, stop=["zz", "yy"], seed=3, user="me",
-                messages=[{"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief"}]},
-                          *HELLO],
+                messages=[{"role": "developer", "content": [{"type": "text", "text": "Be brief"}]}, *HELLO],
                 extra_body={"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "min_tokens": 1, "stop_token_ids": [8],
                             "drafter": "ngram", "tree": "chain(2)", "verify": "rejection"},
             )  # fmt: skip
