@@ -59,7 +59,9 @@ def build_app() -> typer.Typer:
     trained = {"data": train_data.data, **heads, "card": train_card.card}
     app.add_typer(_group("Train draft heads on answers that the target itself writes.", trained), name="train")
     app.add_typer(_group("Public prompt sets.", {"fetch": data.fetch}), name="data")
-    proofs = {"parity": check.parity, "handoff": check.handoff, "lossless": check.lossless}
+    proofs = {
+        "parity": check.parity, "handoff": check.handoff, "lossless": check.lossless, "structured": check.structured,
+    }  # fmt: skip
     app.add_typer(_group("Proofs, run on this machine.", proofs), name="check")
     faults = {
         "kill-decode": chaos_faults.kill_decode, "detect": chaos_faults.detect, "fuzz": chaos.fuzz, "tls": chaos.tls,
