@@ -181,7 +181,7 @@ class DecodeHost:
             request=answer.request,
             ctx=answer.ctx,
             drafter=answer.drafter,
-            history=prompt_history(answer.request).extended(answer.ctx.token_ids[-1:]),
+            history=prompt_history(answer.request, self.resources.grammars).extended(answer.ctx.token_ids[-1:]),
         )
         self.scheduler.join(answer)
 

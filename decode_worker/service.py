@@ -22,7 +22,7 @@ from decode_worker.links import Links
 from decode_worker.metrics import metrics_of, totals
 from decode_worker.run import COUNTED, Run
 from pdspec.config import WorkerConfig
-from pdspec.engine.local import check
+from pdspec.engine.local import checked
 from pdspec.engine.serving import RunningWorker, StatusService, describe
 from pdspec.engine.thread import EngineThread
 from pdspec.errors import DeadlineExceeded
@@ -65,7 +65,7 @@ class DecodeService(rpc.DecodeWorkerServicer):
         """Stream one answer."""
         asked, route = decode_request_from_pb(request)
         REQUEST_ID.set(asked.request_id)
-        check(self.host.resources, asked)
+        await checked(self.host.resources, asked)
         async with aclosing(self._answer(asked, route)) as chunks:
             async for chunk in chunks:
                 yield chunk_to_pb(chunk)

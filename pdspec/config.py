@@ -179,6 +179,30 @@ class RouterConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class HttpConfig(Settings):
+    """OpenAI's API over HTTP, in front of a router."""
+
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(8000, "0: any free port; -1: none (in a cluster's settings)", low=-1, high=65535)
+    router: str = option("127.0.0.1:50051", "the router's host:port")
+    cert: str = option("", "certificate chain of HTTPS (PEM); empty: HTTP")
+    key: str = option("", "private key of cert")
+    tls: TlsConfig = dataclasses.field(default_factory=TlsConfig)
+    max_tokens: int = option(1024, "of chats that name none; lowered to what the context leaves", low=1)
+    max_body_bytes: int = option(4 << 20, "largest request taken", low=1024)
+    log_level: str = option("info", "least level written to stderr", choices=LOG_LEVELS)
+    log_format: str = option("text", "of what is written to stderr", choices=LOG_FORMATS)
+    metrics_port: int = option(-1, "Prometheus metrics over HTTP; 0: any free port, -1: none", low=-1, high=65535)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _make_absolute(self, "cert", "key")
+        if bool(self.cert) != bool(self.key):
+            missing = "key" if self.cert else "cert"
+            raise ConfigError("a certificate and its key belong together", field=missing, remedy=f"give {missing}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ClusterConfig(Settings):
     """A whole deployment under Ray: ``prefill`` and ``decode`` workers, one router and its relay.
 
@@ -201,6 +225,7 @@ class ClusterConfig(Settings):
     prefill_worker: dict[str, Any] = dataclasses.field(default_factory=dict)
     decode_worker: dict[str, Any] = dataclasses.field(default_factory=dict)
     router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
+    http: HttpConfig = dataclasses.field(default_factory=lambda: HttpConfig(port=-1))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -216,6 +241,11 @@ class ClusterConfig(Settings):
         """The router's config: its model and cache folder are the workers'."""
         known = self.router.replace(**self._shared(self.router))
         return known.replace(model=self.worker.model, cache_dir=self.worker.cache_dir)
+
+    def http_config(self, router: str) -> HttpConfig:
+        """Of the HTTP front of the router at ``router``; its port is -1 where there is to be none."""
+        tls = self.http.tls if self.http.tls != TlsConfig() else self.router_config().tls
+        return self.http.replace(router=router, tls=tls)
 
     def _shared(self, section: WorkerConfig | RouterConfig) -> dict[str, Any]:
         """What a section takes from the top where it says nothing itself."""

@@ -225,6 +225,16 @@ class RelayMetrics(_Set):
         self.lost = self._counter("transfer_failures", "Streams that failed, by the kind of error.", "error")
 
 
+class HttpMetrics(_Set):
+    """Of the HTTP front."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests = self._counter("http_requests", "HTTP requests; 499: the client left.", "route", "status")
+        self.seconds = self._histogram("http_request_seconds", "Of HTTP requests, streams included.", _LONG, "route")
+        self.broken = self._counter("http_broken_streams", "Streams that ended with an error.", "error")
+
+
 class _Engine(Collector):
     """Counters that the engine keeps itself."""
 

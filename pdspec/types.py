@@ -70,6 +70,14 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; 0: the chosen token's; n: and the n best
     verify: str = Verify.COUPLED.value
+    json_schema: str = ""  # the answer is JSON that this schema (JSON itself) allows
+    regex: str = ""  # the answer matches it as a whole
+    choice: tuple[str, ...] = ()  # the answer is one of these
+
+    @property
+    def structured(self) -> bool:
+        """Whether a grammar decides which tokens are allowed."""
+        return bool(self.json_schema or self.regex or self.choice)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +115,7 @@ class UserRequest:
     sample: int = 0
     trace: bool = False
     resume_ids: tuple[int, ...] = ()  # tokens of the answer that came before its stream broke; needs the seed
+    fit_context: bool = False  # lower max_tokens to what the context leaves behind the prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,11 +134,14 @@ class Route:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLogprob:
-    """Log probability of a chosen token and of the best alternatives, after all processors."""
+    """Log probability of a chosen token and of the best alternatives, after all processors. ``text`` and ``top_texts``
+    are the bytes of those tokens, where a router filled them in."""
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    text: bytes = b""
+    top_texts: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

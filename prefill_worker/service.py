@@ -20,7 +20,7 @@ import torch
 from pdspec.cache.paged import PagedCache
 from pdspec.cache.pool import pages_for
 from pdspec.config import WorkerConfig
-from pdspec.engine.local import check, new_context
+from pdspec.engine.local import checked, new_context
 from pdspec.engine.prefill import PrefillEngine, PrefillSequence
 from pdspec.engine.resources import check_fingerprint, load
 from pdspec.engine.serving import RunningWorker, StatusService, describe
@@ -87,6 +87,10 @@ class Events:
         """See PrefillEvents."""
         self._tell("done")
 
+    def failed(self, error: PdspecError) -> None:
+        """See PrefillEvents."""
+        self._tell("failed", error)
+
 
 class PrefillHost:
     """What runs on the engine thread."""
@@ -140,7 +144,7 @@ class PrefillService:
             drafter=opening.drafter,
             peer=opening.worker_id or "the decode worker",
         )
-        check(resources, request)
+        await checked(resources, request)
         events = Events(asyncio.get_running_loop())
         prompt = self._prompt(request, events)
         try:
@@ -212,6 +216,8 @@ class PrefillService:
                     await stream.send(First(epoch=epoch, token_id=values[0], logprob=values[1]))
                 case "start":
                     await stream.send(start_frame(epoch, *values))
+                case "failed":
+                    raise values[0]
                 case "done":
                     queue_ms = 1e3 * (prompt.started_at - prompt.queued_at)
                     stats = {"queue_ms": queue_ms, "prefill_ms": 1e3 * prompt.seconds}

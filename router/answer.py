@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ import grpc
 from pdspec.answer_text import AnswerText
 from pdspec.config import RouterConfig
 from pdspec.errors import InvalidRequest, Overloaded, PdspecError, PeerLost
-from pdspec.types import FinishReason, GenerateRequest, GenerationStats, Handoff, Route, TokenChunk
+from pdspec.types import FinishReason, GenerateRequest, GenerationStats, Handoff, Route, TokenChunk, TokenLogprob
 from pdspec.wire import pdspec_pb2 as pb
 from pdspec.wire import pdspec_pb2_grpc as rpc
 from pdspec.wire.codec import chunk_from_pb, decode_request_to_pb, generate_chunk_to_pb
@@ -50,11 +50,11 @@ class Answer:
 
     def __init__(
         self, request: GenerateRequest, *, fleet: Fleet, text: AnswerText, config: RouterConfig, handoff: Handoff,
-        resumed: tuple[int, ...] = (),
+        token_bytes: Callable[[int], bytes], resumed: tuple[int, ...] = (),
     ) -> None:  # fmt: skip
         self._request, self._fleet, self._text = request, fleet, text
         self._plain = not request.sampling.stop_strings  # then a chunk of tokens alone goes on as it is
-        self._handoff, self._relay = handoff, config.relay
+        self._handoff, self._relay, self._token_bytes = handoff, config.relay, token_bytes
         self._failures = Failures(config)
         self._began = time.monotonic()
         self._ids: list[int] = list(resumed)  # what went out
@@ -197,8 +197,15 @@ class Answer:
         if finish:
             stats = self._tally.finish(self._stats, self._request, route, output_tokens=len(self._ids), cut=cut)
         seed, self._seed = self._seed, None  # with the first chunk only
-        whole = replace(chunk, start=start, request_id=self._request.request_id, finish_reason=finish, stats=stats)
+        whole = replace(
+            chunk, start=start, request_id=self._request.request_id, finish_reason=finish, stats=stats,
+            logprobs=tuple(self._spelled(entry) for entry in chunk.logprobs),
+        )  # fmt: skip
         return generate_chunk_to_pb(whole, text=text, seed=seed)
+
+    def _spelled(self, entry: TokenLogprob) -> TokenLogprob:
+        top_texts = tuple(self._token_bytes(token) for token, _ in entry.top)
+        return replace(entry, text=self._token_bytes(entry.token_id), top_texts=top_texts)
 
     def _empty(self) -> TokenChunk:
         return TokenChunk(request_id=self._request.request_id, start=0, token_ids=())

@@ -81,8 +81,9 @@ class RouterService(rpc.RouterServicer):
         )
         handoff = Handoff(user.handoff or self.config.handoff)
         answer = Answer(
-            request, fleet=self.fleet, text=text, config=self.config, handoff=handoff, resumed=user.resume_ids
-        )
+            request, fleet=self.fleet, text=text, config=self.config, handoff=handoff,
+            token_bytes=self._tokenizer.token_bytes, resumed=user.resume_ids,
+        )  # fmt: skip
         try:
             async with aclosing(self._live.watched(request, began, answer.chunks())) as chunks:
                 async for chunk in chunks:
@@ -104,6 +105,7 @@ class RouterService(rpc.RouterServicer):
     def set_workers(self, *, prefill: Sequence[str], decode: Sequence[str]) -> None:
         """Route to these addresses from now on. On the event loop only."""
         self.fleet.set_workers(prefill=prefill, decode=decode)
+        self._report_health()  # who has none left hears no heartbeat that would
 
     async def watch_health(self, servicer: health.aio.HealthServicer) -> None:
         """Keep the Router's health: SERVING while a decode worker is ready."""

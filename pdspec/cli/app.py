@@ -23,6 +23,7 @@ from pdspec.cli import (
     down,
     drafters,
     generate,
+    http,
     models,
     plan,
     plan_calibrate,
@@ -54,6 +55,7 @@ def build_app() -> typer.Typer:
     app.command("down")(down.down)
     app.command("generate")(generate.generate)
     app.command("trace")(trace.trace)
+    app.command("http")(http.http)
     app.command("top")(top.top)
     app.command("doctor")(doctor.doctor)
     app.command("demo")(demo.demo)
@@ -66,7 +68,10 @@ def build_app() -> typer.Typer:
     trained = {"data": train_data.data, **heads, "card": train_card.card}
     app.add_typer(_group("Train draft heads on answers that the target itself writes.", trained), name="train")
     app.add_typer(_group("Public prompt sets.", {"fetch": data.fetch}), name="data")
-    proofs = {"parity": check.parity, "handoff": check.handoff, "lossless": check.lossless, "plan": check.plan}
+    proofs = {
+        "parity": check.parity, "handoff": check.handoff, "lossless": check.lossless, "structured": check.structured,
+        "plan": check.plan,
+    }  # fmt: skip
     app.add_typer(_group("Proofs, run on this machine.", proofs), name="check")
     faults = {
         "kill-decode": chaos_faults.kill_decode, "detect": chaos_faults.detect, "fuzz": chaos.fuzz, "tls": chaos.tls,

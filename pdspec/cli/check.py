@@ -106,6 +106,33 @@ def lossless(
     _finish(result, json)
 
 
+def structured(
+    drafters: Annotated[str, typer.Option(help="Comma separated; all: every family.")] = "all",
+    quick: Annotated[bool, typer.Option("--quick", help="On the tiny model.")] = False,
+    model: Model = None,
+    dtype: Dtype = None,
+    numerics: Numerics = None,
+    head: Heads = None,
+    option: Options = None,
+    parts: Annotated[str, typer.Option(help="Some of families,ratio,replay,handoff (default: all).")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="Sampled answers to each question.")] = 2,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Answers keep to a JSON schema, regular expression or choice, with the plain run's tokens whatever the drafter."""
+    with only_json(json):
+        from pdspec.study import structured as study
+        from pdspec.study.heads import families
+
+        worker = given_flags(model=model or ("tiny" if quick else None), dtype=dtype, numerics=numerics, heads=head,
+                        options=option, threads=threads)  # fmt: skip
+        result = study.run(
+            worker=worker, drafters=families(drafters), seeds=seeds, progress=notes().print,
+            parts=[part.strip() for part in parts.split(",") if part.strip()],
+        )  # fmt: skip
+    _finish(result, json)
+
+
 def _finish(result: dict[str, Any], json: bool) -> None:
     if json:
         print_json(result)

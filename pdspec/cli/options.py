@@ -64,12 +64,13 @@ def cluster_config(
     top: dict[str, Any] | None = None,
     worker: dict[str, Any] | None = None,
     router: dict[str, Any] | None = None,
+    http: dict[str, Any] | None = None,
 ) -> ClusterConfig:
     """File, then ``--set``, then flags (None: not given). Raises ConfigError."""
     values: dict[str, Any] = dict(read_file(config)) if config else {}
     for text in sets or []:
         _assign(values, text)
-    for section, flags in (("worker", worker), ("router", router)):
+    for section, flags in (("worker", worker), ("router", router), ("http", http)):
         given = _given(flags)
         if given:
             values[section] = {**(values.get(section) or {}), **given}

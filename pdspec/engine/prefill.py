@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 from pdspec.engine.resources import Resources
+from pdspec.errors import PdspecError
+from pdspec.grammar import Grammars
 from pdspec.model.batch import ForwardBatch, ForwardOutput
 from pdspec.sampling import History, pick, stopping_ids, support, token_logprob
 from pdspec.spec.protocol import Candidates, DraftContext, Drafter, HiddenRows
@@ -40,6 +42,9 @@ class PrefillEvents(Protocol):
 
     def done(self) -> None:
         """Nothing more comes."""
+
+    def failed(self, error: PdspecError) -> None:
+        """This prompt ends with ``error``, and no other one does."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -70,10 +75,11 @@ class PrefillSequence:
         return self.request.sampling.max_tokens > 1
 
 
-def prompt_history(request: GenerateRequest) -> History:
-    """Penalties see a replayed prompt's tail as output, as they did the first time."""
+def prompt_history(request: GenerateRequest, grammars: Grammars) -> History:
+    """Penalties and grammar see a replayed prompt's tail as output, as they did the first time."""
     split = len(request.prompt_ids) - request.replayed
-    return History.of(request.prompt_ids[:split], request.prompt_ids[split:])
+    grammar = grammars.start(request.sampling)
+    return History.of(request.prompt_ids[:split], request.prompt_ids[split:], grammar=grammar)
 
 
 class _Abandoned(Exception):
@@ -104,7 +110,11 @@ class PrefillEngine:
             last = count == sequence.remaining
             hidden = hidden_rows(sequence.drafter, output, sequence.num_computed, rows)
             sequence.num_computed += count
-            self._advance(sequence, hidden, output.logits[logit] if last else None)
+            try:
+                self._advance(sequence, hidden, output.logits[logit] if last else None)
+            except PdspecError as error:  # damaged scores, or no token that is allowed: this prompt's alone
+                sequence.finished = True
+                sequence.events.failed(error)
             row, logit = row + count, logit + last
             sequence.seconds = time.perf_counter() - sequence.started_at
 
@@ -158,7 +168,8 @@ class PrefillEngine:
 
     def _first(self, sequence: PrefillSequence, logits: torch.Tensor) -> None:
         request, params, ctx = sequence.request, sequence.request.sampling, sequence.ctx
-        allowed = support(logits, params, prompt_history(request), end_ids=self.resources.end_ids)
+        history = prompt_history(request, self.resources.grammars)
+        allowed = support(logits, params, history, end_ids=self.resources.end_ids)
         token = pick(allowed, params, lambda ids: ctx.chooser.noise(ctx.prompt_len, ids))
         logprob = None if params.logprobs is None else token_logprob(allowed, token, params.logprobs)
         ctx.token_ids.append(token)

@@ -93,7 +93,7 @@ def _prefilled(generator: LocalGenerator, ids: tuple[int, ...], tokens: int) -> 
     )
     while not prompt.finished:
         generator.prefill.step([(prompt, min(resources.config.chunk, prompt.remaining))])
-    history = prompt_history(request).extended(ctx.token_ids[-1:])
+    history = prompt_history(request, resources.grammars).extended(ctx.token_ids[-1:])
     return DecodeSequence(request=request, ctx=ctx, drafter=drafter, history=history), kept
 
 

@@ -68,11 +68,22 @@ def make_channel(address: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES, tr
 
 def make_client_channel(endpoint: str, trust: Trust = OPEN) -> grpc.Channel:
     """A user's blocking channel to a router. The caller closes it."""
-    options = (*size_options(USER_MESSAGE_BYTES), *_USER, *trust.channel_options())
-    credentials = trust.channel_credentials()
+    options, credentials = _user_options(trust), trust.channel_credentials()
     if credentials is None:
         return grpc.insecure_channel(endpoint, options=options)
     return grpc.secure_channel(endpoint, credentials, options=options)
+
+
+def make_async_client_channel(endpoint: str, trust: Trust = OPEN) -> grpc.aio.Channel:
+    """The same for asyncio; within an event loop."""
+    options, credentials = _user_options(trust), trust.channel_credentials()
+    if credentials is None:
+        return grpc.aio.insecure_channel(endpoint, options=options)
+    return grpc.aio.secure_channel(endpoint, credentials, options=options)
+
+
+def _user_options(trust: Trust) -> tuple[tuple[str, int | str], ...]:
+    return (*size_options(USER_MESSAGE_BYTES), *_USER, *trust.channel_options())
 
 
 def make_server(

@@ -30,9 +30,10 @@ from pdspec.wire.ids import bytes_to_ids, ids_to_bytes
 
 _SCALARS = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
-    "max_tokens", "min_tokens", "logprobs", "verify",
+    "max_tokens", "min_tokens", "logprobs", "verify", "json_schema", "regex",
 )  # fmt: skip
 _STATS = tuple(field.name for field in pb.Stats.DESCRIPTOR.fields)
+_USER = ("request_id", "model", "drafter", "tree", "draft_prefill", "handoff", "sample", "trace", "fit_context")
 _POSITIONS = ("accepted_per_position", "reached_per_position")
 _INFO = (
     "worker_id", "role", "address", "model", "fingerprint", "queued", "running", "free_pages", "total_pages",
@@ -54,6 +55,7 @@ def sampling_from_pb(message: pb.SamplingParams) -> SamplingParams:
         stop_ids=bytes_to_ids(message.stop_ids, "sampling.stop_ids"),
         stop_strings=tuple(message.stop_strings),
         ignore_eos=message.ignore_eos,
+        choice=tuple(message.choice),
     )
 
 
@@ -68,6 +70,7 @@ def sampling_to_pb(params: SamplingParams) -> pb.SamplingParams:
     try:
         message.logit_bias.extend(pb.LogitBias(token_id=token, bias=bias) for token, bias in params.logit_bias)
         message.stop_strings.extend(params.stop_strings)
+        message.choice.extend(params.choice)
     except (TypeError, ValueError) as error:
         raise InvalidRequest(str(error), field="sampling", remedy="give ids within int32 and valid Unicode") from error
     return message
@@ -90,13 +93,14 @@ def user_request_from_pb(message: pb.GenerateRequest) -> UserRequest:
         sample=message.sample,
         trace=message.trace,
         resume_ids=bytes_to_ids(message.resume_ids, "resume_ids"),
+        fit_context=message.fit_context,
     )
 
 
 def user_request_to_pb(request: UserRequest) -> pb.GenerateRequest:
     """The message a client sends. Raises InvalidRequest for what the message cannot hold."""
     message = pb.GenerateRequest(sampling=sampling_to_pb(request.sampling))
-    for name in ("request_id", "model", "drafter", "tree", "draft_prefill", "handoff", "sample", "trace"):
+    for name in _USER:
         _set(message, name, getattr(request, name))
     if request.text is not None:
         _set(message, "text", request.text)
@@ -216,6 +220,8 @@ def logprob_to_pb(entry: TokenLogprob) -> pb.TokenLogprob:
         logprob=entry.logprob,
         top_ids=ids_to_bytes([token for token, _ in entry.top]),
         top_logprobs=[value for _, value in entry.top],
+        text=entry.text,
+        top_texts=entry.top_texts,
     )
 
 
@@ -225,7 +231,8 @@ def logprob_from_pb(message: pb.TokenLogprob) -> TokenLogprob:
     if len(ids) != len(message.top_logprobs):
         raise InvalidRequest(f"{len(ids)} ids for {len(message.top_logprobs)} values", field="logprobs.top_ids")
     top = tuple(zip(ids, message.top_logprobs, strict=True))
-    return TokenLogprob(token_id=message.token_id, logprob=message.logprob, top=top)
+    texts = tuple(message.top_texts)
+    return TokenLogprob(token_id=message.token_id, logprob=message.logprob, top=top, text=message.text, top_texts=texts)
 
 
 def trace_to_pb(trace: DraftTrace) -> pb.DraftTrace:
