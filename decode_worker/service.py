@@ -125,7 +125,7 @@ class DecodeService(rpc.DecodeWorkerServicer):
             unreachable=self.links.down(),
         )
         clocks = {f"{name}_seconds": seconds for name, seconds in list(decode.clocks.items())}
-        own = {**self.counts, **totals(self.host, self.metrics), **self.offers.counts}
+        own = {**self.counts, **totals(self.host, self.metrics), **self.offers.counts, **self.host.prefixes.counts()}
         return dataclasses.replace(info, metrics={**info.metrics, **clocks, **own})
 
 

@@ -19,6 +19,7 @@ HANDOFFS = ("direct", "relay")
 MOVERS = ("auto", "grpc", "shm")
 SURVIVALS = ("auto", "online", "fixed", "q")
 BUDGETS = ("fixed", "goodput")
+PREFIX_CACHES = ("auto", "all", "prompt", "off")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 
@@ -99,6 +100,10 @@ class WorkerConfig(Settings):
     page_size: int = option(16, "tokens of one KV page", low=1, high=4096)
     num_pages: int = option(0, "KV pages; 0: from cache_tokens", low=0)
     cache_tokens: int = option(65536, "tokens that the KV cache holds", low=1)
+    prefix_cache: str = option(
+        "auto", "which KV of ended requests serves new ones with the same beginning: all; prompt, what prefills computed;"
+        " off; auto: all where numerics are exact, else prompt", choices=PREFIX_CACHES,
+    )  # fmt: skip
     max_batch: int = option(64, "sequences that run at once", low=1)
     chunk: int = option(512, "prompt tokens of one prefill step", low=1)
     threads: int = option(0, "CPU threads; 0: all cores", low=0)

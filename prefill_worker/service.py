@@ -22,6 +22,7 @@ from pdspec.cache.pool import pages_for
 from pdspec.config import WorkerConfig
 from pdspec.engine.local import check, new_context
 from pdspec.engine.prefill import PrefillEngine, PrefillSequence
+from pdspec.engine.prefix import Prefixes
 from pdspec.engine.resources import check_fingerprint, load
 from pdspec.engine.serving import RunningWorker, StatusService, describe
 from pdspec.engine.thread import EngineThread, tell
@@ -34,6 +35,7 @@ from pdspec.tracing import tracer_of
 from pdspec.transfer.faults import FrameFaults
 from pdspec.transfer.frames import FRAME_BYTES, Begin, DraftStart, First, HiddenRows, Pages
 from pdspec.transfer.grpc_serve import PrefillStream, prefill_handler
+from pdspec.transfer.ledger import HIDDEN
 from pdspec.transfer.pace import Pace
 from pdspec.transfer.segment import sweep
 from pdspec.transfer.shm_serve import Lanes
@@ -48,6 +50,7 @@ class QueuedPrompt(PrefillSequence):
 
     num_pages: int
     queued_at: float
+    limit: int | None = None  # rows from there on are computed, wherever else they are
 
     @property
     def pages(self) -> list[int]:
@@ -94,14 +97,28 @@ class PrefillHost:
     def __init__(self, config: WorkerConfig) -> None:
         self.resources = load(config)
         self.engine = PrefillEngine(self.resources)
-        self.scheduler: PrefillScheduler[QueuedPrompt] = PrefillScheduler(self.resources.pool, config.chunk)
+        self.prefixes = Prefixes(self.resources)
+        self.scheduler: PrefillScheduler[QueuedPrompt] = PrefillScheduler(
+            self.resources.pool, config.chunk, self._take
+        )
 
     def step(self) -> bool:
         """One prefill step; False when no prompt can advance."""
         work = self.scheduler.plan()
         if work:
             self.engine.step(work)
+        for prompt, _ in work:
+            if prompt.prefix is not None:
+                self.prefixes.keep(prompt.prefix, prompt.ctx, rows=prompt.num_computed, made=prompt.draft_rows)
         return bool(work)
+
+    def _take(self, prompt: QueuedPrompt, count: int) -> list[int]:
+        """Pages for a prompt, with what the cache has of it."""
+        if prompt.prefix is None:
+            return self.resources.pool.allocate(count)
+        pages = self.prefixes.take(prompt.prefix, prompt.ctx, count, limit=prompt.limit)
+        prompt.num_computed = prompt.prefix.start
+        return pages
 
     def check_integrity(self) -> None:
         """See scheduler."""
@@ -142,7 +159,7 @@ class PrefillService:
         )
         check(resources, request)
         events = Events(asyncio.get_running_loop())
-        prompt = self._prompt(request, events)
+        prompt = self._prompt(request, opening.have_rows, events)
         try:
             await self.engine.call(lambda: self.host.scheduler.add(prompt))
             await stream.send(
@@ -176,10 +193,13 @@ class PrefillService:
             self.tracer.span("prefill compute", request_id, began, time.perf_counter(), tokens=prompt.ctx.prompt_len)
         metrics.transfer(kv=moved(target), draft=drafts, hidden=moved("hidden"))
 
-    def _prompt(self, request: GenerateRequest, events: Events) -> QueuedPrompt:
+    def _prompt(self, request: GenerateRequest, have: Mapping[str, int], events: Events) -> QueuedPrompt:
         ctx = new_context(self.host.resources, request, [])
         drafter = self.host.resources.drafter(request.drafter)
         rows = len(request.prompt_ids) + 1 + drafter.max_nodes
+        here = request.draft_prefill == DraftPrefill.PREFILL.value
+        hidden = not here and request.sampling.max_tokens > 1 and bool(drafter.capture or drafter.want_final)
+        known = have.get(HIDDEN, 0) if hidden else None  # the hidden rows behind must be computed
         return QueuedPrompt(
             request=request,
             ctx=ctx,
@@ -188,6 +208,9 @@ class PrefillService:
             events=events,
             ship_rows=request.sampling.max_tokens > 1,
             queued_at=time.perf_counter(),
+            prefix=self.host.prefixes.begin(request, drafter, drafts=here),
+            limit=known,
+            hidden_from=known or 0,
             num_pages=pages_for(rows, self.host.resources.pool.page_size),
         )
 
@@ -213,6 +236,7 @@ class PrefillService:
                 case "done":
                     queue_ms = 1e3 * (prompt.started_at - prompt.queued_at)
                     stats = {"queue_ms": queue_ms, "prefill_ms": 1e3 * prompt.seconds}
+                    stats["cached_tokens"] = float(prompt.prefix.start if prompt.prefix else 0)
                     await stream.finish({**stats, "computed_at_s": events.rows_at})
                     return
 
@@ -229,7 +253,9 @@ class PrefillService:
             steps=self.host.engine.steps,
             stepping=sum(not prompt.finished for prompt in list(scheduler.running)),
         )
-        return dataclasses.replace(info, metrics={**info.metrics, **self.lanes.counts})
+        return dataclasses.replace(
+            info, metrics={**info.metrics, **self.lanes.counts, **self.host.prefixes.counts()}
+        )
 
 
 def page_frames(

@@ -89,6 +89,7 @@ def user_request_from_pb(message: pb.GenerateRequest) -> UserRequest:
         handoff=message.handoff,
         sample=message.sample,
         trace=message.trace,
+        cache_salt=message.cache_salt,
         resume_ids=bytes_to_ids(message.resume_ids, "resume_ids"),
     )
 
@@ -96,7 +97,7 @@ def user_request_from_pb(message: pb.GenerateRequest) -> UserRequest:
 def user_request_to_pb(request: UserRequest) -> pb.GenerateRequest:
     """The message a client sends. Raises InvalidRequest for what the message cannot hold."""
     message = pb.GenerateRequest(sampling=sampling_to_pb(request.sampling))
-    for name in ("request_id", "model", "drafter", "tree", "draft_prefill", "handoff", "sample", "trace"):
+    for name in ("request_id", "model", "drafter", "tree", "draft_prefill", "handoff", "sample", "trace", "cache_salt"):
         _set(message, name, getattr(request, name))
     if request.text is not None:
         _set(message, "text", request.text)
@@ -121,6 +122,7 @@ def worker_request_from_pb(message: pb.WorkerRequest) -> GenerateRequest:
         draft_prefill=message.draft_prefill,
         sample=message.sample,
         deadline_s=message.deadline_s if message.deadline_s > 0 else None,
+        cache_salt=message.cache_salt,
         replayed=message.replayed,
         trace=message.trace,
     )
@@ -129,7 +131,7 @@ def worker_request_from_pb(message: pb.WorkerRequest) -> GenerateRequest:
 def worker_request_to_pb(request: GenerateRequest) -> pb.WorkerRequest:
     """Raises InvalidRequest for what the message cannot hold."""
     message = pb.WorkerRequest(sampling=sampling_to_pb(request.sampling), deadline_s=request.deadline_s or 0.0)
-    for name in ("request_id", "model", "drafter", "tree", "draft_prefill", "sample", "replayed", "trace"):
+    for name in ("request_id", "model", "drafter", "tree", "draft_prefill", "sample", "replayed", "trace", "cache_salt"):
         _set(message, name, getattr(request, name))
     message.prompt_ids = _ids(request.prompt_ids, "prompt_ids")
     return message
