@@ -11,6 +11,7 @@ from decode_worker.handoff import Handed
 from decode_worker.scheduler import DecodeScheduler
 from pdspec.cache.pool import pages_for
 from pdspec.config import WorkerConfig
+from pdspec.engine.claims import Wake
 from pdspec.engine.decode import DecodeEngine
 from pdspec.engine.local import Kept, new_context
 from pdspec.engine.prefill import PrefillEngine, PrefillSequence, prompt_history
@@ -70,7 +71,9 @@ class DecodeHost:
         self.prefill, self.decode = PrefillEngine(self.resources), DecodeEngine(self.resources)
         self.prefixes = Prefixes(self.resources)
         self.scheduler: DecodeScheduler[Answer] = DecodeScheduler(
-            self.resources.pool, config.max_batch, lambda answer, count: self.prefixes.take(answer.prefix, answer.ctx, count)
+            self.resources.pool,
+            config.max_batch,
+            lambda answer, count: self.prefixes.take(answer.prefix, answer.ctx, count),
         )
         self.prompts: list[Answer] = []
 
@@ -90,6 +93,15 @@ class DecodeHost:
             queued_at=time.perf_counter(),
             prefix=self.prefixes.begin(request, drafter),
         )
+
+    def enter(self, answer: Answer, wake: Wake) -> bool:
+        """Queue an answer. False, and ``wake`` is called later, while another one fetches KV that it needs, too. Raises
+        PoolExhausted when it never fits."""
+        lands = answer.request.sampling.max_tokens > 1
+        if lands and not self.prefixes.enter(answer.prefix, answer.ctx, wake):
+            return False
+        self.scheduler.add(answer)
+        return True
 
     def step(self) -> bool:
         """One chunk of a local prefill, then one decode step."""
@@ -128,6 +140,7 @@ class DecodeHost:
             return str(error)
         self._run(answer)
         self.prefixes.keep(prefix, ctx, rows=ctx.prompt_len, made=drafter.rows_at(ctx.prompt_len))
+        self.prefixes.claims.settle(prefix)
         return ""
 
     def prefill_here(self, answer: Answer) -> None:
@@ -158,6 +171,7 @@ class DecodeHost:
         sequence = answer.sequence
         if sequence is not None and sequence.finish is not FinishReason.ERROR and answer in self.scheduler.running:
             self.prefixes.keep_answer(answer.prefix, answer.ctx, answer.drafter)
+        self.prefixes.claims.settle(answer.prefix)
         self.scheduler.release(answer)
 
     def _prefill_step(self) -> None:
@@ -178,6 +192,7 @@ class DecodeHost:
         assert isinstance(kept, Kept)
         self._run(answer)
         self.prefixes.keep(answer.prefix, answer.ctx, rows=prompt.num_computed, made=prompt.draft_rows)
+        self.prefixes.claims.settle(answer.prefix)
         if self.send_first(answer, answer.ctx.token_ids[-1], kept):
             answer.drafter.resume(answer.ctx, *kept.begun)
         else:

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from functools import partial
 from typing import TYPE_CHECKING
 
 from decode_worker.handoff import Handed, Landing
 from decode_worker.host import Answer
 from decode_worker.metrics import Moments, handoff_counted, trace
-from pdspec.errors import Overloaded, PdspecError, PeerLost, TransferDamaged
+from pdspec.engine.claims import entered
 from pdspec.engine.prefix import Prefix
+from pdspec.errors import Overloaded, PdspecError, PeerLost, TransferDamaged
 from pdspec.sampling import stopping_ids
 from pdspec.spec.protocol import Drafter
 from pdspec.transfer.frames import Open
@@ -64,7 +66,7 @@ class Run:
         """Errors go to the answer's queue: its coroutine raises them."""
         try:
             engine, host, answer = self.service.engine, self.service.host, self.answer
-            await engine.call(lambda: host.scheduler.add(answer))
+            await entered(engine, partial(host.enter, answer))
             self.service.counts["waited_for_pages"] += not answer.pages
             await answer.room
             metrics = self.service.metrics

@@ -35,9 +35,7 @@ class DecodeScheduler(Generic[R]):
     """``max_batch`` bounds granted and running together. Pages come from ``take(item, count)``, which may find some of
     them in a cache."""
 
-    def __init__(
-        self, pool: PagePool, max_batch: int, take: Callable[[R, int], list[int]] | None = None
-    ) -> None:
+    def __init__(self, pool: PagePool, max_batch: int, take: Callable[[R, int], list[int]] | None = None) -> None:
         self.pool, self.max_batch = pool, max_batch
         self._take = take or (lambda item, count: pool.allocate(count))
         self.waiting: deque[R] = deque()

@@ -118,7 +118,7 @@ class DecodeService(rpc.DecodeWorkerServicer):
             worker_id=self.worker_id,
             role="decode",
             address=self.address,
-            queued=len(scheduler.waiting),
+            queued=len(scheduler.waiting) + len(self.host.prefixes.claims),
             running=len(scheduler.granted) + len(scheduler.running),
             steps=decode.steps + self.host.prefill.steps,
             stepping=len(scheduler.running) + len(self.host.prompts),

@@ -101,8 +101,8 @@ class WorkerConfig(Settings):
     num_pages: int = option(0, "KV pages; 0: from cache_tokens", low=0)
     cache_tokens: int = option(65536, "tokens that the KV cache holds", low=1)
     prefix_cache: str = option(
-        "auto", "which KV of ended requests serves new ones with the same beginning: all; prompt, what prefills computed;"
-        " off; auto: all where numerics are exact, else prompt", choices=PREFIX_CACHES,
+        "auto", "which KV of earlier requests serves those that begin alike: all; prompt, what prefills computed; off;"
+        " auto: all where numerics are exact, else prompt", choices=PREFIX_CACHES,
     )  # fmt: skip
     max_batch: int = option(64, "sequences that run at once", low=1)
     chunk: int = option(512, "prompt tokens of one prefill step", low=1)

@@ -28,8 +28,8 @@ P = TypeVar("P", bound=Prompt)
 
 
 class PrefillScheduler(Generic[P]):
-    """``waiting`` have no pages yet; ``running`` hold all they need, from ``take(prompt, count)``, which may find some of
-    them in a cache."""
+    """``waiting`` have no pages yet; ``running`` hold all they need. Pages come from ``take(prompt, count)``, which may
+    find some of them in a cache."""
 
     def __init__(self, pool: PagePool, chunk: int, take: Callable[[P, int], list[int]] | None = None) -> None:
         self.pool, self.chunk = pool, chunk

@@ -11,6 +11,7 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import grpc
@@ -20,10 +21,9 @@ import torch
 from pdspec.cache.paged import PagedCache
 from pdspec.cache.pool import pages_for
 from pdspec.config import WorkerConfig
+from pdspec.engine.claims import entered
 from pdspec.engine.local import check, new_context
-from pdspec.engine.prefill import PrefillEngine, PrefillSequence
-from pdspec.engine.prefix import Prefixes
-from pdspec.engine.resources import check_fingerprint, load
+from pdspec.engine.resources import check_fingerprint
 from pdspec.engine.serving import RunningWorker, StatusService, describe
 from pdspec.engine.thread import EngineThread, tell
 from pdspec.errors import PdspecError
@@ -41,21 +41,7 @@ from pdspec.transfer.segment import sweep
 from pdspec.transfer.shm_serve import Lanes
 from pdspec.types import DraftPrefill, GenerateRequest, TokenLogprob, WorkerInfo
 from pdspec.wire import pdspec_pb2_grpc as rpc
-from prefill_worker.scheduler import PrefillScheduler
-
-
-@dataclasses.dataclass(kw_only=True, eq=False)
-class QueuedPrompt(PrefillSequence):
-    """A sequence with what the scheduler asks for."""
-
-    num_pages: int
-    queued_at: float
-    limit: int | None = None  # rows from there on are computed, wherever else they are
-
-    @property
-    def pages(self) -> list[int]:
-        """Its page ids."""
-        return self.ctx.pages
+from prefill_worker.host import PrefillHost, QueuedPrompt
 
 
 class Events:
@@ -91,44 +77,6 @@ class Events:
         self._tell("done")
 
 
-class PrefillHost:
-    """What runs on the engine thread."""
-
-    def __init__(self, config: WorkerConfig) -> None:
-        self.resources = load(config)
-        self.engine = PrefillEngine(self.resources)
-        self.prefixes = Prefixes(self.resources)
-        self.scheduler: PrefillScheduler[QueuedPrompt] = PrefillScheduler(
-            self.resources.pool, config.chunk, self._take
-        )
-
-    def step(self) -> bool:
-        """One prefill step; False when no prompt can advance."""
-        work = self.scheduler.plan()
-        if work:
-            self.engine.step(work)
-        for prompt, _ in work:
-            if prompt.prefix is not None:
-                self.prefixes.keep(prompt.prefix, prompt.ctx, rows=prompt.num_computed, made=prompt.draft_rows)
-        return bool(work)
-
-    def _take(self, prompt: QueuedPrompt, count: int) -> list[int]:
-        """Pages for a prompt, with what the cache has of it."""
-        if prompt.prefix is None:
-            return self.resources.pool.allocate(count)
-        pages = self.prefixes.take(prompt.prefix, prompt.ctx, count, limit=prompt.limit)
-        prompt.num_computed = prompt.prefix.start
-        return pages
-
-    def check_integrity(self) -> None:
-        """See scheduler."""
-        self.scheduler.check_integrity()
-
-    def close(self) -> None:
-        """Stop the kernels' threads."""
-        self.resources.close()
-
-
 class PrefillService:
     """Serves streams on the asyncio thread."""
 
@@ -141,6 +89,7 @@ class PrefillService:
             running=lambda: len(scheduler.running) + len(scheduler.held),
             waiting=lambda: len(scheduler.waiting),
             pool=lambda: (pool.held, pool.num_pages),
+            prefix=host.prefixes.counts,
         )
         self.lanes = Lanes(config.mover)
 
@@ -161,7 +110,7 @@ class PrefillService:
         events = Events(asyncio.get_running_loop())
         prompt = self._prompt(request, opening.have_rows, events)
         try:
-            await self.engine.call(lambda: self.host.scheduler.add(prompt))
+            await entered(self.engine, partial(self.host.enter, prompt))
             await stream.send(
                 Begin(
                     epoch=opening.epoch,
@@ -178,7 +127,7 @@ class PrefillService:
             raise
         finally:
             prompt.abandoned = True
-            self.engine.post(lambda: self.host.scheduler.release(prompt))
+            self.engine.post(lambda: self.host.release(prompt))
 
     def _count(self, stream: PrefillStream, prompt: QueuedPrompt) -> None:
         metrics, moved = self.metrics, stream.ledger.moved
@@ -248,14 +197,12 @@ class PrefillService:
             worker_id=self.worker_id,
             role="prefill",
             address=self.address,
-            queued=len(scheduler.waiting),
+            queued=len(scheduler.waiting) + len(self.host.prefixes.claims),
             running=len(scheduler.running),
             steps=self.host.engine.steps,
             stepping=sum(not prompt.finished for prompt in list(scheduler.running)),
         )
-        return dataclasses.replace(
-            info, metrics={**info.metrics, **self.lanes.counts, **self.host.prefixes.counts()}
-        )
+        return dataclasses.replace(info, metrics={**info.metrics, **self.lanes.counts, **self.host.prefixes.counts()})
 
 
 def page_frames(

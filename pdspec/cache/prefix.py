@@ -4,7 +4,7 @@ The key of page i is a hash of everything up to its end: of what the KV depends 
 salt), of the pages before, and of its own tokens. So equal keys mean equal target rows, and a page's place in a chain
 needs no tree: what is evicted and kept again finds its old neighbours.
 
-Draft rows at the end of a page read tokens behind it (``ahead`` of them). They are right for who goes on with these very
+Draft rows at the end of a page read tokens behind it (``ahead`` of them). They are right for who goes on with these
 tokens; whoever goes on otherwise takes the page as the last one, in a copy, and makes these rows anew. So one key may
 have several pages: for other draft groups, and for other tokens behind.
 """

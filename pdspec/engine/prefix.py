@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from pdspec.cache.pool import PagePool, pages_for
 from pdspec.cache.prefix import CachedPage, PageKeys, PrefixIndex
+from pdspec.engine.claims import Claims, Wake
 from pdspec.engine.resources import Resources
 from pdspec.spec.protocol import DraftContext, Drafter, HiddenRows
 from pdspec.types import GenerateRequest
@@ -84,6 +85,7 @@ class Prefixes:
         self.decoded = mode == "all" or (mode == "auto" and numerics != "fast")
         target = f"{resources.fingerprint['target']} {numerics}"
         self.index = PrefixIndex(self.pool, target)
+        self.claims = Claims()
         self.queried = self.hit = 0  # prompt tokens
 
     def begin(self, request: GenerateRequest, drafter: Drafter, *, drafts: bool = True) -> Prefix:
@@ -98,9 +100,19 @@ class Prefixes:
             boundaries=Boundaries(carry if self.enabled else 0, self.pool.page_size),
         )
 
+    def enter(self, prefix: Prefix, ctx: DraftContext, wake: Wake, *, limit: int | None = None) -> bool:
+        """Whether a prompt may go on; False, and ``wake`` is called, while another one computes what it lacks of its
+        first ``limit`` rows."""
+        if not self.enabled:
+            return True
+        rows = ctx.prompt_len if limit is None else min(limit, ctx.prompt_len)
+        keys = prefix.keys.first(ctx.token_ids, rows // self.pool.page_size)
+        found = len(self.index.find(keys, ctx.token_ids, prefix.groups))
+        return self.claims.enter(prefix, [(key, prefix.groups) for key in keys[found:]], wake)
+
     def take(self, prefix: Prefix, ctx: DraftContext, count: int, *, limit: int | None = None) -> list[int]:
-        """``count`` pages for a sequence, the beginning of its prompt in them as far as it is cached. At least one prompt
-        row is computed anyway, and so are those from ``limit`` on. The pool must have ``count`` free pages."""
+        """``count`` pages for a sequence, the beginning of its prompt in them as far as it is cached. At least one row
+        is computed anyway, and so are those from ``limit`` on. The pool must have ``count`` free pages."""
         size, end = self.pool.page_size, min(ctx.prompt_len - 1, ctx.prompt_len if limit is None else limit)
         found = self._find(prefix, ctx, min(ctx.prompt_len // size, pages_for(end, size)))
         rows = min(end, len(found) * size)

@@ -38,9 +38,10 @@ class FeatureModel(Protocol):
 @dataclass(kw_only=True)
 class FeatureState:
     """A sequence's part. ``feature`` [1, H] is the output of the last committed row, ``waiting`` [1 or 0, H] the
-    features of the row whose token is not known yet. Rows before ``origin`` were in the pages when it began. ``candidates`` are what crosses the handoff, ``first`` the first
+    features of the row whose token is not known yet. ``candidates`` are what crosses the handoff, ``first`` the first
     children of the next tree; both are made when first needed. ``made`` has, where KV is unstable, the slot of each
-    expanded node of the last tree by the tokens that lead to it."""
+    expanded node of the last tree by the tokens that lead to it. Rows of modules in series before ``origin`` were in
+    the pages when the prefill began."""
 
     spec: TreeSpec
     rows: int  # committed draft rows

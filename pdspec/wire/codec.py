@@ -131,8 +131,9 @@ def worker_request_from_pb(message: pb.WorkerRequest) -> GenerateRequest:
 def worker_request_to_pb(request: GenerateRequest) -> pb.WorkerRequest:
     """Raises InvalidRequest for what the message cannot hold."""
     message = pb.WorkerRequest(sampling=sampling_to_pb(request.sampling), deadline_s=request.deadline_s or 0.0)
-    for name in ("request_id", "model", "drafter", "tree", "draft_prefill", "sample", "replayed", "trace", "cache_salt"):
+    for name in ("request_id", "model", "drafter", "tree", "draft_prefill", "sample", "replayed", "trace"):
         _set(message, name, getattr(request, name))
+    _set(message, "cache_salt", request.cache_salt)
     message.prompt_ids = _ids(request.prompt_ids, "prompt_ids")
     return message
 
