@@ -32,7 +32,7 @@ SAMPLED = {"temperature": 0.8, "top_p": 0.95}
 @pytest.fixture(scope="module")
 def roles() -> Iterator[Roles]:
     sizes = {"prefill": {"page_size": 16, "chunk": 8}, "decode": {"page_size": 8}}
-    with running(dtype="float32", **sizes, **EVERY) as roles:
+    with running(dtype="float32", prefix_cache="all", **sizes, **EVERY) as roles:
         yield roles
 
 
@@ -67,6 +67,7 @@ def test_a_conversation_is_the_same_and_moves_only_what_is_new(roles, passing, d
         mode = "prefill" if mode == "decode" else "decode"
         seed = 100 + index + 50 * (handoff is Handoff.RELAY)
         asked = request(drafter, tree, n=30 + index % 9, seed=seed, sampling=SAMPLED, draft_prefill=mode)
+        reach = 0  # rows that the turn before has left
         for turn in range(3):
             (answer,) = roles.ask(asked, route=route)
             check(roles, asked, answer)
@@ -132,7 +133,7 @@ def test_a_decode_worker_that_prefills_itself_uses_its_cache(roles, drafter):
 
 def test_a_tiny_pool_evicts_and_stays_right():
     """Room for one answer and a little more: every request throws out what others left."""
-    with running(dtype="float32", drafters=("none", "eagle3"), num_pages=22, page_size=8) as roles:
+    with running(dtype="float32", drafters=("none", "eagle3"), num_pages=22, page_size=8, prefix_cache="auto") as roles:
         asks = [request(drafter, n=40 + 3 * i, seed=i % 2, sampling={"max_tokens": 24})
                 for i, drafter in enumerate(("eagle3", "none", "eagle3", "eagle3", "none", "eagle3"))]  # fmt: skip
         for asked in asks:
@@ -146,7 +147,7 @@ def test_a_tiny_pool_evicts_and_stays_right():
 def test_what_is_damaged_or_left_is_not_kept():
     """Damaged frames, rebuilt draft state and clients that leave: the answers after them are right all the same."""
     faulty = {"frame_faults": {"flip": 0.05, "drop": 0.01}, "chunk": 8}
-    with running(dtype="float32", prefill=faulty, decode={"on_prefill_failure": "local"}) as roles:
+    with running(dtype="float32", prefix_cache="auto", prefill=faulty, decode={"on_prefill_failure": "local"}) as roles:
         asked, rebuilt = request("eagle3", n=37, seed=9, sampling=SAMPLED), 0
         for turn in range(6):
             run_client(leave(roles, asked))

@@ -73,7 +73,7 @@ def test_pages_in_use_are_never_given_up():
 
 
 def test_draft_rows_count_only_with_the_tokens_they_have_read():
-    """Two answers go on differently behind a page: each finds its own as an inner page, a third takes one as its last."""
+    """Two answers go on differently behind a page: each finds its own; to a third one it is the last page."""
     index, same = make(num_pages=16), list(range(4))
     a, b = (fill(index, [*same, *[token] * 5], groups=EAGLE, ahead=1) for token in (7, 8))
     assert find(index, [*same, *[7] * 5], EAGLE) == a and find(index, [*same, *[8] * 5], EAGLE) == b
