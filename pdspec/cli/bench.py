@@ -99,7 +99,7 @@ def prefix(
     runs: Annotated[int, typer.Option(min=1, help="Conversations, in turns; the median counts.")] = 5,
     json: Json = False,
 ) -> None:
-    """Time to the first token and bytes moved at a chat's second turn, and for samples of a prompt, by prefix caches."""
+    """Time to the first token and bytes moved, with and without prefix caches: a chat's second turn, and samples."""
     with only_json(json):
         from pdspec.study import bench_prefix as study
 

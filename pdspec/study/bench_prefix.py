@@ -1,4 +1,4 @@
-"""``pdspec bench prefix``: what the prefix caches save at the second turn of a chat, and for several samples of a prompt.
+"""``pdspec bench prefix``: what prefix caches save at the second turn of a chat, and for several samples of a prompt.
 
 Two deployments, with and without caches, are asked the same in turns; their answers and accepted drafts must be equal.
 """
