@@ -49,6 +49,11 @@ class Answer:
         """Page ids, empty before the grant."""
         return self.ctx.pages
 
+    @property
+    def missing(self) -> int:
+        """Prompt rows to be computed."""
+        return self.ctx.prompt_len - self.prefix.start
+
     def grant(self) -> None:
         """See Reserved."""
         self.granted_at = time.perf_counter()

@@ -72,8 +72,9 @@ class Run:
             metrics = self.service.metrics
             metrics.queue.observe(answer.granted_at - answer.queued_at)
             metrics.replays.inc(answer.request.replayed > 0)
-            if not self.route.prefill:
+            if not self.route.prefill or answer.missing <= self.service.config.local_prefill:
                 metrics.local.inc()
+                self.service.counts["local_prefills"] += bool(self.route.prefill)
                 await engine.call(lambda: host.prefill_here(answer))
                 return
             handed = await self._handoff()
@@ -194,7 +195,7 @@ class Run:
             hidden_bytes=handed.hidden_bytes,
             prefill_worker=handed.prefill_worker or self.service.worker_id,
             decode_worker=self.service.worker_id,
-            handoff=self.route.handoff.value if self.route.prefill else "none",
+            handoff=self.route.handoff.value if self.route.prefill and handed.epoch else "none",
             queue_ms=1e3 * (answer.granted_at - answer.queued_at) + handed.stats.get("queue_ms", 0.0),
             prefill_ms=handed.stats.get("prefill_ms", 1e3 * answer.prompt.seconds if answer.prompt else 0.0),
             transfer_exposed_ms=handed.exposed_ms,

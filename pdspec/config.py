@@ -104,6 +104,9 @@ class WorkerConfig(Settings):
         "auto", "which KV of earlier requests serves those that begin alike: all; prompt, what prefills computed; off;"
         " auto: all where numerics are exact, else prompt", choices=PREFIX_CACHES,
     )  # fmt: skip
+    local_prefill: int = option(
+        0, "a decode worker computes a prompt itself when no more tokens of it than that are missing", low=0
+    )
     max_batch: int = option(64, "sequences that run at once", low=1)
     chunk: int = option(512, "prompt tokens of one prefill step", low=1)
     threads: int = option(0, "CPU threads; 0: all cores", low=0)
