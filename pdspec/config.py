@@ -166,6 +166,9 @@ class RouterConfig(Settings):
     max_message_bytes: int = option(4 << 20, "largest request taken", low=1024)
     heartbeat_s: float = option(0.2, "interval of the questions to the workers", low=0.05, high=60)
     lost_after_s: float = option(0.7, "a worker that leaves one unanswered for so long is lost", low=0.05, high=60)
+    cache_weight: float = option(
+        4.0, "requests of load that a worker whose cache has a whole prompt may have more than others; 0: never", low=0
+    )
     stall_s: float = option(5.0, "a worker that has work and makes no step for so long is lost", low=0.1)
     failover_wait_s: float = option(15.0, "an answer waits so long for a worker to come back", low=0)
     max_replays: int = option(16, "times that one answer may move to another worker", low=0)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
 
@@ -32,6 +32,7 @@ from pdspec.wire.status import from_peer_error, is_broken
 from router.failover import Failures, WorkerDied
 from router.fleet import Fleet, Ticket
 from router.policy import MAX_WAITING, RETRY_AFTER_MS, WorkerState, choose
+from router.prefixes import PrefixMap
 from router.tally import Tally
 
 log = logging.getLogger(__name__)
@@ -48,8 +49,10 @@ class Answer:
 
     def __init__(
         self, request: GenerateRequest, *, fleet: Fleet, text: AnswerText, config: RouterConfig, handoff: Handoff,
-        resumed: tuple[int, ...] = (),
+        resumed: tuple[int, ...] = (), prefixes: PrefixMap | None = None,
     ) -> None:  # fmt: skip
+        self._prefixes, self._cache_weight = PrefixMap() if prefixes is None else prefixes, config.cache_weight
+        self._blocks: list[bytes] = []  # of the prompt that is routed
         self._request, self._fleet, self._text = request, fleet, text
         self._handoff, self._relay = handoff, config.relay
         self._failures = Failures(config)
@@ -72,7 +75,10 @@ class Answer:
             if request.sampling.max_tokens <= 0:  # the last token came, the word that it was the last did not
                 yield self._out(self._empty(), route, text=self._text.flush(), finish=FinishReason.LENGTH, cut=True)
                 return
+            self._blocks = self._keys(request.prompt_ids)
             route = await self._route(request)
+            for address in (route.decode, *route.prefill[:1]):
+                self._prefixes.note(self._blocks, address)
             try:
                 async with aclosing(self._attempt(request, route)) as outgoing:
                     async for chunk in outgoing:
@@ -105,10 +111,12 @@ class Answer:
     def _choose(self, request: GenerateRequest, since: float) -> Route:
         """Raises _NotNow where a wait may help, else why nobody can be chosen."""
         views, tokens = self._fleet.views(), len(request.prompt_ids) + request.sampling.max_tokens
+        found = self._prefixes.cached(self._blocks)
         try:
             return choose(
                 views, handoff=self._handoff, relay=self._relay, tokens=tokens, drafter=request.drafter,
-                exclude=self._failures.excluded(),
+                exclude=self._failures.excluded(), cache_weight=self._cache_weight,
+                cached={address: count / len(request.prompt_ids) for address, count in found.items()},
             )  # fmt: skip
         except (PeerLost, Overloaded) as error:
             coming = any(view.state in (WorkerState.LOST, WorkerState.UNKNOWN) for view in views)
@@ -150,9 +158,13 @@ class Answer:
             raise self._failure(error, route) from error
         finally:
             call.cancel()
+            self._prefixes.note(self._keys((*self._request.prompt_ids, *self._ids)), route.decode)
             for ticket in tickets:
                 if ticket:
                     ticket.close()
+
+    def _keys(self, token_ids: Sequence[int]) -> list[bytes]:
+        return PrefixMap.keys(token_ids, self._request.cache_salt) if self._cache_weight else []
 
     def _take(self, chunk: TokenChunk, route: Route, *, first: bool) -> pb.GenerateChunk:
         self._stats = chunk.stats or self._stats

@@ -179,8 +179,8 @@ def test_caches_can_be_off_or_keep_prompts_alone(mode):
 
 def test_a_short_rest_is_computed_where_the_cache_is():
     """The decode worker has the answer's KV, which no prefill worker has: it computes what the user adds."""
-    with running(dtype="float32", drafter="mtp", drafters=("none", "mtp"), heads={"mtp": "random:0"}, prefix_cache="auto",
-                 decode={"local_prefill": 32}) as roles:  # fmt: skip
+    mtp = {"drafter": "mtp", "drafters": ("none", "mtp"), "heads": {"mtp": "random:0"}}
+    with running(dtype="float32", prefix_cache="auto", decode={"local_prefill": 32}, **mtp) as roles:
         asked = request("mtp", n=45, seed=2)
         for turn in range(3):
             (answer,) = roles.ask(asked)
