@@ -187,3 +187,33 @@ def test_a_short_rest_is_computed_where_the_cache_is():
             check(roles, asked, answer)
             assert answer.stats.handoff == ("none" if turn else "direct") and (answer.stats.kv_bytes == 0) == bool(turn)
             asked = next_turn(asked, answer.tokens, 1, 2, 3)
+
+
+@pytest.mark.parametrize("budget", ["fixed", "goodput"])
+def test_cached_rows_are_those_of_a_prefill_to_the_bit(budget):
+    """Target and draft KV that a decode worker keeps of an answer, against a prefill of the same tokens."""
+    heads = dict.fromkeys(("eagle3", "mtp"), "random:0")
+    names = {"drafter": "mtp", "drafters": ("none", *heads), "heads": heads}
+    with running(dtype="float32", prefix_cache="auto", decode={"budget": budget}, **names) as roles:
+        for drafter in ("eagle3", "mtp"):
+            asked = request(drafter, n=37, seed=5, sampling={"max_tokens": 60})
+            (answer,) = roles.ask(asked)
+            whole, held = next_turn(asked, answer.tokens), []
+            local, there = roles.local.resources, roles.decode.engine.host
+            sequence, _ = roles.local.begin(whole, held)
+            found = roles.decode.engine.post(lambda host=there, one=whole: cached_pages(host, one)).result(10)
+            rows = len(found) * local.pool.page_size
+            assert rows >= (80 if budget == "fixed" else 32)
+            due = {local.runner.group.name: rows, **sequence.drafter.rows_at(rows - 1)}
+            for group, count in due.items():
+                for layer in range(local.cache.layout(group).num_layers):
+                    mine = local.cache.read_rows(group, layer, sequence.ctx.pages, 0, count)
+                    assert there.resources.cache.read_rows(group, layer, found, 0, count) == mine, (drafter, group)
+            local.pool.release(held[0])
+
+
+def cached_pages(host, asked: GenerateRequest) -> list[int]:
+    prefix = host.prefixes.begin(asked, host.resources.drafter(asked.drafter))
+    size = host.resources.pool.page_size
+    keys = prefix.keys.first(asked.prompt_ids, len(asked.prompt_ids) // size)
+    return [one.page for one in host.prefixes.index.find(keys, asked.prompt_ids, prefix.groups)]
