@@ -21,6 +21,7 @@ def metrics_of(host: DecodeHost) -> DecodeMetrics:
         running=lambda: len(scheduler.granted) + len(scheduler.running),
         waiting=lambda: len(scheduler.waiting),
         pool=lambda: (pool.held, pool.num_pages),
+        prefix=host.prefixes.counts,
         engine=lambda: (decode.steps, dict(decode.clocks)),
     )
 

@@ -9,6 +9,7 @@ A reservation holds all the pages that its answer can ever need, so a running se
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 from pdspec.cache.pool import PagePool
@@ -31,10 +32,12 @@ R = TypeVar("R", bound=Reserved)
 
 
 class DecodeScheduler(Generic[R]):
-    """``max_batch`` bounds granted and running together."""
+    """``max_batch`` bounds granted and running together. Pages come from ``take(item, count)``, which may find some of
+    them in a cache."""
 
-    def __init__(self, pool: PagePool, max_batch: int) -> None:
+    def __init__(self, pool: PagePool, max_batch: int, take: Callable[[R, int], list[int]] | None = None) -> None:
         self.pool, self.max_batch = pool, max_batch
+        self._take = take or (lambda item, count: pool.allocate(count))
         self.waiting: deque[R] = deque()
         self.granted: list[R] = []
         self.running: list[R] = []
@@ -52,7 +55,7 @@ class DecodeScheduler(Generic[R]):
             if self.waiting[0].num_pages > self.pool.free:
                 return
             item = self.waiting.popleft()
-            item.pages.extend(self.pool.allocate(item.num_pages))
+            item.pages.extend(self._take(item, item.num_pages))
             self.granted.append(item)
             item.grant()
 
@@ -74,5 +77,5 @@ class DecodeScheduler(Generic[R]):
         self.admit()
 
     def check_integrity(self) -> None:
-        """Every held page belongs to exactly one reservation."""
+        """Every held page belongs to those who hold it, and to nobody else."""
         self.pool.check_integrity([item.pages for item in (*self.granted, *self.running)])

@@ -118,14 +118,14 @@ class DecodeService(rpc.DecodeWorkerServicer):
             worker_id=self.worker_id,
             role="decode",
             address=self.address,
-            queued=len(scheduler.waiting),
+            queued=len(scheduler.waiting) + len(self.host.prefixes.claims),
             running=len(scheduler.granted) + len(scheduler.running),
             steps=decode.steps + self.host.prefill.steps,
             stepping=len(scheduler.running) + len(self.host.prompts),
             unreachable=self.links.down(),
         )
         clocks = {f"{name}_seconds": seconds for name, seconds in list(decode.clocks.items())}
-        own = {**self.counts, **totals(self.host, self.metrics), **self.offers.counts}
+        own = {**self.counts, **totals(self.host, self.metrics), **self.offers.counts, **self.host.prefixes.counts()}
         return dataclasses.replace(info, metrics={**info.metrics, **clocks, **own})
 
 

@@ -76,6 +76,8 @@ class Answer:
             "kv_bytes": stats.kv_bytes,
             "draft_kv_bytes": stats.draft_kv_bytes,
             "hidden_bytes": stats.hidden_bytes,
+            "cached_tokens": stats.cached_tokens,
+            "prefill_cached_tokens": stats.prefill_cached_tokens,
         }
 
 

@@ -19,6 +19,7 @@ HANDOFFS = ("direct", "relay")
 MOVERS = ("auto", "grpc", "shm")
 SURVIVALS = ("auto", "online", "fixed", "q")
 BUDGETS = ("fixed", "goodput")
+PREFIX_CACHES = ("auto", "all", "prompt", "off")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 
@@ -99,6 +100,13 @@ class WorkerConfig(Settings):
     page_size: int = option(16, "tokens of one KV page", low=1, high=4096)
     num_pages: int = option(0, "KV pages; 0: from cache_tokens", low=0)
     cache_tokens: int = option(65536, "tokens that the KV cache holds", low=1)
+    prefix_cache: str = option(
+        "auto", "which KV of earlier requests serves those that begin alike: all; prompt, what prefills computed; off;"
+        " auto: all where numerics are exact, else prompt", choices=PREFIX_CACHES,
+    )  # fmt: skip
+    local_prefill: int = option(
+        0, "a decode worker computes a prompt itself when no more tokens of it than that are missing", low=0
+    )
     max_batch: int = option(64, "sequences that run at once", low=1)
     chunk: int = option(512, "prompt tokens of one prefill step", low=1)
     threads: int = option(0, "CPU threads; 0: all cores", low=0)
@@ -158,6 +166,9 @@ class RouterConfig(Settings):
     max_message_bytes: int = option(4 << 20, "largest request taken", low=1024)
     heartbeat_s: float = option(0.2, "interval of the questions to the workers", low=0.05, high=60)
     lost_after_s: float = option(0.7, "a worker that leaves one unanswered for so long is lost", low=0.05, high=60)
+    cache_weight: float = option(
+        4.0, "requests of load that a worker whose cache has a whole prompt may have more than others; 0: never", low=0
+    )
     stall_s: float = option(5.0, "a worker that has work and makes no step for so long is lost", low=0.1)
     failover_wait_s: float = option(15.0, "an answer waits so long for a worker to come back", low=0)
     max_replays: int = option(16, "times that one answer may move to another worker", low=0)

@@ -94,6 +94,7 @@ class GenerateRequest:
     sample: int = 0  # index among the n samples of one prompt; part of the noise key
     deadline_s: float | None = None  # remaining seconds, not a clock reading
     trace: bool = False  # report each verification's draft in the chunks
+    cache_salt: str = ""  # prefixes are shared among requests of the same salt alone
     replayed: int = 0  # the last ids of prompt_ids that are output already (a stream moved here after a loss)
 
 
@@ -114,6 +115,7 @@ class UserRequest:
     handoff: str = ""  # empty: the deployment's default
     sample: int = 0
     trace: bool = False
+    cache_salt: str = ""
     resume_ids: tuple[int, ...] = ()  # tokens of the answer that came before its stream broke; needs the seed
     fit_context: bool = False  # lower max_tokens to what the context leaves behind the prompt
 
@@ -170,8 +172,9 @@ class GenerationStats:
     draft_rebuilds: int = 0
     prefill_retries: int = 0
     partial: bool = False  # cut at a stop string or moved by the router: counts it could not see are 0
+    cached_tokens: int = 0  # of the prompt, whose KV the decode worker had
+    prefill_cached_tokens: int = 0  # of the prompt, that the prefill worker did not compute
     moves: int = 0  # times the stream continued on another decode worker
-    wire_kv: str = ""  # "int8": LOSSY, KV was rounded for the wire
 
     @property
     def acceptance_length(self) -> float:

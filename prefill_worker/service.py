@@ -11,6 +11,7 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import grpc
@@ -20,9 +21,9 @@ import torch
 from pdspec.cache.paged import PagedCache
 from pdspec.cache.pool import pages_for
 from pdspec.config import WorkerConfig
+from pdspec.engine.claims import entered
 from pdspec.engine.local import checked, new_context
-from pdspec.engine.prefill import PrefillEngine, PrefillSequence
-from pdspec.engine.resources import check_fingerprint, load
+from pdspec.engine.resources import check_fingerprint
 from pdspec.engine.serving import RunningWorker, StatusService, describe
 from pdspec.engine.thread import EngineThread, tell
 from pdspec.errors import PdspecError
@@ -34,25 +35,13 @@ from pdspec.tracing import tracer_of
 from pdspec.transfer.faults import FrameFaults
 from pdspec.transfer.frames import FRAME_BYTES, Begin, DraftStart, First, HiddenRows, Pages
 from pdspec.transfer.grpc_serve import PrefillStream, prefill_handler
+from pdspec.transfer.ledger import HIDDEN
 from pdspec.transfer.pace import Pace
 from pdspec.transfer.segment import sweep
 from pdspec.transfer.shm_serve import Lanes
 from pdspec.types import DraftPrefill, GenerateRequest, TokenLogprob, WorkerInfo
 from pdspec.wire import pdspec_pb2_grpc as rpc
-from prefill_worker.scheduler import PrefillScheduler
-
-
-@dataclasses.dataclass(kw_only=True, eq=False)
-class QueuedPrompt(PrefillSequence):
-    """A sequence with what the scheduler asks for."""
-
-    num_pages: int
-    queued_at: float
-
-    @property
-    def pages(self) -> list[int]:
-        """Its page ids."""
-        return self.ctx.pages
+from prefill_worker.host import PrefillHost, QueuedPrompt
 
 
 class Events:
@@ -92,30 +81,6 @@ class Events:
         self._tell("failed", error)
 
 
-class PrefillHost:
-    """What runs on the engine thread."""
-
-    def __init__(self, config: WorkerConfig) -> None:
-        self.resources = load(config)
-        self.engine = PrefillEngine(self.resources)
-        self.scheduler: PrefillScheduler[QueuedPrompt] = PrefillScheduler(self.resources.pool, config.chunk)
-
-    def step(self) -> bool:
-        """One prefill step; False when no prompt can advance."""
-        work = self.scheduler.plan()
-        if work:
-            self.engine.step(work)
-        return bool(work)
-
-    def check_integrity(self) -> None:
-        """See scheduler."""
-        self.scheduler.check_integrity()
-
-    def close(self) -> None:
-        """Stop the kernels' threads."""
-        self.resources.close()
-
-
 class PrefillService:
     """Serves streams on the asyncio thread."""
 
@@ -128,6 +93,7 @@ class PrefillService:
             running=lambda: len(scheduler.running) + len(scheduler.held),
             waiting=lambda: len(scheduler.waiting),
             pool=lambda: (pool.held, pool.num_pages),
+            prefix=host.prefixes.counts,
         )
         self.lanes = Lanes(config.mover)
 
@@ -146,9 +112,9 @@ class PrefillService:
         )
         await checked(resources, request)
         events = Events(asyncio.get_running_loop())
-        prompt = self._prompt(request, events)
+        prompt = self._prompt(request, opening.have_rows, events)
         try:
-            await self.engine.call(lambda: self.host.scheduler.add(prompt))
+            await entered(self.engine, partial(self.host.enter, prompt))
             await stream.send(
                 Begin(
                     epoch=opening.epoch,
@@ -165,7 +131,7 @@ class PrefillService:
             raise
         finally:
             prompt.abandoned = True
-            self.engine.post(lambda: self.host.scheduler.release(prompt))
+            self.engine.post(lambda: self.host.release(prompt))
 
     def _count(self, stream: PrefillStream, prompt: QueuedPrompt) -> None:
         metrics, moved = self.metrics, stream.ledger.moved
@@ -180,10 +146,13 @@ class PrefillService:
             self.tracer.span("prefill compute", request_id, began, time.perf_counter(), tokens=prompt.ctx.prompt_len)
         metrics.transfer(kv=moved(target), draft=drafts, hidden=moved("hidden"))
 
-    def _prompt(self, request: GenerateRequest, events: Events) -> QueuedPrompt:
+    def _prompt(self, request: GenerateRequest, have: Mapping[str, int], events: Events) -> QueuedPrompt:
         ctx = new_context(self.host.resources, request, [])
         drafter = self.host.resources.drafter(request.drafter)
         rows = len(request.prompt_ids) + 1 + drafter.max_nodes
+        here = request.draft_prefill == DraftPrefill.PREFILL.value
+        hidden = not here and request.sampling.max_tokens > 1 and bool(drafter.capture or drafter.want_final)
+        known = have.get(HIDDEN, 0) if hidden else None  # the hidden rows behind must be computed
         return QueuedPrompt(
             request=request,
             ctx=ctx,
@@ -192,6 +161,9 @@ class PrefillService:
             events=events,
             ship_rows=request.sampling.max_tokens > 1,
             queued_at=time.perf_counter(),
+            prefix=self.host.prefixes.begin(request, drafter, drafts=here),
+            limit=known,
+            hidden_from=known or 0,
             num_pages=pages_for(rows, self.host.resources.pool.page_size),
         )
 
@@ -221,6 +193,7 @@ class PrefillService:
                 case "done":
                     queue_ms = 1e3 * (prompt.started_at - prompt.queued_at)
                     stats = {"queue_ms": queue_ms, "prefill_ms": 1e3 * prompt.seconds}
+                    stats["cached_tokens"] = float(prompt.prefix.start if prompt.prefix else 0)
                     await stream.finish({**stats, "computed_at_s": events.rows_at})
                     return
 
@@ -232,12 +205,12 @@ class PrefillService:
             worker_id=self.worker_id,
             role="prefill",
             address=self.address,
-            queued=len(scheduler.waiting),
+            queued=len(scheduler.waiting) + len(self.host.prefixes.claims),
             running=len(scheduler.running),
             steps=self.host.engine.steps,
             stepping=sum(not prompt.finished for prompt in list(scheduler.running)),
         )
-        return dataclasses.replace(info, metrics={**info.metrics, **self.lanes.counts})
+        return dataclasses.replace(info, metrics={**info.metrics, **self.lanes.counts, **self.host.prefixes.counts()})
 
 
 def page_frames(

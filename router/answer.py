@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
 
@@ -34,6 +34,7 @@ from pdspec.wire.status import from_peer_error, is_broken
 from router.failover import Failures, WorkerDied
 from router.fleet import Fleet, Ticket
 from router.policy import MAX_WAITING, RETRY_AFTER_MS, WorkerState, choose
+from router.prefixes import PrefixMap
 from router.tally import Tally
 
 log = logging.getLogger(__name__)
@@ -50,8 +51,10 @@ class Answer:
 
     def __init__(
         self, request: GenerateRequest, *, fleet: Fleet, text: AnswerText, config: RouterConfig, handoff: Handoff,
-        token_bytes: Callable[[int], bytes], resumed: tuple[int, ...] = (),
+        token_bytes: Callable[[int], bytes], resumed: tuple[int, ...] = (), prefixes: PrefixMap | None = None,
     ) -> None:  # fmt: skip
+        self._prefixes, self._cache_weight = PrefixMap() if prefixes is None else prefixes, config.cache_weight
+        self._blocks: list[bytes] = []  # of the prompt that is routed
         self._request, self._fleet, self._text = request, fleet, text
         self._plain = not request.sampling.stop_strings  # then a chunk of tokens alone goes on as it is
         self._handoff, self._relay, self._token_bytes = handoff, config.relay, token_bytes
@@ -75,7 +78,10 @@ class Answer:
             if request.sampling.max_tokens <= 0:  # the last token came, the word that it was the last did not
                 yield self._out(self._empty(), route, text=self._text.flush(), finish=FinishReason.LENGTH, cut=True)
                 return
+            self._blocks = self._keys(request.prompt_ids)
             route = await self._route(request)
+            for address in (route.decode, *route.prefill[:1]):
+                self._prefixes.note(self._blocks, address)
             try:
                 async with aclosing(self._attempt(request, route)) as outgoing:
                     async for chunk in outgoing:
@@ -108,10 +114,12 @@ class Answer:
     def _choose(self, request: GenerateRequest, since: float) -> Route:
         """Raises _NotNow where a wait may help, else why nobody can be chosen."""
         views, tokens = self._fleet.views(), len(request.prompt_ids) + request.sampling.max_tokens
+        found = self._prefixes.cached(self._blocks)
         try:
             return choose(
                 views, handoff=self._handoff, relay=self._relay, tokens=tokens, drafter=request.drafter,
-                exclude=self._failures.excluded(),
+                exclude=self._failures.excluded(), cache_weight=self._cache_weight,
+                cached={address: count / len(request.prompt_ids) for address, count in found.items()},
             )  # fmt: skip
         except (PeerLost, Overloaded) as error:
             coming = any(view.state in (WorkerState.LOST, WorkerState.UNKNOWN) for view in views)
@@ -156,6 +164,7 @@ class Answer:
             raise self._failure(error, route) from error
         finally:
             call.cancel()
+            self._prefixes.note(self._keys((*self._request.prompt_ids, *self._ids)), route.decode)
             for ticket in tickets:
                 if ticket:
                     ticket.close()
@@ -170,6 +179,8 @@ class Answer:
         start, text = len(self._ids), self._text.push(ids).text
         self._ids += ids
         return passed_on(message, start=start, text=text)
+    def _keys(self, token_ids: Sequence[int]) -> list[bytes]:
+        return PrefixMap.keys(token_ids, self._request.cache_salt) if self._cache_weight else []
 
     def _take(self, chunk: TokenChunk, route: Route, *, first: bool) -> pb.GenerateChunk:
         self._stats = chunk.stats or self._stats

@@ -33,6 +33,7 @@ from router.failover import Quarantine
 from router.fleet import Fleet
 from router.live import LiveRequests
 from router.policy import WorkerState, WorkerView
+from router.prefixes import PrefixMap
 
 log = logging.getLogger(__name__)
 ROUTER = service_name("Router")
@@ -51,6 +52,7 @@ class RouterService(rpc.RouterServicer):
         self.tracer = tracer_of(config.traces, "router")
         self._live = LiveRequests(self.metrics, self.tracer)
         self._quarantine = Quarantine()
+        self._prefixes = PrefixMap()
         self._tokenizer = tokenizer
         self._health: health.aio.HealthServicer | None = None
         self._serving: bool | None = None
@@ -76,13 +78,12 @@ class RouterService(rpc.RouterServicer):
             raise
         REQUEST_ID.set(request.request_id)
         sampling = request.sampling
-        text = AnswerText(
-            self._tokenizer.stream(), stop_strings=sampling.stop_strings, min_tokens=sampling.min_tokens
-        )
+        text = AnswerText(self._tokenizer.stream(), stop_strings=sampling.stop_strings, min_tokens=sampling.min_tokens)
         handoff = Handoff(user.handoff or self.config.handoff)
         answer = Answer(
             request, fleet=self.fleet, text=text, config=self.config, handoff=handoff,
             token_bytes=self._tokenizer.token_bytes, resumed=user.resume_ids,
+            prefixes=self._prefixes,
         )  # fmt: skip
         try:
             async with aclosing(self._live.watched(request, began, answer.chunks())) as chunks:

@@ -123,6 +123,11 @@ class PagedCache:
             rows = self._tensors[name].flatten(1, 2)
             rows[:, target] = rows[:, source]
 
+    def copy_page(self, group: str, source: int, target: int) -> None:
+        """All layers of a page of one group."""
+        tensor = self._tensors[group]
+        tensor[:, target] = tensor[:, source]
+
     def poison(self, group: str | None, pages: Sequence[int], start: int, stop: int) -> None:
         """NaN into rows ``start..stop-1`` of all layers of a group (None: of every group): what is read after
         this can no longer go unnoticed."""

@@ -90,7 +90,7 @@ def build_app() -> typer.Typer:
     measured = {
         "decode": bench.decode, "handoff": bench.handoff, "stream": bench.stream, "budget": bench.budget,
         "peers": bench_load.peers, "router": bench_load.router, "mixed": bench_load.mixed, "step": bench_load.step,
-        "short": bench_load.short,
+        "short": bench_load.short, "prefix": bench.prefix,
     }  # fmt: skip
     app.add_typer(_group("Measurements.", measured), name="bench")
     compared = {name: study.comparison(name, *rest) for name, rest in study.COMPARISONS.items()}

@@ -86,6 +86,31 @@ def handoff(
     _show(result, json)
 
 
+def prefix(
+    model: Model = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    drafter: Annotated[str | None, typer.Option(help="Whose draft KV is cached, too.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Prompt tokens of the first turn.")] = 1024,
+    answer_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that the user adds for the second turn.")] = 32,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of one prompt asked for at once.")] = 4,
+    runs: Annotated[int, typer.Option(min=1, help="Conversations, in turns; the median counts.")] = 5,
+    json: Json = False,
+) -> None:
+    """Time to the first token and bytes moved, with and without prefix caches: a chat's second turn, and samples."""
+    with only_json(json):
+        from pdspec.study import bench_prefix as study
+
+        result = study.run(
+            worker=given_flags(model=model, dtype=dtype, threads=threads, drafter=drafter), tokens=tokens,
+            answer_tokens=answer_tokens, new_tokens=new_tokens, samples=samples, runs=runs, progress=notes().print,
+        )  # fmt: skip
+    _show(result, json)
+    if not result["same_answers"]:
+        raise typer.Exit(1)
+
+
 def _show(result: dict[str, Any], json: bool) -> None:
     if json:
         print_json(result)

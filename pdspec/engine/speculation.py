@@ -75,10 +75,15 @@ class FixedBudget:
 
     def observe(self, name: str, group: Group) -> None:
         """Verdicts of the sequences of one family."""
-        self.resources.drafters[name].observe(group)
+        self._observe(name, group)
 
     def timed(self, rows: int, kv_tokens: int, seconds: float) -> None:
         """A target forward took so long."""
+
+    def _observe(self, name: str, group: Group) -> None:
+        self.resources.drafters[name].observe(group)
+        for ctx, _, _ in group:
+            ctx.observed = ctx.root_position
 
     def _groups(self, sequences: Sequence[DecodeSequence]) -> dict[str, list[DecodeSequence]]:
         """By family, those that can use a draft."""
@@ -166,7 +171,7 @@ class GoodputBudget(FixedBudget):
         if not now:
             return
         began = time.perf_counter()
-        drafter.observe(now)
+        self._observe(name, now)
         if not self.frozen:
             own = self.draft_times[observing(name)]
             self.draft_times[observing(name)] = own.corrected(1, len(now), time.perf_counter() - began)
@@ -230,7 +235,7 @@ class GoodputBudget(FixedBudget):
         behind = [(sequence.ctx, *sequence.outlook.caught_up()) for sequence in group if sequence.outlook.held]
         if behind:
             self.behind[name] = len(behind)
-            self.resources.drafters[name].observe(behind)
+            self._observe(name, behind)
 
     def _hold(self, outlook: Outlook, one: tuple[DraftContext, Verdict, HiddenRows]) -> None:
         outlook.held.append(one[1:])

@@ -63,6 +63,7 @@ class FeatureDrafter(TreeDrafter):
         self.model, self.target_matches = model, target_matches
         self.stable_kv, self.threshold = stable_kv, threshold
         self._padding = int(padding)  # rows before the one that reads h_0
+        self.carry, self.ahead = 1, 1 - self._padding
         self.capture, self.want_final = capture, want_final
         self.groups: tuple[CacheGroup, ...] = (cache.layout(group),)
         self._cache = cache

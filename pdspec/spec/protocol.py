@@ -137,6 +137,7 @@ class DraftContext:
     prompt_len: int
     tree: str  # tree specification of this request
     deepest: int = MAX_DEPTH  # no draft is deeper, whatever the tree: set by the engine where it budgets
+    observed: int = -1  # the root when the drafter last observed; -1: it has not since it took over
     state: Any = None  # the drafter's own per-sequence state
     metrics: dict[str, float] = field(default_factory=dict)
     other_chooser: Chooser | None = None
@@ -169,6 +170,16 @@ class HiddenRows:
         part = self.captured if self.captured is not None else self.final
         return self.count if part is None else len(part)
 
+    def copied(self, start: int, stop: int) -> HiddenRows:
+        """A copy of the rows of positions ``start .. stop-1``, which are among these."""
+        rows = slice(start - self.start, stop - self.start)
+        return HiddenRows(
+            start=start,
+            captured=None if self.captured is None else self.captured[rows].clone(),
+            final=None if self.final is None else self.final[rows].clone(),
+            count=stop - start,
+        )
+
     def after(self, count: int) -> HiddenRows:
         """Without the first ``count`` rows."""
         return HiddenRows(
@@ -197,7 +208,10 @@ class Drafter(Protocol):
 
     ``groups`` are its cache groups (none for model-free drafters); ``capture``/``want_final`` say which target
     hidden states ``observe`` and ``prefill`` need. ``rows_at(n)`` is the number of draft KV rows that are final
-    per group once t_n is known (the index table of DESIGN 4).
+    per group once t_n is known (the index table of DESIGN 4). A draft row i reads tokens up to t_{i + ahead}; behind
+    prompt rows that are in the pages already ``prefill`` begins ``carry`` hidden rows before their end, and makes again
+    the rows that read the tokens behind it. A drafter whose decoded rows are not those that a prefill would make says
+    ``stable_kv`` False.
     """
 
     name: str
@@ -205,6 +219,9 @@ class Drafter(Protocol):
     capture: tuple[int, ...]
     want_final: bool
     max_nodes: int  # extra KV slots a proposal, its branch included, may need
+    ahead: int
+    carry: int
+    stable_kv: bool
     default_tree: str  # of requests that name none; empty: this family drafts nothing
 
     def fingerprint(self) -> str:
@@ -218,7 +235,8 @@ class Drafter(Protocol):
 
     def prefill(self, ctx: DraftContext, hidden: HiddenRows) -> None:
         """Extend the draft KV by the rows that ``hidden`` and the tokens known so far (``ctx.token_ids``)
-        make final. Called chunk by chunk, in order; the last call has t_n in ``ctx.token_ids``."""
+        make final. Called chunk by chunk, in order; the last call has t_n in ``ctx.token_ids``. Without a state the
+        first chunk may begin anywhere: the rows before are in the pages."""
 
     def start(self, ctx: DraftContext) -> tuple[Candidates | None, dict[str, torch.Tensor]]:
         """After the last ``prefill``: what DraftStart carries (first candidates, named float32 rows)."""

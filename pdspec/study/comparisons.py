@@ -113,7 +113,7 @@ def run(
     table: dict[int, dict[str, Any]] = {}
     for group in groups.values():
         names = tuple(dict.fromkeys(("none", *(cell.way.drafter for cell in group))))
-        values = {"drafter": "none", **worker, "drafters": names}
+        values = {"drafter": "none", "prefix_cache": "off", **worker, "drafters": names}
         options = {**values.get("options", {}), **group[0].changes.get("options", {})}
         config = WorkerConfig.from_mapping({**values, **group[0].changes, "options": options})
         ids = prompt_ids(config, prompts, num_prompts)

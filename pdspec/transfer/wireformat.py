@@ -2,8 +2,8 @@
 
 The bytes are ordinary protobuf, so that any client can parse them, but our payloads pass through no protobuf
 object: one copy on the way out, out of the pages themselves (gRPC wants ``bytes``), none on the way in. Frames that are
-ready together travel in one message (``more``), since gRPC's cost is one of messages. Everything is bounded and whatever
-does not parse is TransferDamaged.
+ready together travel in one message (``more``), since gRPC's cost is one of messages. Everything is bounded and
+whatever does not parse is TransferDamaged.
 """
 
 from __future__ import annotations

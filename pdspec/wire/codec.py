@@ -33,7 +33,10 @@ _SCALARS = (
     "max_tokens", "min_tokens", "logprobs", "verify", "json_schema", "regex",
 )  # fmt: skip
 _STATS = tuple(field.name for field in pb.Stats.DESCRIPTOR.fields)
-_USER = ("request_id", "model", "drafter", "tree", "draft_prefill", "handoff", "sample", "trace", "fit_context")
+_USER = (
+    "request_id", "model", "drafter", "tree", "draft_prefill", "handoff", "sample", "trace",
+    "fit_context", "cache_salt",
+)  # fmt: skip
 _POSITIONS = ("accepted_per_position", "reached_per_position")
 _INFO = (
     "worker_id", "role", "address", "model", "fingerprint", "queued", "running", "free_pages", "total_pages",
@@ -92,6 +95,7 @@ def user_request_from_pb(message: pb.GenerateRequest) -> UserRequest:
         handoff=message.handoff,
         sample=message.sample,
         trace=message.trace,
+        cache_salt=message.cache_salt,
         resume_ids=bytes_to_ids(message.resume_ids, "resume_ids"),
         fit_context=message.fit_context,
     )
@@ -125,6 +129,7 @@ def worker_request_from_pb(message: pb.WorkerRequest) -> GenerateRequest:
         draft_prefill=message.draft_prefill,
         sample=message.sample,
         deadline_s=message.deadline_s if message.deadline_s > 0 else None,
+        cache_salt=message.cache_salt,
         replayed=message.replayed,
         trace=message.trace,
     )
@@ -135,6 +140,7 @@ def worker_request_to_pb(request: GenerateRequest) -> pb.WorkerRequest:
     message = pb.WorkerRequest(sampling=sampling_to_pb(request.sampling), deadline_s=request.deadline_s or 0.0)
     for name in ("request_id", "model", "drafter", "tree", "draft_prefill", "sample", "replayed", "trace"):
         _set(message, name, getattr(request, name))
+    _set(message, "cache_salt", request.cache_salt)
     message.prompt_ids = _ids(request.prompt_ids, "prompt_ids")
     return message
 

@@ -17,8 +17,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 
 
 def keep_freed_memory() -> bool:
-    """Let this process use freed blocks of megabytes again instead of returning them. False, said once in the log, where
-    the C library cannot be told so. Call it when what is loaded at the start is loaded: that may go back."""
+    """Let this process use freed blocks of megabytes again instead of returning them. False, said once in the log,
+    where the C library cannot be told so. Call it when what is loaded at the start is loaded: that may go back."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):

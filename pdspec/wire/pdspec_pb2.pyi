@@ -75,7 +75,7 @@ class SamplingParams(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Iterable[_Union[LogitBias, _Mapping]]] = ..., allowed_ids: _Optional[bytes] = ..., banned_ids: _Optional[bytes] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_ids: _Optional[bytes] = ..., stop_strings: _Optional[_Iterable[str]] = ..., ignore_eos: _Optional[bool] = ..., logprobs: _Optional[int] = ..., verify: _Optional[str] = ..., json_schema: _Optional[str] = ..., regex: _Optional[str] = ..., choice: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "text", "chat", "prompt_ids", "sampling", "model", "drafter", "tree", "draft_prefill", "handoff", "sample", "trace", "resume_ids", "fit_context")
+    __slots__ = ("request_id", "text", "chat", "prompt_ids", "sampling", "model", "drafter", "tree", "draft_prefill", "handoff", "sample", "trace", "resume_ids", "fit_context", "cache_salt")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
@@ -90,6 +90,7 @@ class GenerateRequest(_message.Message):
     TRACE_FIELD_NUMBER: _ClassVar[int]
     RESUME_IDS_FIELD_NUMBER: _ClassVar[int]
     FIT_CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     text: str
     chat: Chat
@@ -104,7 +105,8 @@ class GenerateRequest(_message.Message):
     trace: bool
     resume_ids: bytes
     fit_context: bool
-    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., prompt_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., model: _Optional[str] = ..., drafter: _Optional[str] = ..., tree: _Optional[str] = ..., draft_prefill: _Optional[str] = ..., handoff: _Optional[str] = ..., sample: _Optional[int] = ..., trace: _Optional[bool] = ..., resume_ids: _Optional[bytes] = ..., fit_context: _Optional[bool] = ...) -> None: ...
+    cache_salt: str
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., prompt_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., model: _Optional[str] = ..., drafter: _Optional[str] = ..., tree: _Optional[str] = ..., draft_prefill: _Optional[str] = ..., handoff: _Optional[str] = ..., sample: _Optional[int] = ..., trace: _Optional[bool] = ..., resume_ids: _Optional[bytes] = ..., fit_context: _Optional[bool] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class DraftTrace(_message.Message):
     __slots__ = ("token_ids", "parents", "accepted")
@@ -133,7 +135,7 @@ class TokenLogprob(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top_ids: _Optional[bytes] = ..., top_logprobs: _Optional[_Iterable[float]] = ..., text: _Optional[bytes] = ..., top_texts: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Stats(_message.Message):
-    __slots__ = ("prompt_tokens", "output_tokens", "verifications", "drafted_tokens", "accepted_tokens", "first_draft_accepted", "accepted_per_position", "reached_per_position", "kv_bytes", "draft_kv_bytes", "hidden_bytes", "prefill_worker", "decode_worker", "handoff", "drafter", "queue_ms", "prefill_ms", "transfer_exposed_ms", "decode_ms", "draft_rebuilds", "prefill_retries", "partial", "moves", "wire_kv")
+    __slots__ = ("prompt_tokens", "output_tokens", "verifications", "drafted_tokens", "accepted_tokens", "first_draft_accepted", "accepted_per_position", "reached_per_position", "kv_bytes", "draft_kv_bytes", "hidden_bytes", "prefill_worker", "decode_worker", "handoff", "drafter", "queue_ms", "prefill_ms", "transfer_exposed_ms", "decode_ms", "draft_rebuilds", "prefill_retries", "partial", "moves", "cached_tokens", "prefill_cached_tokens")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     VERIFICATIONS_FIELD_NUMBER: _ClassVar[int]
@@ -157,7 +159,8 @@ class Stats(_message.Message):
     PREFILL_RETRIES_FIELD_NUMBER: _ClassVar[int]
     PARTIAL_FIELD_NUMBER: _ClassVar[int]
     MOVES_FIELD_NUMBER: _ClassVar[int]
-    WIRE_KV_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     output_tokens: int
     verifications: int
@@ -181,8 +184,9 @@ class Stats(_message.Message):
     prefill_retries: int
     partial: bool
     moves: int
-    wire_kv: str
-    def __init__(self, prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., verifications: _Optional[int] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., first_draft_accepted: _Optional[int] = ..., accepted_per_position: _Optional[_Iterable[int]] = ..., reached_per_position: _Optional[_Iterable[int]] = ..., kv_bytes: _Optional[int] = ..., draft_kv_bytes: _Optional[int] = ..., hidden_bytes: _Optional[int] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., handoff: _Optional[str] = ..., drafter: _Optional[str] = ..., queue_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., transfer_exposed_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., draft_rebuilds: _Optional[int] = ..., prefill_retries: _Optional[int] = ..., partial: _Optional[bool] = ..., moves: _Optional[int] = ..., wire_kv: _Optional[str] = ...) -> None: ...
+    cached_tokens: int
+    prefill_cached_tokens: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., verifications: _Optional[int] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., first_draft_accepted: _Optional[int] = ..., accepted_per_position: _Optional[_Iterable[int]] = ..., reached_per_position: _Optional[_Iterable[int]] = ..., kv_bytes: _Optional[int] = ..., draft_kv_bytes: _Optional[int] = ..., hidden_bytes: _Optional[int] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., handoff: _Optional[str] = ..., drafter: _Optional[str] = ..., queue_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., transfer_exposed_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., draft_rebuilds: _Optional[int] = ..., prefill_retries: _Optional[int] = ..., partial: _Optional[bool] = ..., moves: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., prefill_cached_tokens: _Optional[int] = ...) -> None: ...
 
 class GenerateChunk(_message.Message):
     __slots__ = ("request_id", "start", "token_ids", "text", "logprobs", "finish_reason", "stop_match", "stats", "seed", "trace")
@@ -251,7 +255,7 @@ class Route(_message.Message):
     def __init__(self, decode: _Optional[str] = ..., prefill: _Optional[_Iterable[str]] = ..., handoff: _Optional[str] = ..., relay: _Optional[str] = ...) -> None: ...
 
 class WorkerRequest(_message.Message):
-    __slots__ = ("request_id", "prompt_ids", "sampling", "model", "drafter", "tree", "draft_prefill", "sample", "deadline_s", "replayed", "trace")
+    __slots__ = ("request_id", "prompt_ids", "sampling", "model", "drafter", "tree", "draft_prefill", "sample", "deadline_s", "replayed", "trace", "cache_salt")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -263,6 +267,7 @@ class WorkerRequest(_message.Message):
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     REPLAYED_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_ids: bytes
     sampling: SamplingParams
@@ -274,7 +279,8 @@ class WorkerRequest(_message.Message):
     deadline_s: float
     replayed: int
     trace: bool
-    def __init__(self, request_id: _Optional[str] = ..., prompt_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., model: _Optional[str] = ..., drafter: _Optional[str] = ..., tree: _Optional[str] = ..., draft_prefill: _Optional[str] = ..., sample: _Optional[int] = ..., deadline_s: _Optional[float] = ..., replayed: _Optional[int] = ..., trace: _Optional[bool] = ...) -> None: ...
+    cache_salt: str
+    def __init__(self, request_id: _Optional[str] = ..., prompt_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., model: _Optional[str] = ..., drafter: _Optional[str] = ..., tree: _Optional[str] = ..., draft_prefill: _Optional[str] = ..., sample: _Optional[int] = ..., deadline_s: _Optional[float] = ..., replayed: _Optional[int] = ..., trace: _Optional[bool] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
     __slots__ = ("request", "route")

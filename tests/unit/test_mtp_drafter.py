@@ -4,6 +4,7 @@ after verifications."""
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -202,8 +203,6 @@ def test_a_chunk_ends_with_the_rows_of_the_table_and_a_row_waits_for_its_token(n
     with pytest.raises(ValueError, match="hidden rows"):
         world.drafter.prefill(story.ctx, HiddenRows(start=11, captured=None, final=story.final[11:]))
     fresh = Story(world=world, seed=3, length=12)
-    with pytest.raises(ValueError, match="hidden rows"):
-        world.drafter.prefill(fresh.ctx, HiddenRows(start=4, captured=None, final=fresh.final[4:]))
     with pytest.raises(ValueError, match="final hidden state"):
         world.drafter.prefill(fresh.ctx, HiddenRows(start=0, captured=fresh.final[:, None], final=None))
 
@@ -219,6 +218,23 @@ def test_a_prefill_can_begin_anew(native):
     again.world.drafter.prefill(again.ctx, HiddenRows(start=0, captured=None, final=again.final[:7] + 1))
     again.prefill((4,))
     assert all(torch.equal(a, b) for a, b in zip(again.kv_rows(), whole.prefill().kv_rows(), strict=True))
+
+
+@pytest.mark.parametrize("cuts", [(), (1,), (1, 2, 3)])
+@pytest.mark.parametrize("known", [3, 5, 8])
+def test_a_prefill_can_begin_behind_rows_that_are_in_the_pages(native, known, cuts):
+    """N hidden rows before the cut make all that another beginning's tokens have left out, and the same bits."""
+    whole, again = (Story(world=make_world(native, 3), seed=9, length=20) for _ in range(2))
+    whole.prefill()
+    again.ctx.token_ids.append(whole.ctx.token_ids[-1])
+    other = replace(again.ctx, token_ids=[*again.ctx.token_ids[:known], *range(21 - known)], state=None)
+    again.world.drafter.prefill(other, HiddenRows(start=0, captured=None, final=again.final))
+    start = known - again.world.drafter.carry
+    edges = [start, *(start + cut for cut in cuts), len(again.final)]
+    for first, stop in pairwise(edges):
+        again.world.drafter.prefill(again.ctx, HiddenRows(start=first, captured=None, final=again.final[first:stop]))
+    assert all(torch.equal(a, b) for a, b in zip(again.kv_rows(), whole.kv_rows(), strict=True))
+    assert torch.equal(again.ctx.state.feature[0, :2], whole.ctx.state.feature[0, :2])
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])

@@ -54,6 +54,8 @@ class ModelDrafter(TreeDrafter):
     only the target's padding has is read as the draft model's last."""
 
     capture: tuple[int, ...] = ()
+    ahead = carry = 0
+    stable_kv = True
     want_final = False
 
     def __init__(

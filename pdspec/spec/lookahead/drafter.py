@@ -49,6 +49,8 @@ class LookaheadDrafter(Calibrated):
     groups: tuple[CacheGroup, ...] = ()
     capture: tuple[int, ...] = ()
     want_final = False
+    ahead = carry = 0
+    stable_kv = True
     has_q = False
 
     def __init__(

@@ -43,6 +43,8 @@ class MedusaDrafter(TreeDrafter):
 
     groups: tuple[CacheGroup, ...] = ()
     capture: tuple[int, ...] = ()
+    ahead = carry = 0
+    stable_kv = True
     want_final = True
 
     def __init__(

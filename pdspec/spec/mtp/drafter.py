@@ -121,6 +121,7 @@ class MtpDrafter(FeatureDrafter):
             target_matches=target_matches,
         )
         self.groups = tuple(cache.layout(group_name(m)) for m in range(1, count + 1))
+        self.carry = self.ahead = count
 
     def rows_at(self, num_tokens: int) -> dict[str, int]:
         """n+1-m rows of module m."""
@@ -128,10 +129,11 @@ class MtpDrafter(FeatureDrafter):
 
     def prefill(self, ctx: DraftContext, hidden: HiddenRows) -> None:
         """Writes the rows of the tokens t_1.. up to the one that follows the last hidden row, t_n where it is known. A
-        chunk at 0 begins anew. Raises ValueError for chunks out of order: rows of module 2 need what stood before."""
+        chunk at 0 begins anew; a first chunk elsewhere, N rows before what is new at least, stands behind rows that are
+        in the pages already. Raises ValueError for chunks out of order: rows of module 2 need what stood before."""
         state = ctx.state
-        if hidden.start == 0:
-            state = ctx.state = FeatureState(spec=self._spec(ctx.tree), rows=0)
+        if state is None or hidden.start == 0:
+            state = ctx.state = FeatureState(spec=self._spec(ctx.tree), rows=hidden.start, origin=hidden.start)
         with torch.inference_mode():
             features, made = self.model.features(hidden), -1 if state is None else state.rows
             held = 0 if state is None or state.waiting is None else len(state.waiting)
@@ -211,7 +213,7 @@ class MtpDrafter(FeatureDrafter):
                 if len(made):
                     stacks[i][0, m - 1] = made[-1]
                 before = batch[i][0].state
-                tail = before.feature[:, m - 1] if before.rows >= m else made[:0]  # of the token before these
+                tail = before.feature[:, m - 1] if before.rows >= before.origin + m else made[:0]  # of the token before
                 read[i] = torch.cat((tail, made))[:-1]
             for i in set(range(len(batch))) - set(active):
                 read[i] = read[i][:0]
@@ -228,9 +230,9 @@ class MtpDrafter(FeatureDrafter):
         return ends - 1 if m == 1 else np.empty(0, np.int64)
 
     def _committed_rows(self, ctx: DraftContext, m: int, count: int) -> DraftRows:
-        """Module m's rows of the next ``count`` tokens."""
-        first = ctx.state.rows + 1 - m
-        start, stop = max(0, first), max(0, first + count)
+        """Module m's rows of the next ``count`` tokens, without those before the origin."""
+        first, origin = ctx.state.rows + 1 - m, ctx.state.origin
+        start, stop = max(origin, first), max(origin, first + count)
         return DraftRows.committed(ctx, ctx.token_ids[start + m : stop + m], start)
 
     def _nodes(self, ctx: DraftContext, growth: Growth, frontier: Sequence[int], depth: int) -> _Nodes:

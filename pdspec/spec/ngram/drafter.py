@@ -43,6 +43,8 @@ class NgramDrafter(Calibrated):
     groups: tuple[CacheGroup, ...] = ()
     capture: tuple[int, ...] = ()
     want_final = False
+    ahead = carry = 0
+    stable_kv = True
     default_tree = "chain(7)"
     has_q = False
 

@@ -56,6 +56,8 @@ class SparseDrafter(TreeDrafter):
 
     groups: tuple[CacheGroup, ...] = ()
     capture: tuple[int, ...] = ()
+    ahead = carry = 0
+    stable_kv = True
     want_final = False
 
     def __init__(

@@ -70,6 +70,8 @@ class SuffixDrafter(Calibrated):
     groups: tuple[CacheGroup, ...] = ()
     capture: tuple[int, ...] = ()
     want_final = False
+    ahead = carry = 0
+    stable_kv = True
     default_tree = "dynamic(8,4,8)"
     has_q = False
 
