@@ -179,6 +179,7 @@ class Answer:
         start, text = len(self._ids), self._text.push(ids).text
         self._ids += ids
         return passed_on(message, start=start, text=text)
+
     def _keys(self, token_ids: Sequence[int]) -> list[bytes]:
         return PrefixMap.keys(token_ids, self._request.cache_salt) if self._cache_weight else []
 

@@ -104,9 +104,7 @@ def sweep(
         requests, described = _requests(trace, rate, seconds, prompt, output, seed)
         known, room = _times(times, hardware, model, drafter, alpha, k, devices, max_batch)
         shape = _deployment(1, 1, kv_tokens or room, max_batch, chunk)
-        result = run(
-            requests, workers, shape, known, _goal(ttft_ms, tpot_ms), seed=seed, progress=notes().print
-        )
+        result = run(requests, workers, shape, known, _goal(ttft_ms, tpot_ms), seed=seed, progress=notes().print)
         result |= {"trace": described, "times": known.source}
     _show(result, json)
 

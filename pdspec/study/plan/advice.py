@@ -163,4 +163,4 @@ def batches(
 def _fraction(share: float, most: int = 16) -> tuple[int, int]:
     """Small whole numbers whose ratio is nearest to ``share``."""
     options = [(p, d) for p in range(1, most + 1) for d in range(1, most + 1)]
-    return min(options, key=lambda pair: (abs(np.log(pair[0] / pair[1] / share)) + 0.02 * sum(pair)))
+    return min(options, key=lambda pair: abs(np.log(pair[0] / pair[1] / share)) + 0.02 * sum(pair))

@@ -1,6 +1,6 @@
 """The closed form of speculative decoding with a chain of K drafts (Leviathan et al. 2211.17192, section 3).
 
-    E = (1 − α^{K+1}) / (1 − α)      T_step = K · T_draft + T_target      speed-up = T_target · E / T_step
+E = (1 − α^{K+1}) / (1 − α)      T_step = K · T_draft + T_target      speed-up = T_target · E / T_step
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Request traces: when each request came, and how many tokens its prompt and answer had.
 
-    Mooncake   JSON lines {"timestamp": ms, "input_length": n, "output_length": n, "hash_ids": [...]}
-    Azure      CSV with TIMESTAMP,ContextTokens,GeneratedTokens (AzureLLMInferenceTrace_*.csv)
+Mooncake   JSON lines {"timestamp": ms, "input_length": n, "output_length": n, "hash_ids": [...]}
+Azure      CSV with TIMESTAMP,ContextTokens,GeneratedTokens (AzureLLMInferenceTrace_*.csv)
 """
 
 from __future__ import annotations

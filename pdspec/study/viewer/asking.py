@@ -62,7 +62,5 @@ class Player:
             drafter=drafter, tree=tree,
             sampling=SamplingParams(temperature=asked.temperature, seed=asked.seed, max_tokens=max_tokens),
         )  # fmt: skip
-        request = to_generate_request(
-            user, prompt_ids(user, self._tokenizer), request_id="trace", seed=asked.seed
-        )
+        request = to_generate_request(user, prompt_ids(user, self._tokenizer), request_id="trace", seed=asked.seed)
         return {"title": asked.title, **record(self._generator, self._tokenizer, request, on_step=on_step)}
