@@ -2,7 +2,7 @@
 
 One process, one batch, each setting in turns. The parts of a step: drafting (and observing), the target's forward, and
 what is left, which is Python: packing rows, processors and noise, judging, committing. Medians over the steps count, so
-that a step during which the machine was away does not.
+that a step during which the machine was away does not. Before them, what more rows cost a forward, and a draft row.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pdspec.errors import PdspecError
 from pdspec.spec.chooser import Floats, Ids, Seeded
 from pdspec.spec.protocol import Draft
 from pdspec.spec.verify import VerdictResult
+from pdspec.study import step_rows
 from pdspec.study.bench_decode import Progress
 from pdspec.study.heads import worker_config
 from pdspec.study.settings import Setting
@@ -87,6 +88,8 @@ def run(
 ) -> dict[str, Any]:  # fmt: skip
     """Each setting greedy, and sampled at ``temperature`` and ``top_p``. ``settings`` begin with plain decoding."""
     config = worker_config(worker, [setting.drafter for setting in settings])
+    forwards = step_rows.measured(config)
+    progress(f"rows: { {rows: round(one['ratio'], 2) for rows, one in forwards['rows'].items()} }")
     ids = prompt_ids(config, prompts, max(num_prompts, batch))[:batch]
     kinds = {"greedy": SamplingParams(), "sampled": SamplingParams(temperature=temperature, top_p=top_p)}
     found: dict[str, list[dict[str, float]]] = defaultdict(list)
@@ -104,12 +107,13 @@ def run(
         name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in found.items()
     }
     floors: list[dict[str, Any]] = [
+        *step_rows.floors(forwards),
         {"name": "python_share", "wanted": PYTHON_SHARE, "found": table[f"{settings[0]} greedy"]["python_share"]},
         {"name": "sampling_share", "wanted": NOISE_SHARE, "found": table[f"{settings[0]} sampled"]["sampling_share"]},
     ]
     floors = [{**floor, "ok": floor["found"] <= floor["wanted"]} for floor in floors]
     return {
-        "ok": all(floor["ok"] for floor in floors), "floors": floors, "settings": table, "batch": batch,
+        "ok": all(floor["ok"] for floor in floors), "floors": floors, **forwards, "settings": table, "batch": batch,
         "temperature": temperature, "top_p": top_p,
     }  # fmt: skip
 

@@ -24,7 +24,11 @@ def test_parts_of_a_step_add_up():
         assert row["step"] == pytest.approx(row["draft"] + row["forward"] + row["python"])
         assert 0 < row["sampling"] < row["step"] and 0 < row["python_share"] < 1
     assert found["settings"]["none greedy"]["acceptance_length"] == 1.0
-    assert {floor["name"] for floor in found["floors"]} == {"python_share", "sampling_share"}
+    assert {floor["name"] for floor in found["floors"]} == {
+        "python_share", "sampling_share", "rows_8", "rows_16", "draft_row",
+    }  # fmt: skip
+    assert found["rows"]["1"]["ratio"] == 1.0 and found["draft_row"]["ms"] > 0
+    assert found["rows"]["24"]["floor_ms"] >= found["rows"]["1"]["floor_ms"] > 0
 
 
 def test_arrivals_are_the_same_every_time_and_answers_outlast_them():
