@@ -107,7 +107,9 @@ class RouterClient:
     A router that has answered once and is gone is waited for, ``reconnect_s`` without a token (0: not at all).
     """
 
-    def __init__(self, endpoint: str, access: Access | None = None, *, reconnect_s: float = RECONNECT_S) -> None:
+    def __init__(
+        self, endpoint: str, access: Access | None = None, *, reconnect_s: float = RECONNECT_S
+    ) -> None:
         self.endpoint, self._access, self.reconnect_s = endpoint, access or Access(), reconnect_s
         self.reconnects = 0  # streams taken up again
         self._answered = self._left = False

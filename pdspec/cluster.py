@@ -150,7 +150,9 @@ class Cluster:
         base = "/tmp" if Path("/tmp").is_dir() else None  # socket paths are limited to about 100 characters
         self._folder = tempfile.mkdtemp(prefix="pdspec-ray-", dir=base)
         self.log_folder = f"{self._folder}/session_latest/logs"
-        ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, _temp_dir=self._folder, **common)
+        ray.init(
+            include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, _temp_dir=self._folder, **common
+        )
 
     def _reachable(self, config: WorkerConfig) -> WorkerConfig:
         """Workers that may be on several nodes listen on their node's address instead of the loopback."""

@@ -116,11 +116,8 @@ def _check_sampling(params: SamplingParams, vocab_size: int) -> None:
         raise _outside("logprobs", params.logprobs, f"between 0 and {MAX_LOGPROBS}")
     _check_choice("sampling.verify", params.verify, [mode.value for mode in Verify])
     if params.verify == Verify.GREEDY and params.temperature > 0:
-        raise InvalidRequest(
-            f"greedy at temperature {params.temperature}",
-            field="sampling.verify",
-            remedy="use temperature 0, or coupled, rejection or block",
-        )
+        raise InvalidRequest(f"greedy at temperature {params.temperature}", field="sampling.verify",
+                             remedy="use temperature 0, or coupled, rejection or block")
     _check_id_lists(params, vocab_size)
     _check_stop_strings(params.stop_strings)
     _check_structure(params)

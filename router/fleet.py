@@ -54,7 +54,9 @@ class Ticket:
 class Worker:
     """One address: its channel, the last report, and what happened since."""
 
-    def __init__(self, address: str, role: str, *, lost_after_s: float, stall_s: float, trust: Trust = OPEN) -> None:
+    def __init__(
+        self, address: str, role: str, *, lost_after_s: float, stall_s: float, trust: Trust = OPEN
+    ) -> None:
         self.address, self.role, self._trust = address, role, trust
         self._lost_after_s, self._stall_s = lost_after_s, stall_s
         self.channel = make_channel(address, trust=trust)

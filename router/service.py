@@ -78,7 +78,9 @@ class RouterService(rpc.RouterServicer):
             raise
         REQUEST_ID.set(request.request_id)
         sampling = request.sampling
-        text = AnswerText(self._tokenizer.stream(), stop_strings=sampling.stop_strings, min_tokens=sampling.min_tokens)
+        text = AnswerText(
+            self._tokenizer.stream(), stop_strings=sampling.stop_strings, min_tokens=sampling.min_tokens
+        )
         handoff = Handoff(user.handoff or self.config.handoff)
         answer = Answer(
             request, fleet=self.fleet, text=text, config=self.config, handoff=handoff,

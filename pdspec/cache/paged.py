@@ -51,28 +51,16 @@ class PagedCache:
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
     def read_rows(
-        self,
-        group: str,
-        layer: int,
-        pages: Sequence[int],
-        start: int,
-        stop: int,
-        head_start: int = 0,
-        head_count: int | None = None,
+        self, group: str, layer: int, pages: Sequence[int], start: int, stop: int,
+        head_start: int = 0, head_count: int | None = None,
     ) -> bytes:
         """Rows ``start..stop-1`` of one layer as bytes ``[token][k|v][head][dim]``. Raises IndexError for rows
         or heads that are not there."""
         return b"".join(self.row_views(group, layer, pages, start, stop, head_start, head_count))
 
     def row_views(
-        self,
-        group: str,
-        layer: int,
-        pages: Sequence[int],
-        start: int,
-        stop: int,
-        head_start: int = 0,
-        head_count: int | None = None,
+        self, group: str, layer: int, pages: Sequence[int], start: int, stop: int,
+        head_start: int = 0, head_count: int | None = None,
     ) -> tuple[memoryview, ...]:
         """``read_rows`` in parts that follow one another; on the CPU, for all heads, they are the pages themselves."""
         heads = self._heads(group, head_start, head_count)
@@ -84,15 +72,8 @@ class PagedCache:
         return (torch.cat([rows[a:b, :, heads] for a, b in runs]).cpu().numpy().data,) if runs else ()
 
     def write_rows(
-        self,
-        group: str,
-        layer: int,
-        pages: Sequence[int],
-        start: int,
-        stop: int,
-        data: bytes | memoryview,
-        head_start: int = 0,
-        head_count: int | None = None,
+        self, group: str, layer: int, pages: Sequence[int], start: int, stop: int, data: bytes | memoryview,
+        head_start: int = 0, head_count: int | None = None,
     ) -> None:
         """The inverse of ``read_rows``. Raises ValueError for data of another length, before anything is written."""
         heads = self._heads(group, head_start, head_count)

@@ -149,9 +149,7 @@ def budget(
         print_json(result)
     else:
         for count, row in result["concurrency"].items():
-            print(
-                f"{count} at once: goodput {row['goodput']['tokens_per_second']:.1f} tokens/s,"
-                f" {row['ratio_to_best']:.3f} of {row['best_fixed']}, {row['ratio_to_none']:.3f} of none"
-            )
+            print(f"{count} at once: goodput {row['goodput']['tokens_per_second']:.1f} tokens/s,"
+                  f" {row['ratio_to_best']:.3f} of {row['best_fixed']}, {row['ratio_to_none']:.3f} of none")
     if not result["ok"]:
         raise typer.Exit(1)

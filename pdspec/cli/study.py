@@ -107,20 +107,8 @@ def stepping(name: str, summary: str, drafters: str) -> Callable[..., None]:
             print_json(result)
         else:
             for row in result["rows"]:
-                _print_row(
-                    row,
-                    (
-                        "setting",
-                        *_SHOWN,
-                        "step_ms",
-                        "forwards_per_step",
-                        "bytes_read_per_token",
-                        "discarded_tokens",
-                        "kv_bytes",
-                        "draft_kv_bytes",
-                        "hidden_bytes",
-                    ),
-                )
+                _print_row(row, ("setting", *_SHOWN, "step_ms", "forwards_per_step", "bytes_read_per_token",
+                                 "discarded_tokens", "kv_bytes", "draft_kv_bytes", "hidden_bytes"))
         if not result["ok"]:
             raise typer.Exit(1)
 

@@ -88,13 +88,8 @@ def load(config: WorkerConfig) -> Resources:
     ops = make_ops(config.device, config.threads)
     runner = Runner(files.config, load_weights(files, config.dtype), ops=ops, dtype=config.dtype)
     setting = Setting(
-        target=files,
-        dtype=config.dtype,
-        heads=config.heads,
-        strict=config.strict_target,
-        cache_dir=config.cache_dir,
-        options=config.options,
-        survival=config.survival_mode(),
+        target=files, dtype=config.dtype, heads=config.heads, strict=config.strict_target, cache_dir=config.cache_dir,
+        options=config.options, survival=config.survival_mode(),
     )
     drafts = draft_groups(config.drafters, setting)
     cache = PagedCache((runner.group, *drafts), config.pages(), config.page_size, ops.device)

@@ -112,12 +112,8 @@ class GoodputBudget(FixedBudget):
     depends on the tables and the requests alone."""
 
     def __init__(
-        self,
-        resources: Resources,
-        *,
-        verify_times: VerifyTimes | None = None,
-        draft_times: dict[str, DraftTimes] | None = None,
-        frozen: bool = False,
+        self, resources: Resources, *, verify_times: VerifyTimes | None = None,
+        draft_times: dict[str, DraftTimes] | None = None, frozen: bool = False,
     ) -> None:
         super().__init__(resources)
         self.verify_times = verify_times or measure(resources)
@@ -193,17 +189,12 @@ class GoodputBudget(FixedBudget):
         for name in [*groups, *groups] if len(groups) > 1 else groups:
             if any(len(expected) == 0 for expected in prospects[name]):
                 continue  # nobody knows: draft
-            others = [
-                expected[: plan[other]].ravel() for other in groups if other != name for expected in prospects[other]
-            ]
+            others = [expected[: plan[other]].ravel() for other in groups if other != name
+                      for expected in prospects[other]]
             spent = sum(seconds[other][plan[other]] for other in groups if other != name)
             plan[name], _ = best_depth(
-                prospects[name],
-                np.concatenate([np.empty(0, np.float32), *others]),
-                tokens,
-                tokens,
-                seconds[name] + spent,
-                lambda rows: self.verify_times.at(rows, kv_tokens),
+                prospects[name], np.concatenate([np.empty(0, np.float32), *others]), tokens, tokens,
+                seconds[name] + spent, lambda rows: self.verify_times.at(rows, kv_tokens),
             )
         return plan
 
@@ -260,9 +251,8 @@ class GoodputBudget(FixedBudget):
         free = {key: draft for key, draft in drafts.items() if draft.num_nodes and not draft.laws}
         rows = tokens + sum(len(draft.rows[0]) for draft in drafts.values())
         rows -= sum(draft.num_nodes for draft in free.values())
-        kept = best_nodes(
-            list(free.values()), tokens, rows, spent, lambda asked: self.verify_times.at(asked, kv_tokens)
-        )
+        kept = best_nodes(list(free.values()), tokens, rows, spent,
+                          lambda asked: self.verify_times.at(asked, kv_tokens))
         for (key, draft), nodes in zip(free.items(), kept, strict=True):
             if len(nodes) < draft.num_nodes:
                 drafts[key] = draft.part(nodes)

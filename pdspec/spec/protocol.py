@@ -78,10 +78,7 @@ class Draft:
         parents = renumbered[self.parents[kept]]
         inner = {-1, *kept.tolist()} if self.laws else set()
         return Draft(
-            token_ids=self.token_ids[kept],
-            parents=parents,
-            log_q=self.log_q[kept],
-            survival=self.survival[kept],
+            token_ids=self.token_ids[kept], parents=parents, log_q=self.log_q[kept], survival=self.survival[kept],
             laws={int(renumbered[node]): law for node, law in self.laws.items() if node in inner},
             branch=self.branch,
         )
@@ -183,10 +180,8 @@ class HiddenRows:
     def after(self, count: int) -> HiddenRows:
         """Without the first ``count`` rows."""
         return HiddenRows(
-            start=self.start + count,
-            captured=None if self.captured is None else self.captured[count:],
-            final=None if self.final is None else self.final[count:],
-            count=max(0, self.count - count),
+            start=self.start + count, captured=None if self.captured is None else self.captured[count:],
+            final=None if self.final is None else self.final[count:], count=max(0, self.count - count),
         )
 
     @classmethod
@@ -195,10 +190,8 @@ class HiddenRows:
         captured = [part.captured for part in parts if part.captured is not None]
         final = [part.final for part in parts if part.final is not None]
         return cls(
-            start=parts[0].start,
-            captured=torch.cat(captured) if captured else None,
-            final=torch.cat(final) if final else None,
-            count=sum(part.num_rows for part in parts),
+            start=parts[0].start, captured=torch.cat(captured) if captured else None,
+            final=torch.cat(final) if final else None, count=sum(part.num_rows for part in parts),
         )
 
 

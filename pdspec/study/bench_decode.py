@@ -101,7 +101,9 @@ def run(
     return result
 
 
-def _tried(bench: Bench, drafters: Sequence[str], nodes: int) -> tuple[dict[Setting, dict[str, Any]], dict[str, str]]:
+def _tried(
+    bench: Bench, drafters: Sequence[str], nodes: int
+) -> tuple[dict[Setting, dict[str, Any]], dict[str, str]]:
     """Every setting once, and why some could not be: a family may have fewer heads than a tree is deep. Raises
     ConfigError for a family that drafts none of its settings."""
     tried: dict[Setting, dict[str, Any]] = {}
@@ -115,11 +117,8 @@ def _tried(bench: Bench, drafters: Sequence[str], nodes: int) -> tuple[dict[Sett
                     raise
                 refused[str(setting)] = str(error)
         if not any(setting.drafter == name for setting in tried):
-            raise ConfigError(
-                f"{name} drafts no tree of {nodes} nodes or fewer",
-                field="nodes",
-                remedy="allow more nodes, or leave the family out",
-            )
+            raise ConfigError(f"{name} drafts no tree of {nodes} nodes or fewer", field="nodes",
+                              remedy="allow more nodes, or leave the family out")
     return tried, refused
 
 

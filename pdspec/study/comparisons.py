@@ -102,11 +102,8 @@ def run(
     """The table of one study. Raises ConfigError for families that it says nothing about."""
     cells = [cell for temperature in temperatures for cell in STUDIES[study](drafters, temperature)]
     if not cells:
-        raise ConfigError(
-            f"study {study} says nothing about {', '.join(drafters)}",
-            field="drafters",
-            remedy="name a family that has what it compares; see pdspec drafters",
-        )
+        raise ConfigError(f"study {study} says nothing about {', '.join(drafters)}", field="drafters",
+                          remedy="name a family that has what it compares; see pdspec drafters")
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(json.dumps(cell.changes, sort_keys=True), []).append(cell)

@@ -120,10 +120,8 @@ def _turn(generator: LocalGenerator, prepared: Sequence[Prepared], drafter: str,
     written = [tuple(one.ctx.token_ids[one.ctx.prompt_len :]) for one in every]
     count = sum(len(answer) - 1 for answer in written)
     return Turn(
-        tokens_per_second=count / seconds,
-        acceptance_length=count / sum(one.verifications for one in every),
-        step_ms=1e3 * seconds / engine.steps,
-        tokens=tuple(written),
+        tokens_per_second=count / seconds, acceptance_length=count / sum(one.verifications for one in every),
+        step_ms=1e3 * seconds / engine.steps, tokens=tuple(written),
     )
 
 

@@ -56,7 +56,9 @@ def size_options(max_bytes: int) -> tuple[tuple[str, int], ...]:
     return (("grpc.max_send_message_length", max_bytes), ("grpc.max_receive_message_length", max_bytes))
 
 
-def make_channel(address: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES, trust: Trust = OPEN) -> grpc.aio.Channel:
+def make_channel(
+    address: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES, trust: Trust = OPEN
+) -> grpc.aio.Channel:
     """A lazy channel to ``host:port``; calls on it carry ``metadata=trust.metadata()``. The caller closes it, and
     cancels every call in ``finally``: since grpcio 1.83 an abandoned call is never cancelled (grpc#43462)."""
     options = (*_KEEPALIVE, *_CLIENT, *size_options(max_message_bytes), *trust.channel_options())
@@ -103,7 +105,9 @@ def make_server(
     )
 
 
-def bind(server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None = None) -> str:
+def bind(
+    server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None = None
+) -> str:
     """Listen on ``host:port`` (0: any free port), in plain text without ``credentials``. Returns the address with the
     real port. Raises ConfigError naming the port when it is taken or the host is not ours."""
     name = f"[{host}]" if ":" in host and not host.startswith("[") else host

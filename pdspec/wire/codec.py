@@ -252,8 +252,7 @@ def trace_from_pb(message: pb.DraftTrace) -> DraftTrace:
     """Raises InvalidRequest for a broken list."""
     return DraftTrace(
         token_ids=bytes_to_ids(message.token_ids, "trace.token_ids"),
-        parents=bytes_to_ids(message.parents, "trace.parents"),
-        accepted=message.accepted,
+        parents=bytes_to_ids(message.parents, "trace.parents"), accepted=message.accepted,
     )
 
 

@@ -62,14 +62,11 @@ def check_log_q(story, draft, paper) -> int:
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize(
-    ("modules", "trees"),
-    [
-        (1, ("chain(1)", "static(4)", "dynamic(1,3,3)")),
-        (2, ("", "static(2x2)", "dynamic(2,3,6)")),
-        (3, ("chain(3)", "static(2x2x2)", "dynamic(3,3,8)")),
-    ],
-)
+@pytest.mark.parametrize(("modules", "trees"), [
+    (1, ("chain(1)", "static(4)", "dynamic(1,3,3)")),
+    (2, ("", "static(2x2)", "dynamic(2,3,6)")),
+    (3, ("chain(3)", "static(2x2x2)", "dynamic(3,3,8)")),
+])
 def test_after_the_prefill_and_each_of_20_verifications_state_equals_a_recompute(ops, modules, trees, sampling):
     world = make_world(ops, modules)
     paper, shifted = paper_of(world), paper_of(world, shift=1)
@@ -112,16 +109,10 @@ def _without_ancestors(self, ctx, growth, frontier, depth, real=MtpDrafter._node
     return replace(rows, paths=[path[-1:] for path in rows.paths])
 
 
-@pytest.mark.parametrize(
-    ("method", "mutation", "seen_in"),
-    [
-        ("_committed_rows", _unshifted, "state"),
-        ("_committed_rows", _one_position_on, "state"),
-        ("_nodes", _previous_token, "trees"),
-        ("_nodes", _without_ancestors, "trees"),
-        ("", None, "nothing"),
-    ],
-)
+@pytest.mark.parametrize(("method", "mutation", "seen_in"), [
+    ("_committed_rows", _unshifted, "state"), ("_committed_rows", _one_position_on, "state"),
+    ("_nodes", _previous_token, "trees"), ("_nodes", _without_ancestors, "trees"), ("", None, "nothing"),
+])
 def test_what_is_wrong_by_one_is_caught(native, monkeypatch, method, mutation, seen_in):
     if mutation:
         monkeypatch.setattr(MtpDrafter, method, mutation)
@@ -381,16 +372,8 @@ def test_rejection_gets_the_law_of_every_inner_node_and_verify_takes_it(native, 
             assert len(law.token_ids) == (16 if turn == 0 and node < 0 else 60)
             np.testing.assert_allclose(law.log_q, log_q.numpy(), atol=BAR)
         logits = story.random.normal(0, 1, (1 + draft.num_nodes, TARGET.vocab_size)).astype(np.float32)
-        result = verify(
-            draft,
-            torch.from_numpy(logits),
-            sampling,
-            History.of(story.ctx.token_ids, ()),
-            Seeded(1, 0),
-            root_position=story.ctx.root_position,
-            end_ids=(),
-            max_new=9,
-        )
+        result = verify(draft, torch.from_numpy(logits), sampling, History.of(story.ctx.token_ids, ()), Seeded(1, 0),
+                        root_position=story.ctx.root_position, end_ids=(), max_new=9)
         outputs = result.verdict.output_ids
         assert outputs[:-1] == tuple(draft.token_ids[list(result.verdict.path)].tolist())
         world.drafter.observe([story.verdict(draft)])

@@ -30,11 +30,8 @@ from pdspec.types import CacheGroup, GenerateRequest, SamplingParams
 
 VOCABULARY, PAGE, PAGES = 5, 4, 40
 TARGET = CacheGroup(name="target", num_layers=1, num_kv_heads=1, head_dim=1, dtype="float32")
-PARAMS = (
-    SamplingParams(),
-    SamplingParams(temperature=1.0, repetition_penalty=1.4),
-    SamplingParams(temperature=0.8, top_p=0.9),
-)
+PARAMS = (SamplingParams(), SamplingParams(temperature=1.0, repetition_penalty=1.4),
+          SamplingParams(temperature=0.8, top_p=0.9))
 
 
 @lru_cache(maxsize=100_000)
@@ -97,9 +94,7 @@ class RandomDrafter:
                 nodes.append(node)
         unknown = np.full(len(nodes) - 1, np.nan, np.float32)
         return Draft(
-            token_ids=np.array([node[-1] for node in nodes[1:]], np.int32),
-            log_q=unknown,
-            survival=unknown,
+            token_ids=np.array([node[-1] for node in nodes[1:]], np.int32), log_q=unknown, survival=unknown,
             parents=np.array([nodes.index(node[:-1]) - 1 for node in nodes[1:]], np.int32),
         )
 
@@ -143,10 +138,7 @@ class World:
         tokens = 2 + number % 11
         drafter = self.resources.drafters["random"]
         request = GenerateRequest(
-            request_id=str(self.count),
-            prompt_ids=ids,
-            drafter="random",
-            tree="chain(8)",
+            request_id=str(self.count), prompt_ids=ids, drafter="random", tree="chain(8)",
             sampling=SamplingParams(**{**vars(params), "seed": self.count, "max_tokens": tokens}),
         )
         rows = self.engine.rows_needed(request, drafter, request.tree)
@@ -162,19 +154,12 @@ class World:
             rows[item.pages[slot // PAGE] * PAGE + slot % PAGE] = token, slot
         first = item.expected[len(request.prompt_ids)]
         ctx = DraftContext(
-            request_id=request.request_id,
-            sampling=request.sampling,
-            noise_key=(request.sampling.seed or 0, 0),
-            token_ids=[*request.prompt_ids, first],
-            pages=item.pages,
-            prompt_len=len(request.prompt_ids),
-            tree=request.tree,
-            state=item.expected,
+            request_id=request.request_id, sampling=request.sampling, noise_key=(request.sampling.seed or 0, 0),
+            token_ids=[*request.prompt_ids, first], pages=item.pages, prompt_len=len(request.prompt_ids),
+            tree=request.tree, state=item.expected,
         )
         item.sequence = DecodeSequence(
-            request=request,
-            ctx=ctx,
-            drafter=self.resources.drafters["random"],
+            request=request, ctx=ctx, drafter=self.resources.drafters["random"],
             history=History.of(request.prompt_ids, [first]),
         )
         self.scheduler.join(item)
@@ -206,35 +191,20 @@ def plain(request: GenerateRequest) -> list[int]:
     tokens, params = list(request.prompt_ids), request.sampling
     while len(tokens) < len(request.prompt_ids) + params.max_tokens:
         history = History.of(request.prompt_ids, tokens[len(request.prompt_ids) :])
-        tokens.append(
-            choose(
-                scores(tuple(tokens)),
-                params,
-                history,
-                seed=params.seed or 0,
-                sample=0,
-                position=len(tokens),
-                end_ids=(),
-            )
-        )
+        tokens.append(choose(scores(tuple(tokens)), params, history, seed=params.seed or 0, sample=0,
+                             position=len(tokens), end_ids=()))
     return tokens
 
 
 ACTIONS = st.lists(
     st.tuples(st.sampled_from(["add", "land", "step", "step", "step", "abort"]), st.integers(0, 98)),
-    min_size=200,
-    max_size=200,
+    min_size=200, max_size=200,
 )
 DONE = {"actions": 0, "finished": 0, "accepted": 0}
 
 
-@settings(
-    max_examples=50,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
-)
+@settings(max_examples=50, deadline=None, database=None, derandomize=True,
+          suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example])
 @given(ACTIONS)
 def ten_thousand(actions):
     world = World()
