@@ -24,8 +24,9 @@ NOTICE_S = 3.0
 WAIT_S = 300.0  # for anything that is bound by how busy the real machine is
 RAY_TRIES = 4  # Ray gives itself 30 s to start, which is short on a busy machine
 NEW_RAY = (
-    "ray stop > /dev/null; export RAY_AUTH_MODE=token RAY_worker_niceness=0 RAY_health_check_period_ms=500 RAY_health_check_timeout_ms=1000"
-    " RAY_health_check_failure_threshold=3; ray start --disable-usage-stats --object-store-memory=100000000"
+    "ray stop > /dev/null; export RAY_AUTH_MODE=token RAY_worker_niceness=0 RAY_health_check_period_ms=500"
+    " RAY_health_check_timeout_ms=1000 RAY_health_check_failure_threshold=3;"
+    " ray start --disable-usage-stats --object-store-memory=100000000"
 )
 
 # Prints a line whenever the states of the workers change, with the time.

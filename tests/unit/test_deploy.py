@@ -1,8 +1,8 @@
 """The files under deploy/ are what Ray, KubeRay, Prometheus, Grafana and pdspec accept.
 
-The KubeRay manifest is checked against KubeRay's own definition where PDSPEC_KUBERAY_CRD names it (of
-ray-project/kuberay, helm-chart/kuberay-operator/crds/ray.io_rayclusters.yaml, too large to be kept here), and against the
-shape written below otherwise; the test's name says which.
+The KubeRay manifest is checked against KubeRay's own definition where PDSPEC_KUBERAY_CRD names it (in
+ray-project/kuberay: helm-chart/kuberay-operator/crds/ray.io_rayclusters.yaml, too large to be kept here), and against
+the shape written below otherwise; the test's name says which.
 """
 
 from __future__ import annotations
