@@ -21,7 +21,9 @@ import yaml
 
 TEMPORARY = Path(tempfile.gettempdir())
 LEFT = """
-ray stop
+exec 2>&1
+source ~/.bashrc
+ray stop || exit 1
 rm -rf /tmp/ray/session_* /tmp/pymp-*
 rm -f /tmp/ray/ray_current_cluster /tmp/ray/prom_metrics_service_discovery.json /tmp/ray/cluster-{name}.*
 rm -f ~/ray_bootstrap_config.yaml ~/ray_bootstrap_key.pem
@@ -55,7 +57,7 @@ def _run(host: str, auth: dict, script: str) -> bool:
     options = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR", "ConnectTimeout=10"]
     options += [f"ProxyCommand={proxy}"] if proxy else []
     command = ["ssh", *(["-i", str(Path(key).expanduser())] if key else []), *(f"-o{option}" for option in options)]
-    shell = f"bash --login -i -c {shlex.quote(script)} 2> /dev/null"  # as Ray calls it: PATH comes from ~/.bashrc
+    shell = f"bash --login -i -c {shlex.quote(script)} 2> /dev/null"  # as Ray calls it; without a terminal -i complains
     done = subprocess.run([*command, f"{auth['ssh_user']}@{host}", shell], check=False, stdin=subprocess.DEVNULL)
     return done.returncode == 0
 

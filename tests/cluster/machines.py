@@ -66,6 +66,7 @@ class Machine:
 
     def __init__(self, name: str, address: str, environment: dict[str, str]) -> None:
         self.name, self.address, self._environment = name, address, environment
+        self._lab: Machine | None = None
         self.start()
 
     def start(self) -> None:
@@ -79,7 +80,7 @@ class Machine:
 
     def link(self, lab: Machine) -> None:
         """Plug it into the bridge of ``lab``."""
-        port = f"to-{self.name}"
+        self._lab, port = lab, f"to-{self.name}"
         lab.ip("link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", str(self.init))
         lab.ip("link", "set", port, "master", "bridge", "up")
         self.ip("link", "set", "lo", "up")
@@ -128,7 +129,10 @@ class Machine:
         return {"/" + str(path.relative_to(root)) for path in found if path.is_symlink() or not path.is_dir()}
 
     def kill(self) -> None:
-        """Pull the plug: every process ends at once, and nobody closes a connection."""
+        """Pull the plugs: no packet leaves it any more, and then every process ends."""
+        if self._lab:
+            self._lab.ip("link", "del", f"to-{self.name}")
+            self._lab = None
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.init, signal.SIGKILL)
         self._process.wait(30)
@@ -151,7 +155,7 @@ def machines(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Machine]]
             made[name].link(lab)
         yield made
     finally:
-        for machine in made.values():
+        for machine in reversed(made.values()):
             machine.kill()
 
 

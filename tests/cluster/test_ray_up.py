@@ -3,9 +3,11 @@ from ``deploy/cluster-local.yaml``, and a Ray of two nodes one of which is lost.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -169,24 +171,16 @@ def wait(check: Callable[[], object], what: str) -> None:
         time.sleep(0.2)
 
 
-class watching:
-    """Runs WATCH on a machine; gives a function that returns what it has printed."""
-
-    def __init__(self, machine: Machine, router: str) -> None:
-        command = machine.command(sys.executable, "-c", WATCH, router)
-        self._process = subprocess.Popen(command, env=machine.environment(), stdout=subprocess.PIPE, text=True)
-        self._lines: list[list] = []
-
-    def __enter__(self) -> Callable[[], list[list]]:
-        import threading
-
-        def read() -> None:
-            self._lines.extend(json.loads(line) for line in self._process.stdout)
-
-        threading.Thread(target=read, daemon=True).start()
-        return lambda: self._lines
-
-    def __exit__(self, *error: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._process.stdout.close()
+@contextlib.contextmanager
+def watching(machine: Machine, router: str) -> Iterator[Callable[[], list[list]]]:
+    """Runs WATCH on ``machine``; gives a function that returns what it has printed."""
+    command = machine.command("setpriv", "--pdeathsig", "KILL", sys.executable, "-c", WATCH, router)
+    with subprocess.Popen(command, env=machine.environment(), stdout=subprocess.PIPE, text=True) as process:
+        lines: list[list] = []
+        reader = threading.Thread(target=lambda: lines.extend(map(json.loads, process.stdout)), daemon=True)
+        reader.start()
+        try:
+            yield lambda: lines
+        finally:
+            process.kill()
+            reader.join(10)
