@@ -140,13 +140,16 @@ class Cluster:
         if self.config.address:
             try:
                 ray.init(address=self.config.address, **common)
-            except (ConnectionError, RuntimeError, ValueError) as error:
+            except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
                 message = f"cannot join the Ray cluster {self.config.address!r}: {str(error).splitlines()[0]}"
                 remedy = "start one with `ray start --head`, or leave address out for an embedded one"
+                if isinstance(error, ray.exceptions.AuthenticationError):
+                    remedy = "put the cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN; set RAY_AUTH_MODE=token"
                 raise ConfigError(message, field="address", remedy=remedy) from error
             return
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # before ~/.ray/auth_token, which may be stale
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own default, 15, starves them beside anything else
         base = "/tmp" if Path("/tmp").is_dir() else None  # socket paths are limited to about 100 characters
         self._folder = tempfile.mkdtemp(prefix="pdspec-ray-", dir=base)
         self.log_folder = f"{self._folder}/session_latest/logs"
@@ -164,13 +167,17 @@ class Cluster:
         cpus, gpus = self.config.cpus_per_worker, self.config.gpus_per_worker
         cpus = share([node.get("CPU", 0) for node in nodes], count) if cpus < 0 else cpus
         gpus = share([node.get("GPU", 0) for node in nodes], count) if gpus < 0 else gpus
-        bundles = []
+        bundles, labels = [], []
         for config in configs:
-            extra = self.config.prefill_resources if config.role == "prefill" else self.config.decode_resources
+            extra, wanted = self.config.pinned(config.role)
             bundles.append({name: amount for name, amount in {"CPU": cpus, "GPU": gpus, **extra}.items() if amount})
-        self._group = placement_group(bundles, strategy=self.config.placement)
+            labels.append(wanted)
+        selector = labels if any(labels) else None
+        self._group = placement_group(bundles, strategy=self.config.placement, bundle_label_selector=selector)
         if not self._group.wait(min(self.config.start_timeout_s, 60.0)):
             message = f"no room for {count} workers of {bundles[0]}: the cluster has {ray.available_resources()}"
+            if selector:
+                message += f", nodes with the labels {[node['Labels'] for node in ray.nodes() if node['Alive']]}"
             raise ConfigError(message, field="placement", remedy="add nodes, or lower gpus_per_worker, cpus_per_worker")
 
     def _start_router(self, workers: Sequence[WorkerConfig]) -> None:
@@ -181,7 +188,8 @@ class Cluster:
         relay_port = _free_port(relay_host)
         # Fixed ports, so that both are where they were after a restart.
         router = router.replace(port=router.port or _free_port(router.host), relay=f"{relay_host}:{relay_port}")
-        relay = router.replace(host=relay_host, port=relay_port)
+        metrics_port = router.metrics_port + (router.metrics_port > 0)  # they may listen on the same address
+        relay = router.replace(host=relay_host, port=relay_port, metrics_port=metrics_port)
         pinned = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": pinned}
         names = tuple((config.worker_id, config.role, self._actor_name(config.worker_id)) for config in workers)

@@ -229,6 +229,8 @@ class ClusterConfig(Settings):
     cpus_per_worker: float = option(-1.0, "-1: shared out evenly; for placement only", low=-1)
     prefill_resources: dict[str, float] = option({}, "Ray resources that pin prefill workers to nodes")
     decode_resources: dict[str, float] = option({}, "Ray resources that pin decode workers to nodes")
+    prefill_labels: dict[str, str] = option({}, "labels of the Ray nodes that prefill workers may stand on")
+    decode_labels: dict[str, str] = option({}, "labels of the Ray nodes that decode workers may stand on")
     start_timeout_s: float = option(300.0, "to place and start every worker", low=1)
     tls: TlsConfig = dataclasses.field(default_factory=TlsConfig)
     cluster_token_file: str = option("", "file of tokens that members of the cluster show to each other")
@@ -247,6 +249,12 @@ class ClusterConfig(Settings):
         changes = self.prefill_worker if role == "prefill" else self.decode_worker
         values = {**self.worker.to_mapping(), **self._shared(self.worker), **changes}
         return WorkerConfig.from_mapping({**values, "role": role, "worker_id": f"{role}-{index}"})
+
+    def pinned(self, role: str) -> tuple[dict[str, float], dict[str, str]]:
+        """Resources and labels that a node must have for a worker of ``role``."""
+        if role == "prefill":
+            return self.prefill_resources, self.prefill_labels
+        return self.decode_resources, self.decode_labels
 
     def router_config(self) -> RouterConfig:
         """The router's config: its model and cache folder are the workers'."""

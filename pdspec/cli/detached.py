@@ -86,7 +86,7 @@ def running(cache_dir: str = "") -> Iterator[Detached]:
 
 
 def stop(state: Detached) -> None:
-    """End it and wait. Raises PdspecError when it does not end."""
+    """End it, wait, and remove its files. Raises PdspecError when it does not end."""
     os.kill(state.pid, signal.SIGTERM)
     deadline = time.monotonic() + STOP_TIMEOUT_S
     while state.alive:
@@ -94,6 +94,7 @@ def stop(state: Detached) -> None:
             raise PdspecError(f"process {state.pid} does not end", remedy=f"see {state.log}, then kill it")
         time.sleep(0.1)
     state.path.unlink()
+    Path(state.log).unlink(missing_ok=True)
 
 
 def _await_ready(process: subprocess.Popen, log: Path, console: Console) -> str:

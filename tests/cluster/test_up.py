@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
+import yaml
 
 pytestmark = pytest.mark.cluster
 TINY = ("--model", "tiny", "--drafter", "ngram", "--head", "eagle3=random:1", "--threads", "1", "--port", "0")
@@ -107,3 +109,25 @@ def alive(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_one_box_script_serves_its_metrics(home, tmp_path):
+    """deploy/one-box.sh: each port of deploy/prometheus.yaml answers with metrics of its own process."""
+    deploy = Path(__file__).parents[2] / "deploy"
+    (job,) = yaml.safe_load((deploy / "prometheus.yaml").read_text())["scrape_configs"]
+    command = tmp_path / "pdspec"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m pdspec "$@"\n')
+    command.chmod(0o755)
+    free = [flag for flag in TINY if flag not in ("--port", "0")]
+    script = [str(deploy / "one-box.sh"), *free, "--port", "0", "--http-port", "0"]
+    up = subprocess.run(script, env={**home, "PDSPEC": str(command)}, capture_output=True, text=True, timeout=START_S)
+    try:
+        assert up.returncode == 0 and up.stdout.startswith("ready 127.0.0.1:"), up.stderr
+        own = {"router": "workers", "relay": "relay_bytes", "http": "http_requests", "prefill": "prefix_cache_pages",
+               "decode": "decode_steps"}  # fmt: skip
+        for entry in job["static_configs"]:
+            with urllib.request.urlopen(f"http://{entry['targets'][0]}/metrics", timeout=10) as answer:
+                assert f"# TYPE pdspec_{own[entry['labels']['process']]}" in answer.read().decode(), entry
+    finally:
+        down = pdspec(home, "down")
+    assert down.returncode == 0 and not list((Path(home["PDSPEC_CACHE"]) / "run").iterdir())
