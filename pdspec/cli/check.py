@@ -146,7 +146,7 @@ def tp(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Workers of several ranks against one process: audited tokens, the same acceptance; tiny and SmolLM2 by default."""
+    """Workers of several ranks against one process, on tiny and SmolLM2: audited tokens, the same acceptance."""
     with only_json(json):
         from pdspec.study import tp as study
         from pdspec.study.heads import families

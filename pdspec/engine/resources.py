@@ -113,8 +113,10 @@ def _load(config: WorkerConfig, files: ModelFiles, ranks: Ranks | None) -> Resou
         options=config.options, survival=config.survival_mode(),
     )
     drafts = draft_groups(config.drafters, setting)
-    made = ranks.cache if ranks else PagedCache
-    cache = made((runner.group, *drafts), config.pages(), config.page_size, ops.device)
+    groups = (runner.group, *drafts)
+    cache = ranks.cache(groups, ops.device) if ranks else PagedCache(
+        groups, config.pages(), config.page_size, ops.device
+    )
     parts = Parts(ops=ops, cache=cache, runner=runner)
     drafters = {name: make_drafter(name, setting, parts) for name in config.drafters}
     resources = Resources(

@@ -72,7 +72,7 @@ class ShardedCache(PagedCache):
             raise ValueError(f"{size} bytes for rows {start}..{stop} of {heads} heads of {group}")
         source, done = np.frombuffer(data, np.uint8).reshape(*shape[:2], heads, shape[3]), 0
         for part, first, count in pieces:
-            piece = np.ascontiguousarray(source[:, :, done : done + count])
+            piece = source[:, :, done : done + count].copy()
             if part.rank == 0:
                 super().write_rows(group, layer, pages, start, stop, piece.data, first, count)
             elif piece.size:

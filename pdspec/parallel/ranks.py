@@ -100,15 +100,14 @@ class Ranks:
             self._model, weights, ops=ops, dtype=self._config.dtype, part=self.parts[0], ranks=steps
         )
 
-    def cache(
-        self, groups: tuple[CacheGroup, ...], num_pages: int, page_size: int, device: str | torch.device = "cpu"
-    ) -> ShardedCache:
-        """The pages of all ranks."""
+    def cache(self, groups: tuple[CacheGroup, ...], device: torch.device) -> ShardedCache:
+        """The pages of all ranks, as many and as large as the settings say."""
         _, pages = self._connected()
-        name = self._model.target_group(self._config.dtype).name
+        config = self._config
         return ShardedCache(
-            groups, num_pages, page_size, device, sharded=name, parts=self.parts, ranks=pages
-        )
+            groups, config.pages(), config.page_size, device, sharded=self._model.target_group(config.dtype).name,
+            parts=self.parts, ranks=pages,
+        )  # fmt: skip
 
     def _connected(self) -> list[Group]:
         """The groups ``steps`` and ``pages``."""
