@@ -26,9 +26,9 @@ from pdspec.model.native_layers import check_sizes
 from pdspec.model.ops import make_ops, make_rope
 from pdspec.model.runner import make_layers, run_layers
 from pdspec.model.split import split
-from pdspec.parallel.group import GROUPS, Group, RankLost
+from pdspec.parallel.group import GROUPS, Group, RankLost, store_of
 from pdspec.parallel.messages import Kind, PageCall, hear, hear_batch
-from pdspec.parallel.sharing import SETTINGS, device_of, ready_key, store_of, threads_of
+from pdspec.parallel.sharing import SETTINGS, device_of, ready_key, threads_of
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Follower:
         self._layers = make_layers(own, weights, self._ops, self._rope, config.dtype)
         group = own.target_group(config.dtype)
         self._cache, self._name = PagedCache((group,), config.pages(), config.page_size, self._ops.device), group.name
-        store_of(folder, config.tp).set(ready_key(rank), "1")
+        store_of(folder).set(ready_key(rank), "1")
         self._steps, self._pages = (Group(folder, name, rank, config.tp) for name in GROUPS)
 
     def serve(self) -> None:

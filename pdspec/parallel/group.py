@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 HOST = "127.0.0.1"
 SUM_TIMEOUT = datetime.timedelta(seconds=120)  # one layer of one chunk on the slowest rank
+MEET_TIMEOUT = datetime.timedelta(seconds=60)  # all have loaded
 FOREVER = datetime.timedelta(days=365)  # a rank waits for its next command
 STORE = "rendezvous"
 GROUPS = ("steps", "pages")
@@ -28,16 +29,21 @@ class RankLost(Exception):
 
 
 class Group:
-    """One group of all ranks; rank 0 leads. Every method blocks without the GIL, and raises RankLost."""
+    """One group of all ranks; rank 0 leads. Every method blocks without the GIL, and raises RankLost,
+    as does making one when the others do not come."""
 
-    def __init__(self, folder: Path, name: str, rank: int, ranks: int, timeout: datetime.timedelta = FOREVER) -> None:
+    def __init__(self, folder: Path, name: str, rank: int, ranks: int) -> None:
         gloo: Any = dist.ProcessGroupGloo  # its stubs lack the options
         options = gloo._Options()
         options._devices = [gloo.create_device(hostname=HOST)]
-        options._timeout = timeout
+        options._timeout = MEET_TIMEOUT
         self.rank, self.ranks = rank, ranks
-        store = dist.PrefixStore(name, dist.FileStore(str(folder / STORE), ranks))
-        self._group: Any = gloo(store, rank, ranks, options)
+        store = dist.PrefixStore(name, store_of(folder))
+        try:
+            self._group: Any = gloo(store, rank, ranks, options)
+        except RuntimeError as error:
+            raise RankLost(_said(error)) from error
+        self._group._set_default_timeout(FOREVER)
 
     def close(self) -> None:
         """Close the connections: whoever waits at their other end gets RankLost. Nothing may follow."""
@@ -69,8 +75,17 @@ class Group:
         return tensor
 
 
+def store_of(folder: Path) -> dist.FileStore:
+    """Where ranks find each other. The file stays until its folder is removed."""
+    return dist.FileStore(str(folder / STORE), -1)
+
+
 def _wait(begin: Callable[[], Any]) -> None:
     try:
         begin().wait()
     except RuntimeError as error:
-        raise RankLost(str(error).splitlines()[0][:300]) from error
+        raise RankLost(_said(error)) from error
+
+
+def _said(error: RuntimeError) -> str:
+    return str(error).splitlines()[0][:300]

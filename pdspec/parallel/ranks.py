@@ -24,9 +24,9 @@ from pdspec.model.config import ModelConfig
 from pdspec.model.ops import Ops, make_ops
 from pdspec.model.split import split
 from pdspec.parallel.cache import ShardedCache
-from pdspec.parallel.group import GROUPS, Group
+from pdspec.parallel.group import GROUPS, Group, RankLost, store_of
 from pdspec.parallel.runner import ParallelRunner
-from pdspec.parallel.sharing import SETTINGS, device_of, ready_key, refuse_what_one_rank_cannot, store_of, threads_of
+from pdspec.parallel.sharing import SETTINGS, device_of, ready_key, refuse_what_one_rank_cannot, threads_of
 from pdspec.types import CacheGroup
 
 log = logging.getLogger(__name__)
@@ -112,14 +112,18 @@ class Ranks:
     def _connected(self) -> list[Group]:
         """The groups ``steps`` and ``pages``."""
         if not self._groups:
-            store, ranks = store_of(self.folder, self._config.tp), self._config.tp
+            store, ranks = store_of(self.folder), self._config.tp
             deadline = time.monotonic() + START_TIMEOUT_S
             while not store.check([ready_key(rank) for rank in range(1, ranks)]):
                 if not self.alive() or time.monotonic() > deadline:
                     message = "a rank of this worker did not start"
                     raise ConfigError(message, field="tp", remedy="see what it wrote to stderr")
                 time.sleep(_POLL_S)
-            self._groups = [Group(self.folder, name, 0, ranks) for name in GROUPS]
+            try:
+                self._groups = [Group(self.folder, name, 0, ranks) for name in GROUPS]
+            except RankLost as error:
+                message = f"no way to a rank of this worker: {error}"
+                raise ConfigError(message, field="tp", remedy="try again") from error
         return self._groups
 
     def alive(self) -> bool:

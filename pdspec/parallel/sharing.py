@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-import torch.distributed as dist
 
 from pdspec.config import WorkerConfig
 from pdspec.errors import ConfigError
-from pdspec.parallel.group import STORE
 from pdspec.telemetry import usable_cores
 
 SETTINGS = "worker.json"  # the WorkerConfig, in the rendezvous folder
-
-
-def store_of(folder: Path, ranks: int) -> dist.FileStore:
-    """Where ranks find each other."""
-    return dist.FileStore(str(folder / STORE), ranks)
 
 
 def ready_key(rank: int) -> str:

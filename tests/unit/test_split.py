@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 
 from pdspec.cache.paged import PagedCache
 from pdspec.config import ClusterConfig, WorkerConfig
+from pdspec.engine.resources import load
 from pdspec.errors import ConfigError
+from pdspec.model.batch import ForwardBatch
 from pdspec.model.config import weight_shapes
 from pdspec.model.loader import load_weights, resolve
 from pdspec.model.native_layers import check_sizes
@@ -98,6 +102,39 @@ def caches():
     yield ranks.cache((runner.group, draft), ops.device), PagedCache((runner.group, draft), 8, 4)
     ranks.close()
     ops.close()
+
+
+class _Left(Exception):
+    pass
+
+
+def test_a_forward_that_is_left_in_the_middle_harms_none_that_follows():
+    """An abandoned prefill ends after the layer at hand."""
+    tokens, logits = np.arange(40, 52, dtype=np.int32), []
+
+    def leave(layer: int) -> None:
+        if layer == 1:
+            raise _Left
+
+    for tp in (1, 2):
+        resources = load(WORKER.replace(tp=tp, numerics="fast"), RankThread)
+        try:
+            with pytest.raises(_Left):
+                resources.runner.forward(_prompt(tokens[::-1].copy()), resources.cache, leave)
+            logits.append(resources.runner.forward(_prompt(tokens), resources.cache, lambda layer: None).logits)
+            with pytest.raises(ConfigError, match="queries") if tp > 1 else nullcontext():
+                resources.runner.forward(_prompt(tokens), resources.cache, on_queries=lambda layer, q: None)
+        finally:
+            resources.close()
+    assert torch.allclose(*logits, atol=1e-4, rtol=0) and logits[0].abs().max() > 1
+
+
+def _prompt(tokens: np.ndarray) -> ForwardBatch:
+    slots = np.arange(len(tokens), dtype=np.int32)
+    return ForwardBatch(
+        token_ids=tokens, positions=slots, sequence=np.zeros_like(slots), slots=slots, prefix_len=slots + 1,
+        ancestors=np.empty((len(slots), 0), np.int32), page_table=np.array([[3]], np.int32), logit_rows=slots,
+    )  # fmt: skip
 
 
 def test_rows_of_two_ranks_read_as_those_of_one(caches):
