@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import decode_worker.service
 import prefill_worker.service
+from pdspec.cli.app import build_app
 from pdspec.config import WorkerConfig
 from pdspec.engine.local import LocalGenerator
 from pdspec.errors import ConfigError
+from pdspec.parallel.cache import ShardedCache
 from pdspec.parallel.group import RankLost
 from tests.parity.roles import TINY, Roles, held_by, request, running, wait_until
 from tests.rank_threads import RankThread
@@ -94,6 +99,24 @@ def test_a_killed_rank_ends_its_worker():
     finally:
         worker.stop()
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("mixed_up", [False, True])
+def test_the_check_sees_heads_that_are_mixed_up(monkeypatch, mixed_up):
+    real = ShardedCache.row_views
+
+    def reversed_heads(self, group, *rest):
+        views = real(self, group, *rest)
+        return tuple(np.asarray(v)[:, :, ::-1].copy().data for v in views) if group == "target" else views
+
+    if mixed_up:
+        monkeypatch.setattr(ShardedCache, "row_views", reversed_heads)
+    asked = "check tp --model tiny --num-prompts 1 --max-tokens 8 --drafters none --json".split()
+    ran = CliRunner().invoke(build_app(), asked)
+    found = json.loads(ran.stdout)
+    assert (ran.exit_code, found["ok"]) == ((1, False) if mixed_up else (0, True))
+    (case,) = found["cases"]
+    assert (case["unaudited"] > 0) == mixed_up and 0 < case["tau"] < 1e-3
 
 
 def test_a_rank_that_cannot_start_is_said_at_once():
