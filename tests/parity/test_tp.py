@@ -111,8 +111,8 @@ def test_the_check_sees_heads_that_are_mixed_up(monkeypatch, mixed_up):
 
     if mixed_up:
         monkeypatch.setattr(ShardedCache, "row_views", reversed_heads)
-    asked = "check tp --model tiny --num-prompts 1 --max-tokens 8 --drafters none --json".split()
-    ran = CliRunner().invoke(build_app(), asked)
+    asked = "check tp --model tiny --num-prompts 1 --max-tokens 8 --drafters none --json"
+    ran = CliRunner().invoke(build_app(), asked.split())
     found = json.loads(ran.stdout)
     assert (ran.exit_code, found["ok"]) == ((1, False) if mixed_up else (0, True))
     (case,) = found["cases"]
