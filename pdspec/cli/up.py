@@ -43,7 +43,7 @@ def up(
     head: Heads = None,
     threads: Threads = None,
     tp: Annotated[
-        int | None, typer.Option(min=1, help="Ranks of each worker (default: 1); of one role: --set prefill_worker.tp=2.")
+        int | None, typer.Option(min=1, help="Ranks of a worker (default: 1); of one role: --set prefill_worker.tp=2.")
     ] = None,
     host: Annotated[str | None, typer.Option(help="Where the router listens (default: 127.0.0.1).")] = None,
     port: Port = None,

@@ -55,6 +55,7 @@ class Follower:
         self._cache, self._name = PagedCache((group,), config.pages(), config.page_size, self._ops.device), group.name
         store_of(folder).set(ready_key(rank), "1")
         self._steps, self._pages = (Group(folder, name, rank, config.tp) for name in GROUPS)
+        self._pages.send(torch.ones(1, dtype=torch.uint8), 0)  # the rendezvous may go
 
     def serve(self) -> None:
         """Until rank 0 goes. Whatever else ends one thread is raised here, and ends the rank."""

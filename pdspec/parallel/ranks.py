@@ -121,9 +121,12 @@ class Ranks:
                 time.sleep(_POLL_S)
             try:
                 self._groups = [Group(self.folder, name, 0, ranks) for name in GROUPS]
+                for rank in range(1, ranks):  # has met all others
+                    self._groups[1].receive(torch.empty(1, dtype=torch.uint8), rank)
             except RankLost as error:
                 message = f"no way to a rank of this worker: {error}"
                 raise ConfigError(message, field="tp", remedy="try again") from error
+            shutil.rmtree(self.folder)  # now, so that a crash leaves nothing
         return self._groups
 
     def alive(self) -> bool:
