@@ -20,6 +20,7 @@ from pdspec.engine.resources import load
 from pdspec.engine.sequence import DecodeSequence, first_chunk
 from pdspec.engine.thread import tell
 from pdspec.errors import PdspecError, TransferDamaged
+from pdspec.parallel.ranks import RankProcess, StartRank
 from pdspec.spec.protocol import DraftContext, Drafter, HiddenRows
 from pdspec.types import DraftPrefill, FinishReason, GenerateRequest, TokenChunk
 
@@ -71,8 +72,8 @@ class Answer:
 class DecodeHost:
     """All methods but ``__init__`` run on the engine thread."""
 
-    def __init__(self, config: WorkerConfig) -> None:
-        self.resources = load(config)
+    def __init__(self, config: WorkerConfig, start: StartRank = RankProcess) -> None:
+        self.resources = load(config, start)
         self.prefill, self.decode = PrefillEngine(self.resources), DecodeEngine(self.resources)
         self.prefixes = Prefixes(self.resources)
         self.scheduler: DecodeScheduler[Answer] = DecodeScheduler(

@@ -26,6 +26,7 @@ from pdspec.engine.local import checked
 from pdspec.engine.serving import RunningWorker, StatusService, describe
 from pdspec.engine.thread import EngineThread
 from pdspec.errors import DeadlineExceeded
+from pdspec.parallel.ranks import RankProcess, StartRank
 from pdspec.telemetry import REQUEST_ID
 from pdspec.tracing import tracer_of
 from pdspec.transfer.segment import sweep
@@ -129,11 +130,11 @@ class DecodeService(rpc.DecodeWorkerServicer):
         return dataclasses.replace(info, metrics={**info.metrics, **clocks, **own})
 
 
-def launch(config: WorkerConfig) -> RunningWorker:
-    """Start a decode worker in this process. Raises ConfigError."""
+def launch(config: WorkerConfig, start: StartRank = RankProcess) -> RunningWorker:
+    """Start a decode worker in this process; ``start`` starts its other ranks. Raises ConfigError."""
     config = config.replace(role="decode")
     sweep()
-    engine = EngineThread(lambda: DecodeHost(config), name="engine")
+    engine = EngineThread(lambda: DecodeHost(config, start), name="engine")
     host = engine.start()
     service = DecodeService(config, engine, host)  # type: ignore[arg-type]
 

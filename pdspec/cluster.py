@@ -3,7 +3,8 @@
 Ray does placement, life cycle and restart; requests, tokens and KV travel over gRPC alone.
 
     driver (pdspec up) ── creates ──▶ router, relay          on the driver's node
-                       ── creates ──▶ prefill-i, decode-j    in a placement group, over the nodes
+                       ── creates ──▶ prefill-i, decode-j    in a placement group, over the nodes; a worker of
+                                                             several ranks in one of its own, on one node
     worker, on every start ── register(id, role, address) ──▶ router
 
 With no ``address`` a Ray cluster is started on this machine and ends with the driver (*embedded*). Its processes
@@ -14,7 +15,6 @@ keeps its own authentication.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import secrets
 import shutil
@@ -36,6 +36,7 @@ from pdspec.client import Access, RouterClient
 from pdspec.config import ClusterConfig, HttpConfig, RouterConfig, WorkerConfig
 from pdspec.errors import ConfigError, PdspecError, PeerLost
 from pdspec.gateway.actor import HttpActor
+from pdspec.placement import share
 from pdspec.wire.status import error_from_dict
 from prefill_worker.actor import PrefillActor
 from router.actor import RelayActor, RouterActor
@@ -74,7 +75,8 @@ class Cluster:
         self.actors: dict[str, Any] = {}  # worker ids, "router", "relay" → actor handles
         self.progress = progress
         self._name = f"pdspec-{secrets.token_hex(4)}"  # deployments may stand side by side in one namespace
-        self._group: PlacementGroup | None = None
+        self._groups: list[PlacementGroup] = []
+        self._slots: list[tuple[PlacementGroup, int]] = []  # of each worker, or of its first rank
         self._owns_ray = False
         self._folder = ""
 
@@ -109,9 +111,9 @@ class Cluster:
                 ray.wait(stopping, num_returns=len(stopping), timeout=STOP_TIMEOUT_S)
             for actor in self.actors.values():
                 ray.kill(actor, no_restart=True)
-            if self._group is not None:
-                remove_placement_group(self._group)
-        self.actors, self._group = {}, None
+            for group in self._groups:
+                remove_placement_group(group)
+        self.actors, self._groups, self._slots = {}, [], []
         if self._owns_ray:
             ray.shutdown()
             self._owns_ray = False
@@ -163,20 +165,34 @@ class Cluster:
         return config.replace(host="") if joined and config.host == LOOPBACK else config
 
     def _place(self, configs: Sequence[WorkerConfig]) -> None:
-        nodes, count = _nodes(), len(configs)
-        cpus, gpus = self.config.cpus_per_worker, self.config.gpus_per_worker
-        cpus = share([node.get("CPU", 0) for node in nodes], count) if cpus < 0 else cpus
-        gpus = share([node.get("GPU", 0) for node in nodes], count) if gpus < 0 else gpus
-        bundles, labels = [], []
+        nodes, ranks = _nodes(), [config.tp for config in configs]
+        asked = {"CPU": self.config.cpus_per_worker, "GPU": self.config.gpus_per_worker}
+        shares = {name: share([node.get(name, 0) for node in nodes], ranks) for name in asked}
+
+        def bundles(config: WorkerConfig) -> list[dict[str, float]]:
+            extra, _ = self.config.pinned(config.role)
+            own = {name: asked[name] / config.tp if asked[name] >= 0 else shares[name] for name in asked}
+            every = [{**own, **extra}, *[own] * (config.tp - 1)]
+            return [{name: amount for name, amount in one.items() if amount} for one in every]
+
+        def group(members: Sequence[WorkerConfig], strategy: str) -> PlacementGroup:
+            """Of all bundles of ``members``, each on a node with its role's labels."""
+            wanted = [self.config.pinned(one.role)[1] for one in members for _ in range(one.tp)]
+            every = [bundle for one in members for bundle in bundles(one)]
+            return placement_group(every, strategy=strategy, bundle_label_selector=wanted if any(wanted) else None)
+
+        alone = [config for config in configs if config.tp == 1]
+        if alone:
+            self._groups = [group(alone, self.config.placement)]
         for config in configs:
-            extra, wanted = self.config.pinned(config.role)
-            bundles.append({name: amount for name, amount in {"CPU": cpus, "GPU": gpus, **extra}.items() if amount})
-            labels.append(wanted)
-        selector = labels if any(labels) else None
-        self._group = placement_group(bundles, strategy=self.config.placement, bundle_label_selector=selector)
-        if not self._group.wait(min(self.config.start_timeout_s, 60.0)):
-            message = f"no room for {count} workers of {bundles[0]}: the cluster has {ray.available_resources()}"
-            if selector:
+            if config.tp > 1:  # its ranks meet on their node's loopback
+                self._groups.append(group([config], "STRICT_PACK"))
+            own = (self._groups[0], alone.index(config)) if config.tp == 1 else (self._groups[-1], 0)
+            self._slots.append(own)
+        deadline = time.monotonic() + min(self.config.start_timeout_s, 60.0)
+        if not all(one.wait(max(0.1, deadline - time.monotonic())) for one in self._groups):
+            message = f"no room for {[bundles(one) for one in configs]}: the cluster has {ray.available_resources()}"
+            if any(self.config.pinned(one.role)[1] for one in configs):
                 message += f", nodes with the labels {[node['Labels'] for node in ray.nodes() if node['Alive']]}"
             raise ConfigError(message, field="placement", remedy="add nodes, or lower gpus_per_worker, cpus_per_worker")
 
@@ -210,16 +226,15 @@ class Cluster:
         self.http = f"{self._shown(front.host)}:{front.port}"
 
     def _start_workers(self, configs: Sequence[WorkerConfig]) -> None:
-        for index, config in enumerate(configs):
+        for config, (group, index) in zip(configs, self._slots, strict=True):
             kind = PrefillActor if config.role == "prefill" else DecodeActor
-            assert self._group is not None
-            bundle = self._group.bundle_specs[index]
+            bundle = group.bundle_specs[index]
             actor = ray.remote(kind).options(
                 name=self._actor_name(config.worker_id),
                 num_cpus=bundle.get("CPU", 0),
                 num_gpus=bundle.get("GPU", 0),
                 max_restarts=-1,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, index),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, index),
             )
             self.actors[config.worker_id] = actor.remote(config, self._actor_name("router"))
 
@@ -247,17 +262,6 @@ class Cluster:
 
     def _shown(self, host: str) -> str:
         return ray.util.get_node_ip_address() if host in ("0.0.0.0", "::", "") else host
-
-
-def share(amounts: Sequence[float], count: int) -> float:
-    """The largest of 1, 1/2, 1/3 … that ``count`` workers can each get from nodes with ``amounts`` of a resource;
-    0 when there is none. Ray cannot give one worker fractions of two devices."""
-    if count < 1 or sum(amounts) <= 0:
-        return 0.0
-    parts = 1
-    while sum(math.floor(amount * parts + 1e-9) for amount in amounts) < count:
-        parts += 1
-    return math.floor(1e4 / parts) / 1e4
 
 
 def _nodes() -> list[dict[str, float]]:

@@ -110,6 +110,7 @@ class WorkerConfig(Settings):
     max_batch: int = option(64, "sequences that run at once", low=1)
     chunk: int = option(512, "prompt tokens of one prefill step", low=1)
     threads: int = option(0, "CPU threads; 0: all cores", low=0)
+    tp: int = option(1, "ranks that share the target's layers out among them (tensor parallelism)", low=1, high=64)
     reserve_headroom: int = option(512, "tokens reserved beyond the prompt before a prefill is asked for", low=0)
     stall_timeout_s: float = option(5.0, "a peer that makes no progress for so long is cut", low=0.05)
     handoff_timeout_s: float = option(600.0, "for a whole handoff, however busy the peer says it is", low=0.05)
@@ -247,7 +248,7 @@ class ClusterConfig(Settings):
     def worker_config(self, role: str, index: int) -> WorkerConfig:
         """The config of the ``index``-th worker of ``role``, its changed keys applied."""
         changes = self.prefill_worker if role == "prefill" else self.decode_worker
-        values = {**self.worker.to_mapping(), **self._shared(self.worker), **changes}
+        values = {**self.worker.to_mapping(), **self._shared(self.worker), **self._numerics(), **changes}
         return WorkerConfig.from_mapping({**values, "role": role, "worker_id": f"{role}-{index}"})
 
     def pinned(self, role: str) -> tuple[dict[str, float], dict[str, str]]:
@@ -255,6 +256,14 @@ class ClusterConfig(Settings):
         if role == "prefill":
             return self.prefill_resources, self.prefill_labels
         return self.decode_resources, self.decode_labels
+
+    def _numerics(self) -> dict[str, str]:
+        """Both sides of a handoff must compute alike: where one has several ranks, which cannot be exact, ``auto`` is
+        ``fast`` on all."""
+        roles = self.prefill_worker, self.decode_worker
+        changed = [WorkerConfig.from_mapping({"tp": part["tp"]}) for part in roles if "tp" in part]
+        several = any(one.tp > 1 for one in (self.worker, *changed))
+        return {"numerics": "fast"} if several and self.worker.numerics == "auto" else {}
 
     def router_config(self) -> RouterConfig:
         """The router's config: its model and cache folder are the workers'."""

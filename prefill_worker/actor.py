@@ -29,7 +29,11 @@ class PrefillActor(Host):
 
 
 def _launch(config: WorkerConfig) -> Running:
-    claim_cores(config.threads)  # before the import below, which loads torch
+    claim_cores(config.threads)  # before the imports below, which load torch
     from prefill_worker.service import launch
 
-    return launch(config)
+    if config.tp == 1:
+        return launch(config)
+    from pdspec.parallel.actor import ray_ranks
+
+    return launch(config, ray_ranks(config.threads))

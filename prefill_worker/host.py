@@ -9,6 +9,7 @@ from pdspec.engine.claims import Wake
 from pdspec.engine.prefill import PrefillEngine, PrefillSequence
 from pdspec.engine.prefix import Prefixes
 from pdspec.engine.resources import load
+from pdspec.parallel.ranks import RankProcess, StartRank
 from prefill_worker.scheduler import PrefillScheduler
 
 
@@ -29,8 +30,8 @@ class QueuedPrompt(PrefillSequence):
 class PrefillHost:
     """What runs on the engine thread."""
 
-    def __init__(self, config: WorkerConfig) -> None:
-        self.resources = load(config)
+    def __init__(self, config: WorkerConfig, start: StartRank = RankProcess) -> None:
+        self.resources = load(config, start)
         self.engine = PrefillEngine(self.resources)
         self.prefixes = Prefixes(self.resources)
         self.scheduler: PrefillScheduler[QueuedPrompt] = PrefillScheduler(self.resources.pool, config.chunk, self._take)

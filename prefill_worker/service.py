@@ -28,6 +28,7 @@ from pdspec.engine.serving import RunningWorker, StatusService, describe
 from pdspec.engine.thread import EngineThread, tell
 from pdspec.errors import PdspecError
 from pdspec.metrics import PrefillMetrics
+from pdspec.parallel.ranks import RankProcess, StartRank
 from pdspec.spec.protocol import Candidates
 from pdspec.spec.protocol import HiddenRows as TargetRows
 from pdspec.telemetry import REQUEST_ID, clock_name
@@ -249,12 +250,12 @@ def start_frame(epoch: int, candidates: Candidates | None, rows: dict[str, torch
     )
 
 
-def launch(config: WorkerConfig) -> RunningWorker:
-    """Start a prefill worker in this process. Raises ConfigError."""
+def launch(config: WorkerConfig, start: StartRank = RankProcess) -> RunningWorker:
+    """Start a prefill worker in this process; ``start`` starts its other ranks. Raises ConfigError."""
     config = config.replace(role="prefill")
     sweep()
     faults = FrameFaults(config.frame_faults) if config.frame_faults else None
-    engine = EngineThread(lambda: PrefillHost(config), name="engine")
+    engine = EngineThread(lambda: PrefillHost(config, start), name="engine")
     host = engine.start()
     service = PrefillService(config, engine, host)  # type: ignore[arg-type]
 

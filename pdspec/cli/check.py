@@ -133,6 +133,32 @@ def structured(
     _finish(result, json)
 
 
+def tp(
+    drafters: Annotated[str, typer.Option(help="Comma separated.")] = "none,ngram,eagle3",
+    degrees: Annotated[str, typer.Option(help="PREFILL:DECODE ranks of the workers, comma separated.")] = "2:1",
+    model: Model = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 | bfloat16 (default: float32)")] = None,
+    head: Heads = None,
+    option: Options = None,
+    prompts: Prompts = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts taken from the file.")] = 4,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 24,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Workers of several ranks against one process, on tiny and SmolLM2: audited tokens, the same acceptance."""
+    with only_json(json):
+        from pdspec.study import tp as study
+        from pdspec.study.heads import families
+
+        result = study.run(
+            worker=given_flags(model=model, dtype=dtype, heads=head, options=option, threads=threads),
+            degrees=study.parse_degrees(degrees), drafters=families(drafters), prompts=prompts,
+            num_prompts=num_prompts, max_tokens=max_tokens, progress=notes().print,
+        )  # fmt: skip
+    _finish(result, json)
+
+
 def _finish(result: dict[str, Any], json: bool) -> None:
     if json:
         print_json(result)

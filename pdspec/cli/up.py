@@ -42,6 +42,9 @@ def up(
     draft_prefill: DraftPrefillRole = None,
     head: Heads = None,
     threads: Threads = None,
+    tp: Annotated[
+        int | None, typer.Option(min=1, help="Ranks of a worker (default: 1); of one role: --set prefill_worker.tp=2.")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Where the router listens (default: 127.0.0.1).")] = None,
     port: Port = None,
     http_port: Annotated[
@@ -64,7 +67,7 @@ def up(
         worker=worker_flags(
             model=model, drafter=drafter, dtype=dtype, numerics=numerics, tree=tree,
             draft_prefill=draft_prefill, heads=head, threads=threads,
-        ),
+        ) | {"tp": tp},
         router={"host": host, "port": port, "handoff": handoff},
         http={"host": http_host, "port": http_port},
     )  # fmt: skip

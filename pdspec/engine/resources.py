@@ -20,6 +20,7 @@ from pdspec.model.loader import load_weights
 from pdspec.model.ops import Ops, make_ops
 from pdspec.model.runner import Runner
 from pdspec.model.tokenizer import load_tokenizer
+from pdspec.parallel.ranks import RankProcess, Ranks, StartRank
 from pdspec.spec.family import Parts, Setting
 from pdspec.spec.protocol import Drafter
 from pdspec.spec.registry import draft_groups, make_drafter
@@ -43,6 +44,7 @@ class Resources:
     grammars: Grammars
     metrics: dict[str, float] = field(default_factory=dict)
     shapes: dict[str, str] = field(default_factory=dict)  # of config.trees, spelled out
+    ranks: Ranks | None = None  # the others, where the target is shared out
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -69,8 +71,14 @@ class Resources:
         default = self.config.tree if drafter.name == self.config.drafter else ""
         return spelled_out(asked or default or drafter.default_tree, self.shapes) if drafter.default_tree else ""
 
+    def alive(self) -> bool:
+        """Whether every other rank lives; False is final. Safe on any thread."""
+        return self.ranks is None or self.ranks.alive()
+
     def close(self) -> None:
-        """Give threads back."""
+        """Give threads back, and end other ranks."""
+        if self.ranks is not None:
+            self.ranks.close()
         self.ops.close()
 
 
@@ -79,20 +87,36 @@ def tree_spec(tree: str) -> TreeSpec | None:
     return parse_tree(tree) if tree else None
 
 
-def load(config: WorkerConfig) -> Resources:
-    """Everything a worker needs, or a ConfigError that says what is wrong with the settings or the files."""
+def load(config: WorkerConfig, start: StartRank = RankProcess) -> Resources:
+    """Everything a worker needs, or a ConfigError that says what is wrong with the settings or the files. ``start``
+    starts the other ranks of a worker that has several."""
+    files = resolve(config.model, config.cache_dir or None)
+    if config.tp == 1:
+        return _load(config, files, None)
+    ranks = Ranks(config, files.config, start)
+    try:
+        return _load(config, files, ranks)
+    except BaseException:
+        ranks.close()
+        raise
+
+
+def _load(config: WorkerConfig, files: ModelFiles, ranks: Ranks | None) -> Resources:
     shapes = read_shapes(config.trees)
     if config.tree:
         parse_tree(spelled_out(config.tree, shapes))
-    files = resolve(config.model, config.cache_dir or None)
-    ops = make_ops(config.device, config.threads)
-    runner = Runner(files.config, load_weights(files, config.dtype), ops=ops, dtype=config.dtype)
+    ops = ranks.ops() if ranks else make_ops(config.device, config.threads)
+    weights, whole = load_weights(files, config.dtype), files.config
+    runner = ranks.runner(weights, ops) if ranks else Runner(whole, weights, ops=ops, dtype=config.dtype)
     setting = Setting(
         target=files, dtype=config.dtype, heads=config.heads, strict=config.strict_target, cache_dir=config.cache_dir,
         options=config.options, survival=config.survival_mode(),
     )
     drafts = draft_groups(config.drafters, setting)
-    cache = PagedCache((runner.group, *drafts), config.pages(), config.page_size, ops.device)
+    groups = (runner.group, *drafts)
+    cache = ranks.cache(groups, ops.device) if ranks else PagedCache(
+        groups, config.pages(), config.page_size, ops.device
+    )
     parts = Parts(ops=ops, cache=cache, runner=runner)
     drafters = {name: make_drafter(name, setting, parts) for name in config.drafters}
     resources = Resources(
@@ -108,12 +132,14 @@ def load(config: WorkerConfig) -> Resources:
             lambda: load_tokenizer(files).to_json(), vocab_size=files.config.vocab_size, end_ids=files.config.eos_ids
         ),
         shapes=shapes,
+        ranks=ranks,
     )
-    resources.fingerprint.update(_fingerprint(resources, check_exact(resources, config.numerics)))
+    numerics = check_exact(resources, config.numerics) if ranks is None else "fast"
+    resources.fingerprint.update(_fingerprint(resources, numerics))
     for name, drafter in drafters.items():
         resources.metrics[f"head_matches_target_{name}"] = float(getattr(drafter, "target_matches", True))
     resources.metrics.update(
-        native_kernels=float(ops.name == "native"), numerics_exact=float(resources.fingerprint["numerics"] != "fast")
+        native_kernels=float(ops.name == "native"), numerics_exact=float(numerics == "exact"), tp=float(config.tp)
     )
     return resources
 

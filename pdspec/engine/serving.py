@@ -119,8 +119,8 @@ class RunningWorker:
         return self._service.address
 
     def alive(self) -> bool:
-        """Whether both threads still make progress; False is final."""
-        return self._service.alive() and self.engine.alive()
+        """Whether both threads still make progress, and other ranks live; False is final."""
+        return self._service.alive() and self.engine.alive() and self.engine.host.resources.alive()
 
     def stop(self) -> None:
         """Cut running calls, free the port, end both threads. Idempotent."""

@@ -6,7 +6,7 @@ elsewhere all, are spelled out with ``Ops``. ``on_layer`` is called after each l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -16,13 +16,14 @@ from pdspec.cache.paged import DTYPES, PagedCache
 from pdspec.errors import ConfigError
 from pdspec.model.batch import ForwardBatch, ForwardOutput
 from pdspec.model.config import ModelConfig
-from pdspec.model.layers import LayerTensors, make_layer
+from pdspec.model.layers import Layer, LayerTensors, make_layer
 from pdspec.model.native import NativeOps
 from pdspec.model.native_layers import NativeLayers, check_sizes
-from pdspec.model.ops import Ops, make_rope
+from pdspec.model.ops import Ops, Rope, make_rope
 
 OnLayer = Callable[[int], None]
 OnQueries = Callable[[int, torch.Tensor], None]  # layer, q [R, heads, D] after RoPE, not divided by the root of D
+RunLayers = Callable[[ForwardBatch, PagedCache, torch.Tensor, int, int], None]  # layers first .. last-1, over x
 
 
 class Runner:
@@ -47,15 +48,9 @@ class Runner:
         self.embedding = ops.pack(weights["model.embed_tokens.weight"])
         self.lm_head = self.embedding if config.tie_embeddings else ops.pack(weights.pop("lm_head.weight"))
         self.final_norm = weights.pop("model.norm.weight").float().to(ops.device)
-        self.layers = [
-            make_layer(config, i, LayerTensors(weights, f"model.layers.{i}", ops, DTYPES[dtype]), self.rope)
-            for i in range(config.num_layers)
-        ]
+        self.layers: list[Layer] = []
+        self._run = self._load_layers(weights)
         weights.clear()
-        self._native = None
-        if isinstance(ops, NativeOps) and config.mla is None and config.moe is None:
-            bf16 = DTYPES[dtype] == torch.bfloat16
-            self._native = NativeLayers(config, self.layers, ops, self.rope, group, bf16=bf16)
 
     def forward(
         self, batch: ForwardBatch, cache: PagedCache, on_layer: OnLayer | None = None,
@@ -71,9 +66,7 @@ class Runner:
             )
         x = self.ops.embed(self.embedding, batch.token_ids)
         captured = torch.empty(len(batch.capture), *x.shape, device=self.ops.device) if batch.capture else None
-        run = self._native or self._spelled_out
-        if on_queries is not None:
-            run = partial(self._spelled_out, on_queries=on_queries)
+        run = self._run if on_queries is None else partial(self._spelled_out, on_queries=on_queries)
         stops = sorted(
             {*batch.capture, self.config.num_layers} if on_layer is None else range(self.config.num_layers + 1)
         )
@@ -101,15 +94,52 @@ class Runner:
             final=final,
         )
 
+    def _load_layers(self, weights: dict[str, torch.Tensor]) -> RunLayers:
+        """Pack the layers; what runs them."""
+        self.layers = make_layers(self.config, weights, self.ops, self.rope, self.dtype)
+        if isinstance(self.ops, NativeOps) and self.config.mla is None and self.config.moe is None:
+            bf16 = DTYPES[self.dtype] == torch.bfloat16
+            return NativeLayers(self.config, self.layers, self.ops, self.rope, self.group.name, bf16=bf16)
+        return self._spelled_out
+
     def _spelled_out(
         self, batch: ForwardBatch, cache: PagedCache, x: torch.Tensor, first: int, last: int,
         on_queries: OnQueries | None = None,
     ) -> None:
-        ops, eps, pages = self.ops, self.config.rms_norm_eps, cache.group(self.group.name)
-        for index in range(first, last):
-            layer = self.layers[index]
-            q = layer.attention.store(ops.rms_norm(x, layer.input_norm, eps), batch, pages[index])
-            if on_queries is not None:
-                on_queries(index, q)
-            layer.attention.attend(q, batch, pages[index], x)
-            layer.mlp.add(ops.rms_norm(x, layer.post_norm, eps), x)
+        seen = None if on_queries is None else lambda index, q: on_queries(first + index, q)
+        pages = cache.group(self.group.name)[first:last]
+        run_layers(self.layers[first:last], self.ops, self.config.rms_norm_eps, batch, pages, x, on_queries=seen)
+
+
+def make_layers(
+    config: ModelConfig, weights: dict[str, torch.Tensor], ops: Ops, rope: Rope, dtype: str
+) -> list[Layer]:
+    """All layers of ``config``, their tensors taken out of ``weights``."""
+    return [
+        make_layer(config, index, LayerTensors(weights, f"model.layers.{index}", ops, DTYPES[dtype]), rope)
+        for index in range(config.num_layers)
+    ]
+
+
+def run_layers(
+    layers: Sequence[Layer], ops: Ops, eps: float, batch: ForwardBatch, pages: torch.Tensor, x: torch.Tensor, *,
+    on_queries: OnQueries | None = None, add_up: Callable[[torch.Tensor], None] | None = None,
+) -> None:  # fmt: skip
+    """Layers over x [R, H], in place; ``pages`` has one entry for each. ``add_up`` makes the whole of a rank's partial
+    sum [R, H], where layers are shared out among ranks."""
+
+    def add(step: Callable[[torch.Tensor], None]) -> None:
+        if add_up is None:
+            step(x)
+            return
+        partial_sum = torch.zeros_like(x)
+        step(partial_sum)
+        add_up(partial_sum)
+        x.add_(partial_sum)
+
+    for index, layer in enumerate(layers):
+        q = layer.attention.store(ops.rms_norm(x, layer.input_norm, eps), batch, pages[index])
+        if on_queries is not None:
+            on_queries(index, q)
+        add(partial(layer.attention.attend, q, batch, pages[index]))
+        add(partial(layer.mlp.add, ops.rms_norm(x, layer.post_norm, eps)))

@@ -14,9 +14,10 @@ from ray.util import placement_group_table
 
 from pdspec.cli.local import LocalModel
 from pdspec.client import RouterClient, collect
-from pdspec.cluster import Cluster, share, start_cluster
+from pdspec.cluster import Cluster, start_cluster
 from pdspec.config import ClusterConfig, RouterConfig, WorkerConfig
 from pdspec.errors import ConfigError, PdspecError, PeerLost, UnknownName
+from pdspec.placement import share
 from pdspec.types import SamplingParams, UserRequest
 
 pytestmark = pytest.mark.cluster
@@ -161,11 +162,14 @@ def test_a_second_deployment_stands_beside_the_first(cluster):
 
 
 @pytest.mark.parametrize(
-    ("amounts", "count", "expected"),
-    [([1], 2, 0.5), ([0, 1], 3, 0.3333), ([1, 1], 3, 0.5), ([4], 2, 1), ([], 2, 0), ([0], 1, 0), ([8, 8], 3, 1)],
-)
-def test_share_of_devices(amounts, count, expected):
-    assert share(amounts, count) == expected
+    ("amounts", "ranks", "expected"),
+    [
+        ([1], [1, 1], 0.5), ([0, 1], [1] * 3, 0.3333), ([1, 1], [1] * 3, 0.5), ([4], [1, 1], 1), ([], [1, 1], 0),
+        ([0], [1], 0), ([8, 8], [1] * 3, 1), ([2, 2], [1, 2], 1), ([3, 1], [2, 2], 0.5), ([3], [2, 1], 1),
+    ],
+)  # fmt: skip
+def test_share_of_devices(amounts, ranks, expected):
+    assert share(amounts, ranks) == expected
 
 
 def _living_actors() -> list[dict]:
