@@ -90,6 +90,8 @@ class DecodeService(rpc.DecodeWorkerServicer):
                         raise TimeoutError
                 if isinstance(result, BaseException):
                     raise result
+                if answer.queue.qsize() == answer.buffer - 1:  # it was paused, and perhaps nobody else steps
+                    self.engine.post(lambda: None)
                 run.moments.chunk()
                 yield run.complete(result) if result.finish_reason else result
                 if result.finish_reason:
@@ -119,9 +121,9 @@ class DecodeService(rpc.DecodeWorkerServicer):
             role="decode",
             address=self.address,
             queued=len(scheduler.waiting),
-            running=len(scheduler.granted) + len(scheduler.running),
+            running=len(scheduler.granted) + len(scheduler.running) + len(scheduler.retracted),
             steps=decode.steps + self.host.prefill.steps,
-            stepping=len(scheduler.running) + len(self.host.prompts),
+            stepping=self.host.stepping + len(self.host.prompts),
             unreachable=self.links.down(),
         )
         clocks = {f"{name}_seconds": seconds for name, seconds in list(decode.clocks.items())}

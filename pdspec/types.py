@@ -86,6 +86,7 @@ class GenerateRequest:
     sample: int = 0  # index among the n samples of one prompt; part of the noise key
     deadline_s: float | None = None  # remaining seconds, not a clock reading
     trace: bool = False  # report each verification's draft in the chunks
+    priority: int = 0  # higher goes first where requests wait, and keeps its pages longest
     replayed: int = 0  # the last ids of prompt_ids that are output already (a stream moved here after a loss)
 
 
@@ -106,6 +107,8 @@ class UserRequest:
     handoff: str = ""  # empty: the deployment's default
     sample: int = 0
     trace: bool = False
+    priority: int = 0  # higher goes first where requests wait
+    tenant: str = ""  # whose share of a full deployment this request takes; empty: the caller's token or host
     resume_ids: tuple[int, ...] = ()  # tokens of the answer that came before its stream broke; needs the seed
 
 

@@ -1,0 +1,92 @@
+"""One answer on a decode worker, from its reservation to its last token."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Callable
+
+from pdspec.cache.parked import ParkedRows
+from pdspec.cache.pool import pages_for
+from pdspec.engine.prefill import PrefillSequence
+from pdspec.engine.sequence import DecodeSequence
+from pdspec.engine.thread import tell
+from pdspec.spec.protocol import DraftContext, Drafter
+from pdspec.types import GenerateRequest, TokenChunk
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class Answer:
+    """``queue`` is read by its stream's coroutine, and holds at most about ``buffer`` chunks: then the answer pauses.
+    ``rows`` are all that it can ever touch, ``scratch`` those behind the committed ones that one step may."""
+
+    request: GenerateRequest
+    ctx: DraftContext
+    drafter: Drafter
+    rows: int
+    scratch: int
+    headroom: int
+    buffer: int
+    page_size: int
+    loop: asyncio.AbstractEventLoop
+    queue: asyncio.Queue[TokenChunk | BaseException]
+    room: asyncio.Future[None]
+    queued_at: float
+    cost: Callable[[Answer], float]  # of a retraction, seconds
+    number: int = -1
+    granted_at: float = 0.0
+    sequence: DecodeSequence | None = None
+    prompt: PrefillSequence | None = None  # where this worker prefills it
+    first_sent: int = -1  # t_n, once the client has it
+    parked: ParkedRows | None = None
+
+    @property
+    def pages(self) -> list[int]:
+        """Page ids, empty before the grant and while it is retracted."""
+        return self.ctx.pages
+
+    @property
+    def priority(self) -> int:
+        """See GenerateRequest."""
+        return self.request.priority
+
+    @property
+    def num_pages(self) -> int:
+        """See Reserved."""
+        return pages_for(self.rows, self.page_size)
+
+    @property
+    def first_pages(self) -> int:
+        """Prompt, the first token, ``headroom`` tokens more, and what a step needs behind them."""
+        return self._pages(self.ctx.prompt_len + self.headroom)
+
+    @property
+    def step_pages(self) -> int:
+        """See Reserved."""
+        return self._pages(self.ctx.root_position + 1)
+
+    @property
+    def paused(self) -> bool:
+        """See Reserved."""
+        return self.queue.qsize() >= self.buffer
+
+    def retraction_s(self) -> float:
+        """See Reserved."""
+        return self.cost(self)
+
+    def grant(self) -> None:
+        """See Reserved."""
+        self.granted_at = time.perf_counter()
+        tell(self.loop, self._granted)
+
+    def deliver(self, result: TokenChunk | BaseException) -> None:
+        """Hand a result to the stream's coroutine, from any thread."""
+        tell(self.loop, self.queue.put_nowait, result)
+
+    def _granted(self) -> None:
+        if not self.room.done():
+            self.room.set_result(None)
+
+    def _pages(self, committed: int) -> int:
+        return pages_for(min(self.rows, committed + self.scratch), self.page_size)

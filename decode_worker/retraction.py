@@ -1,0 +1,91 @@
+"""What is retracted, and how: pure functions of what is known of the running answers. No torch, no clock.
+
+    keep     copy the rows of all cache groups to host memory and back: seconds by bytes
+    replay   drop them, and compute the rows of prompt and answer anew: seconds by rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Protocol, TypeVar
+
+Rank = tuple[int, int]
+_PACE = 0.3  # what the newest measurement counts
+
+
+class Ranked(Protocol):
+    """What the order of answers depends on."""
+
+    priority: int
+    number: int
+
+
+class Running(Ranked, Protocol):
+    """What decides who gives way."""
+
+    @property
+    def paused(self) -> bool:
+        """Its reader is behind."""
+
+    def retraction_s(self) -> float:
+        """Seconds that its way out and back take."""
+
+
+A = TypeVar("A", bound=Running)
+
+
+class Way(StrEnum):
+    """Of a retraction."""
+
+    KEEP = "keep"
+    REPLAY = "replay"
+
+
+def rank(item: Ranked) -> Rank:
+    """Smaller goes first: the higher priority, then the earlier arrival."""
+    return -item.priority, item.number
+
+
+def cheapest(candidates: Sequence[A]) -> A | None:
+    """Who gives way: those that nobody reads, then the lowest priority, then the least seconds, then the latest."""
+    return min(
+        candidates, key=lambda one: (not one.paused, one.priority, one.retraction_s(), -one.number), default=None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """The table: seconds of a byte copied (out and back, each way counted once) and of a row computed; measured as the
+    worker runs, from guesses that favour keeping."""
+
+    copy_s: float = 1e-9
+    row_s: float = 1e-3
+
+    def keep(self, nbytes: int) -> float:
+        """Seconds out and back."""
+        return 2 * nbytes * self.copy_s
+
+    def replay(self, rows: int) -> float:
+        """Seconds to compute them again."""
+        return rows * self.row_s
+
+    def way(self, *, nbytes: int, rows: int, room: int, exact: bool) -> Way:
+        """How to retract ``rows`` rows of ``nbytes`` bytes with ``room`` bytes of host memory left. What a replay would
+        not repeat bit by bit (``exact`` False) is kept whatever it costs."""
+        if not exact:
+            return Way.KEEP
+        return Way.KEEP if nbytes <= room and self.keep(nbytes) <= self.replay(rows) else Way.REPLAY
+
+    def copied(self, nbytes: int, seconds: float) -> Costs:
+        """With one more copy measured."""
+        return self if nbytes <= 0 else replace(self, copy_s=_mixed(self.copy_s, seconds / nbytes))
+
+    def computed(self, rows: int, seconds: float) -> Costs:
+        """With one more forward measured. Only the best share of a row counts: a replay's chunks are wide."""
+        return self if rows <= 0 else replace(self, row_s=min(_mixed(self.row_s, seconds / rows), 1.02 * self.row_s))
+
+
+def _mixed(before: float, found: float) -> float:
+    return (1 - _PACE) * before + _PACE * found
