@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from decode_worker.handoff import Handed
 from decode_worker.answer import Answer
+from decode_worker.handoff import Handed
 from decode_worker.host import DecodeHost
 from pdspec.errors import PdspecError
 from pdspec.metrics import DecodeMetrics

@@ -12,7 +12,8 @@ from enum import StrEnum
 from typing import Protocol, TypeVar
 
 Rank = tuple[int, int]
-_PACE = 0.3  # what the newest measurement counts
+_LEAST_BYTES = 1 << 20  # of a copy, below which its time says little about a byte
+_STEP = 1.3  # a measurement moves an entry by as much at most: it may have been interrupted
 
 
 class Ranked(Protocol):
@@ -80,12 +81,9 @@ class Costs:
 
     def copied(self, nbytes: int, seconds: float) -> Costs:
         """With one more copy measured."""
-        return self if nbytes <= 0 else replace(self, copy_s=_mixed(self.copy_s, seconds / nbytes))
+        found = seconds / max(nbytes, _LEAST_BYTES)
+        return replace(self, copy_s=min(max(found, self.copy_s / _STEP), self.copy_s * _STEP))
 
     def computed(self, rows: int, seconds: float) -> Costs:
-        """With one more forward measured. Only the best share of a row counts: a replay's chunks are wide."""
-        return self if rows <= 0 else replace(self, row_s=min(_mixed(self.row_s, seconds / rows), 1.02 * self.row_s))
-
-
-def _mixed(before: float, found: float) -> float:
-    return (1 - _PACE) * before + _PACE * found
+        """With one more forward measured. The best share of a row counts: the chunks of a replay are wide."""
+        return self if rows <= 0 else replace(self, row_s=min(seconds / rows, 1.01 * self.row_s))

@@ -7,8 +7,8 @@ import dataclasses
 import logging
 from typing import TYPE_CHECKING
 
-from decode_worker.handoff import Handed, Landing
 from decode_worker.answer import Answer
+from decode_worker.handoff import Handed, Landing
 from decode_worker.metrics import Moments, handoff_counted, trace
 from pdspec.errors import Overloaded, PdspecError, PeerLost, TransferDamaged
 from pdspec.sampling import stopping_ids

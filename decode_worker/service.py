@@ -125,6 +125,8 @@ class DecodeService(rpc.DecodeWorkerServicer):
             steps=decode.steps + self.host.prefill.steps,
             stepping=self.host.stepping + len(self.host.prompts),
             unreachable=self.links.down(),
+            seats=scheduler.max_batch,
+            overcommit=scheduler.overcommit,
         )
         clocks = {f"{name}_seconds": seconds for name, seconds in list(decode.clocks.items())}
         own = {**self.counts, **totals(self.host, self.metrics), **self.offers.counts}

@@ -47,9 +47,13 @@ class _Set:
 class RouterMetrics(_Set):
     """What users see of their requests."""
 
-    def __init__(self, *, running: Callable[[], int], workers: Callable[[], Mapping[tuple[str, str], int]]) -> None:
+    def __init__(
+        self, *, running: Callable[[], int], workers: Callable[[], Mapping[tuple[str, str], int]],
+        waiting: Callable[[], int] = lambda: 0,
+    ) -> None:  # fmt: skip
         super().__init__()
         self._gauge("num_requests_running", "Requests that have begun and not ended.", running)
+        self._gauge("num_requests_waiting", "Those of them that wait for a place.", waiting)
         self.registry.register(_Workers(workers))
         self.success = self._counter("request_success", "Answers that ended well.", "finish_reason")
         self.failure = self._counter("request_failure", "Requests that ended with an error.", "code")

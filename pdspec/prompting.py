@@ -49,5 +49,6 @@ def to_generate_request(
         draft_prefill=user.draft_prefill,
         sample=user.sample,
         trace=user.trace,
+        priority=user.priority,
         deadline_s=deadline_s,
     )

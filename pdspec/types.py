@@ -234,4 +234,6 @@ class WorkerInfo:
     stepping: int = 0  # sequences that the next step advances
     unreachable: tuple[str, ...] = ()  # ``Route.link`` of prefill workers that could not be reached lately
     draining: bool = False
+    seats: int = 0  # answers that it runs at once; 0: it does not say
+    overcommit: float = 0.0  # times its KV pool that it promises to them; 0: it does not say
     metrics: dict[str, float] = field(default_factory=dict)

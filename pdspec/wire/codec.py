@@ -36,7 +36,7 @@ _STATS = tuple(field.name for field in pb.Stats.DESCRIPTOR.fields)
 _POSITIONS = ("accepted_per_position", "reached_per_position")
 _INFO = (
     "worker_id", "role", "address", "model", "fingerprint", "queued", "running", "free_pages", "total_pages",
-    "page_size", "max_context", "vocab_size", "steps", "stepping", "draining",
+    "page_size", "max_context", "vocab_size", "steps", "stepping", "draining", "seats", "overcommit",
 )  # fmt: skip
 
 
@@ -89,6 +89,8 @@ def user_request_from_pb(message: pb.GenerateRequest) -> UserRequest:
         handoff=message.handoff,
         sample=message.sample,
         trace=message.trace,
+        priority=message.priority,
+        tenant=message.tenant,
         resume_ids=bytes_to_ids(message.resume_ids, "resume_ids"),
     )
 
@@ -96,7 +98,8 @@ def user_request_from_pb(message: pb.GenerateRequest) -> UserRequest:
 def user_request_to_pb(request: UserRequest) -> pb.GenerateRequest:
     """The message a client sends. Raises InvalidRequest for what the message cannot hold."""
     message = pb.GenerateRequest(sampling=sampling_to_pb(request.sampling))
-    for name in ("request_id", "model", "drafter", "tree", "draft_prefill", "handoff", "sample", "trace"):
+    names = ("request_id", "model", "drafter", "tree", "draft_prefill", "handoff", "sample", "trace", "priority", "tenant")
+    for name in names:
         _set(message, name, getattr(request, name))
     if request.text is not None:
         _set(message, "text", request.text)
@@ -123,13 +126,15 @@ def worker_request_from_pb(message: pb.WorkerRequest) -> GenerateRequest:
         deadline_s=message.deadline_s if message.deadline_s > 0 else None,
         replayed=message.replayed,
         trace=message.trace,
+        priority=message.priority,
     )
 
 
 def worker_request_to_pb(request: GenerateRequest) -> pb.WorkerRequest:
     """Raises InvalidRequest for what the message cannot hold."""
     message = pb.WorkerRequest(sampling=sampling_to_pb(request.sampling), deadline_s=request.deadline_s or 0.0)
-    for name in ("request_id", "model", "drafter", "tree", "draft_prefill", "sample", "replayed", "trace"):
+    names = ("request_id", "model", "drafter", "tree", "draft_prefill", "sample", "replayed", "trace", "priority")
+    for name in names:
         _set(message, name, getattr(request, name))
     message.prompt_ids = _ids(request.prompt_ids, "prompt_ids")
     return message
