@@ -71,6 +71,12 @@ class Answer:
         """See Reserved."""
         return self.queue.qsize() >= self.buffer
 
+    def left_s(self) -> float | None:
+        """Seconds until its deadline, None where it has none."""
+        if self.request.deadline_s is None:
+            return None
+        return max(0.001, self.request.deadline_s - (time.perf_counter() - self.queued_at))
+
     def retraction_s(self) -> float:
         """See Reserved."""
         return self.cost(self)

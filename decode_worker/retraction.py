@@ -19,8 +19,11 @@ _STEP = 1.3  # a measurement moves an entry by as much at most: it may have been
 class Ranked(Protocol):
     """What the order of answers depends on."""
 
-    priority: int
     number: int
+
+    @property
+    def priority(self) -> int:
+        """Higher goes first."""
 
 
 class Running(Ranked, Protocol):

@@ -124,7 +124,8 @@ class Run:
         offer = service.offers.through_relay() if relayed else await service.offers.offer(address)
         opening = Open(
             epoch=service.next_epoch(),
-            request=dataclasses.replace(answer.request, tree=answer.ctx.tree),  # this worker's default, not the peer's
+            # This worker's default tree, not the peer's, and what is left of the time.
+            request=dataclasses.replace(answer.request, tree=answer.ctx.tree, deadline_s=answer.left_s()),
             drafter=answer.drafter.name,
             draft_prefill=mode.value,
             fingerprint=resources.fingerprint,

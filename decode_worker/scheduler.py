@@ -25,9 +25,15 @@ from pdspec.cache.pool import PagePool
 class Reserved(Protocol):
     """What the scheduler knows of an answer."""
 
-    num_pages: int  # it needs in all
-    priority: int  # higher goes first
     number: int  # order of arrival, given by the scheduler
+
+    @property
+    def priority(self) -> int:
+        """Higher goes first."""
+
+    @property
+    def num_pages(self) -> int:
+        """It needs in all."""
 
     @property
     def pages(self) -> list[int]:

@@ -104,11 +104,13 @@ class WorkerConfig(Settings):
     threads: int = option(0, "CPU threads; 0: all cores", low=0)
     reserve_headroom: int = option(512, "tokens reserved beyond the prompt before a prefill is asked for", low=0)
     kv_overcommit: float = option(
-        2.0, "times the KV pool that running answers may need in all; above 1 they begin with reserve_headroom and grow,"
-        " and where pages run out the cheapest is retracted", low=1,
+        2.0, "times the KV pool that running answers may need in all; above 1 they begin with reserve_headroom and"
+        " grow, and where pages run out the cheapest is retracted", low=1,
     )  # fmt: skip
     kv_watermark: float = option(0.01, "share of the KV pages left free when an answer is admitted", low=0, high=0.9)
-    retract_memory: int = option(1 << 30, "bytes of host memory for retracted KV; beyond it rows are computed anew", low=0)
+    retract_memory: int = option(
+        1 << 30, "bytes of host memory for retracted KV; beyond it rows are computed anew", low=0
+    )  # fmt: skip
     stream_buffer: int = option(256, "messages that may wait for an answer's reader before the answer pauses", low=1)
     stall_timeout_s: float = option(5.0, "a peer that makes no progress for so long is cut", low=0.05)
     handoff_timeout_s: float = option(600.0, "for a whole handoff, however busy the peer says it is", low=0.05)

@@ -25,7 +25,7 @@ from pdspec.engine.prefill import PrefillEngine, PrefillSequence
 from pdspec.engine.resources import check_fingerprint, load
 from pdspec.engine.serving import RunningWorker, StatusService, describe
 from pdspec.engine.thread import EngineThread, tell
-from pdspec.errors import PdspecError
+from pdspec.errors import DeadlineExceeded, PdspecError
 from pdspec.metrics import PrefillMetrics
 from pdspec.spec.protocol import Candidates
 from pdspec.spec.protocol import HiddenRows as TargetRows
@@ -154,7 +154,11 @@ class PrefillService:
                     clock=clock_name(),
                 )
             )
-            await self._send(stream, prompt, events)
+            try:
+                async with asyncio.timeout(request.deadline_s):  # in the queue, too
+                    await self._send(stream, prompt, events)
+            except TimeoutError:
+                raise DeadlineExceeded("the request's time is over", field="deadline") from None
             self._count(stream, prompt)
         except PdspecError as error:
             self.metrics.lost.labels(type(error).__name__).inc()

@@ -1,7 +1,7 @@
 """In which order requests wait: priorities first, then each tenant's fair share of tokens. Plain Python, no clock.
 
-Start-time fair queueing (Goyal, Vin, Cheng 1996) within a priority: a request's tag is the larger of the queue's virtual
-time and the end of its tenant's last one, which is that tag plus its tokens. The least tag goes first, so that a tenant
+Start-time fair queueing (Goyal, Vin, Cheng 1996) within a priority: a request's tag is the larger of the queue's
+virtual time and the end of its tenant's last one, which is that tag plus its tokens. The least tag goes first: a tenant
 who sends much waits behind its own requests and not in front of others'.
 """
 

@@ -1,8 +1,8 @@
 """How long answers take, learned from those that run, and what follows for one that comes: pure but for what it learns.
 
-An output token takes a + b·n seconds where n answers run at once (a decode step grows with its rows): a and b are fitted
-over what was seen lately. When a request may begin is simulated: those that run leave their places in order of what is
-left of them, and those ahead in the queue take them.
+An output token takes a + b·n seconds where n answers run at once (a decode step grows with its rows); a and b are
+fitted over what was seen lately. When a request may begin is simulated: those that run leave their places in order of
+what is left of them, and those ahead in the queue take them.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""``pdspec chaos`` with ``pressure``, ``overload`` and ``soak``: more work than there is room or time for. Exit status 1
-when it shows."""
+"""``pdspec chaos`` with ``pressure`` and ``overload``: more work than there is room or time for. Exit status 1 when it
+shows."""
 
 from __future__ import annotations
 

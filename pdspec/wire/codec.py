@@ -34,6 +34,7 @@ _SCALARS = (
 )  # fmt: skip
 _STATS = tuple(field.name for field in pb.Stats.DESCRIPTOR.fields)
 _POSITIONS = ("accepted_per_position", "reached_per_position")
+_NAMES = ("request_id", "model", "drafter", "tree", "draft_prefill", "sample", "trace", "priority")
 _INFO = (
     "worker_id", "role", "address", "model", "fingerprint", "queued", "running", "free_pages", "total_pages",
     "page_size", "max_context", "vocab_size", "steps", "stepping", "draining", "seats", "overcommit",
@@ -98,8 +99,7 @@ def user_request_from_pb(message: pb.GenerateRequest) -> UserRequest:
 def user_request_to_pb(request: UserRequest) -> pb.GenerateRequest:
     """The message a client sends. Raises InvalidRequest for what the message cannot hold."""
     message = pb.GenerateRequest(sampling=sampling_to_pb(request.sampling))
-    names = ("request_id", "model", "drafter", "tree", "draft_prefill", "handoff", "sample", "trace", "priority", "tenant")
-    for name in names:
+    for name in (*_NAMES, "handoff", "tenant"):
         _set(message, name, getattr(request, name))
     if request.text is not None:
         _set(message, "text", request.text)
@@ -133,8 +133,7 @@ def worker_request_from_pb(message: pb.WorkerRequest) -> GenerateRequest:
 def worker_request_to_pb(request: GenerateRequest) -> pb.WorkerRequest:
     """Raises InvalidRequest for what the message cannot hold."""
     message = pb.WorkerRequest(sampling=sampling_to_pb(request.sampling), deadline_s=request.deadline_s or 0.0)
-    names = ("request_id", "model", "drafter", "tree", "draft_prefill", "sample", "replayed", "trace", "priority")
-    for name in names:
+    for name in (*_NAMES, "replayed"):
         _set(message, name, getattr(request, name))
     message.prompt_ids = _ids(request.prompt_ids, "prompt_ids")
     return message
