@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -97,3 +98,30 @@ def test_a_pool_that_is_promised_many_times_over_serves_all_of_them(roles):
     assert host.scheduler.retractions > before
     for one, answer in zip(asked, answers, strict=True):
         assert answer.tokens == roles.ask_local(one).tokens
+
+
+def test_an_answer_that_nobody_reads_pauses_and_the_others_go_on(roles):
+    host, service = roles.decode.engine.host, roles.decode.service
+    asked = request("none", seed=4, sampling={"max_tokens": 120})
+    loop = roles.decode._service._loop
+
+    async def slow() -> list[int]:
+        config = host.resources.config
+        host.resources.config = config.replace(stream_buffer=4)
+        try:
+            chunks = service._answer(asked, roles.route())
+            tokens = list((await anext(chunks)).token_ids)
+        finally:
+            host.resources.config = config
+        await asyncio.sleep(1.0)  # the others are served meanwhile
+        (answer,) = [one for one in host.scheduler.admitted() if one.request.request_id == asked.request_id]
+        assert answer.paused and answer.sequence.num_output <= 8
+        async for chunk in chunks:
+            tokens += chunk.token_ids
+        return tokens
+
+    waiting = asyncio.run_coroutine_threadsafe(slow(), loop)
+    others = [request("eagle3", seed=seed, sampling={"max_tokens": 60}) for seed in (11, 12)]
+    for one, answer in zip(others, roles.ask(*others), strict=True):
+        assert answer.tokens == roles.ask_local(one).tokens
+    assert waiting.result(30) == roles.ask_local(asked).tokens
