@@ -122,9 +122,17 @@ class Turnstile:
             yield place
         finally:
             self.inside.discard(place)
-            if place.sent:
-                self.pace.ended(place.sent, place.most)
+            self._left(place)
             self.poke()
+
+    def _left(self, place: Place) -> None:
+        """It ended, or was given up: how long it had waited in vain says as much as what came."""
+        if not place.since:
+            return
+        if place.sent:
+            self.pace.ended(place.sent, place.most)
+        elif (waited := time.monotonic() - place.since) > self.pace.first_s:
+            self.pace.first(waited)
 
     def saw(self, place: Place, tokens: int) -> None:
         """``tokens`` of an answer went out."""

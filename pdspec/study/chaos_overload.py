@@ -189,12 +189,13 @@ def _judge(
     sizes: tuple[dict[str, int], dict[str, int]],
 ) -> dict[str, Any]:  # fmt: skip
     before, over, after = phases
-    goodput = (before.goodput + after.goodput) / 2
+    goodput = max(before.goodput, after.goodput)
     share = over.goodput / goodput if goodput else 0.0
     growth = {name: sizes[1][name] - sizes[0].get(name, 0) for name in sizes[1]}
     quick = sorted(over.refused_after)
     checks = {
         f"goodput is at least {LEAST_GOODPUT:g} of that at capacity": share >= LEAST_GOODPUT,
+        "capacity is there before and after": min(before.goodput, after.goodput) > 0.5 * goodput,
         "what is too much is refused": over.counts["refused"] > 0,
         "every refusal says when to come back": len(over.pushbacks) == over.counts["refused"],
         "nothing failed otherwise": over.counts["failed"] == 0,
