@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pdspec.cache.parked import ParkedRows
 from pdspec.cache.pool import pages_for
 from pdspec.engine.prefill import PrefillSequence
+from pdspec.engine.prefix import Prefix
 from pdspec.engine.sequence import DecodeSequence
 from pdspec.engine.thread import tell
 from pdspec.spec.protocol import DraftContext, Drafter
@@ -18,7 +19,7 @@ from pdspec.types import GenerateRequest, TokenChunk
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class Answer:
-    """``queue`` is read by its stream's coroutine, and holds at most about ``buffer`` chunks: then the answer pauses.
+    """``queue`` is read by its stream's coroutine; with ``buffer`` chunks delivered and not taken the answer pauses.
     ``rows`` are all that it can ever touch, ``scratch`` those behind the committed ones that one step may."""
 
     request: GenerateRequest
@@ -34,12 +35,15 @@ class Answer:
     room: asyncio.Future[None]
     queued_at: float
     cost: Callable[[Answer], float]  # of a retraction, seconds
+    prefix: Prefix
     number: int = -1
     granted_at: float = 0.0
     sequence: DecodeSequence | None = None
     prompt: PrefillSequence | None = None  # where this worker prefills it
     first_sent: int = -1  # t_n, once the client has it
     parked: ParkedRows | None = None
+    delivered: int = 0  # chunks: by the loop until it decodes, by the engine thread from then on
+    taken: int = 0  # by the loop
 
     @property
     def pages(self) -> list[int]:
@@ -69,7 +73,12 @@ class Answer:
     @property
     def paused(self) -> bool:
         """See Reserved."""
-        return self.queue.qsize() >= self.buffer
+        return self.delivered - self.taken >= self.buffer
+
+    @property
+    def missing(self) -> int:
+        """Prompt rows to be computed."""
+        return self.ctx.prompt_len - self.prefix.start
 
     def left_s(self) -> float | None:
         """Seconds until its deadline, None where it has none."""
@@ -87,8 +96,19 @@ class Answer:
         tell(self.loop, self._granted)
 
     def deliver(self, result: TokenChunk | BaseException) -> None:
-        """Hand a result to the stream's coroutine, from any thread."""
+        """Hand a result to the stream's coroutine, from the engine thread."""
+        self.delivered += 1
         tell(self.loop, self.queue.put_nowait, result)
+
+    def put(self, result: TokenChunk) -> None:
+        """``deliver`` on the loop, before it decodes."""
+        self.delivered += 1
+        self.queue.put_nowait(result)
+
+    def took(self) -> bool:
+        """The coroutine has read one. Whether that ends a pause."""
+        self.taken += 1
+        return self.delivered - self.taken == self.buffer - 1
 
     def _granted(self) -> None:
         if not self.room.done():

@@ -16,6 +16,7 @@ from pdspec.spec.protocol import HiddenRows as TargetRows
 from pdspec.telemetry import clock_name
 from pdspec.transfer.frames import Begin, Done, DraftStart, First, HiddenRows, Pages
 from pdspec.transfer.grpc_stream import PrefillCall
+from pdspec.transfer.ledger import HIDDEN
 from pdspec.transfer.wireformat import one_view
 from pdspec.types import DraftPrefill, TokenLogprob
 
@@ -170,7 +171,7 @@ class Landing:
         handed.draft_kv_bytes = sum(ledger.moved(group.name) for group in self.drafter.groups)
 
     def _check_hidden(self, damaged: dict[str, str]) -> None:
-        due = 0
+        due = self.have_rows.get(HIDDEN, 0)
         for rows in self.handed.hidden:
             if rows.start != due:
                 damaged["hidden"] = f"rows from {rows.start} where {due} was due"

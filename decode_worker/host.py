@@ -11,14 +11,16 @@ from decode_worker.handoff import Handed
 from decode_worker.parking import Parking
 from decode_worker.scheduler import DecodeScheduler
 from pdspec.config import WorkerConfig
+from pdspec.engine.claims import Wake
 from pdspec.engine.decode import DecodeEngine
 from pdspec.engine.local import Kept, new_context
 from pdspec.engine.prefill import PrefillEngine, PrefillSequence, prompt_history
+from pdspec.engine.prefix import Prefixes
 from pdspec.engine.resources import load
 from pdspec.engine.sequence import DecodeSequence, first_chunk
 from pdspec.errors import PdspecError, TransferDamaged
 from pdspec.spec.protocol import HiddenRows
-from pdspec.types import DraftPrefill, GenerateRequest
+from pdspec.types import DraftPrefill, FinishReason, GenerateRequest
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +31,13 @@ class DecodeHost:
     def __init__(self, config: WorkerConfig) -> None:
         self.resources = load(config)
         self.prefill, self.decode = PrefillEngine(self.resources), DecodeEngine(self.resources)
+        self.prefixes = Prefixes(self.resources)
         self.prompts: list[Answer] = []
         self.parking = Parking(self.resources, config.retract_memory, self.prompts.append)
         pool = self.resources.pool
         self.scheduler: DecodeScheduler[Answer] = DecodeScheduler(
-            pool, config.max_batch, overcommit=config.kv_overcommit, keeper=self.parking,
+            pool, config.max_batch, lambda answer, count: self.prefixes.take(answer.prefix, answer.ctx, count),
+            overcommit=config.kv_overcommit, keeper=self.parking,
             watermark=round(config.kv_watermark * pool.num_pages),
         )  # fmt: skip
         self.stepping = 0  # sequences of the step at hand; 0 once nobody can step
@@ -57,7 +61,17 @@ class DecodeHost:
             room=loop.create_future(),
             queued_at=time.perf_counter(),
             cost=self.parking.retraction_s,
+            prefix=self.prefixes.begin(request, drafter),
         )
+
+    def enter(self, answer: Answer, wake: Wake) -> bool:
+        """Queue an answer. False, and ``wake`` is called later, while another one fetches KV that it needs, too. Raises
+        PoolExhausted when it never fits."""
+        lands = answer.request.sampling.max_tokens > 1
+        if lands and not self.prefixes.enter(answer.prefix, answer.ctx, wake):
+            return False
+        self.scheduler.add(answer)
+        return True
 
     def step(self) -> bool:
         """One chunk of a local prefill, then one decode step."""
@@ -73,7 +87,7 @@ class DecodeHost:
         self.parking.costs = self.parking.costs.computed(self.decode.rows - rows, seconds)
         for answer, (sequence, result) in zip(stepping, results, strict=True):
             if sequence.finish is not None:
-                self.scheduler.release(answer)
+                self._let_go(answer)
             answer.deliver(result)
         return True
 
@@ -82,12 +96,15 @@ class DecodeHost:
         came, nothing is joined and the reason returned; otherwise it is empty."""
         if answer not in self.scheduler.granted:
             return ""  # released meanwhile
-        ctx, drafter = answer.ctx, answer.drafter
+        ctx, drafter, prefix = answer.ctx, answer.drafter, answer.prefix
         ctx.token_ids.append(handed.token_id)
         candidates, rows = handed.candidates, handed.rows
         if handed.draft_prefill is DraftPrefill.DECODE:
-            tokens_alone = HiddenRows(start=0, captured=None, final=None, count=ctx.prompt_len)
-            for hidden in handed.hidden or [tokens_alone]:
+            behind = ctx.prompt_len - prefix.start
+            tokens_alone = HiddenRows(start=prefix.start, captured=None, final=None, count=behind)
+            parts = handed.hidden or [tokens_alone]
+            for hidden in parts if prefix.hidden is None else [prefix.hidden, *parts]:
+                prefix.boundaries.add(hidden)
                 drafter.prefill(ctx, hidden)
             candidates, rows = drafter.start(ctx)
         try:
@@ -96,12 +113,15 @@ class DecodeHost:
             ctx.token_ids.pop()
             return str(error)
         self._run(answer)
+        self.prefixes.keep(prefix, ctx, rows=ctx.prompt_len, made=drafter.rows_at(ctx.prompt_len))
+        self.prefixes.claims.settle(prefix)
         return ""
 
     def prefill_here(self, answer: Answer) -> None:
         """Compute the prompt on this worker (colocated, by policy, or to rebuild draft state)."""
         if answer not in self.scheduler.granted:
             return
+        answer.ctx.state = None  # of an attempt that failed
         answer.prompt = PrefillSequence(
             request=answer.request,
             ctx=answer.ctx,
@@ -109,6 +129,8 @@ class DecodeHost:
             draft_prefill=DraftPrefill.PREFILL,
             events=Kept(),
             ship_rows=False,
+            num_computed=answer.prefix.start,
+            prefix=answer.prefix,
         )
         self.prompts.append(answer)
 
@@ -116,6 +138,14 @@ class DecodeHost:
         """Forget an answer, whatever state it is in. Safe to repeat."""
         if answer in self.prompts:
             self.prompts.remove(answer)
+        self._let_go(answer)
+
+    def _let_go(self, answer: Answer) -> None:
+        """Free an answer's pages; what is whole in them is kept for others."""
+        sequence = answer.sequence
+        if sequence is not None and sequence.finish is not FinishReason.ERROR and answer in self.scheduler.running:
+            self.prefixes.keep_answer(answer.prefix, answer.ctx, answer.drafter)
+        self.prefixes.claims.settle(answer.prefix)
         self.scheduler.release(answer)
         self.parking.forget(answer)
 
@@ -139,6 +169,8 @@ class DecodeHost:
             self._replayed(answer, answer.sequence, prompt)
             return
         self._run(answer)
+        self.prefixes.keep(answer.prefix, answer.ctx, rows=prompt.num_computed, made=prompt.draft_rows)
+        self.prefixes.claims.settle(answer.prefix)
         if self.send_first(answer, answer.ctx.token_ids[-1], kept):
             answer.drafter.resume(answer.ctx, *kept.begun)
         else:
@@ -176,7 +208,8 @@ class DecodeHost:
             request=answer.request,
             ctx=answer.ctx,
             drafter=answer.drafter,
-            history=prompt_history(answer.request).extended(answer.ctx.token_ids[-1:]),
+            history=prompt_history(answer.request, self.resources.grammars).extended(answer.ctx.token_ids[-1:]),
+            prefix=answer.prefix,
         )
         self.scheduler.join(answer)
 

@@ -23,6 +23,7 @@ def metrics_of(host: DecodeHost) -> DecodeMetrics:
         retracted=lambda: (len(scheduler.retracted), scheduler.retractions, host.parking.held_bytes),
         waiting=lambda: len(scheduler.waiting),
         pool=lambda: (pool.held, pool.num_pages),
+        prefix=host.prefixes.counts,
         engine=lambda: (decode.steps, dict(decode.clocks)),
     )
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from functools import partial
 from typing import TYPE_CHECKING
 
 from decode_worker.answer import Answer
 from decode_worker.handoff import Handed, Landing
 from decode_worker.metrics import Moments, handoff_counted, trace
+from pdspec.engine.claims import entered
+from pdspec.engine.prefix import Prefix
 from pdspec.errors import Overloaded, PdspecError, PeerLost, TransferDamaged
 from pdspec.sampling import stopping_ids
+from pdspec.spec.protocol import Drafter
 from pdspec.transfer.frames import Open
 from pdspec.transfer.grpc_stream import PrefillCall, relay_metadata
+from pdspec.transfer.ledger import HIDDEN
 from pdspec.types import DraftPrefill, FinishReason, GenerationStats, Handoff, Route, TokenChunk, TokenLogprob
 
 if TYPE_CHECKING:
@@ -61,14 +66,15 @@ class Run:
         """Errors go to the answer's queue: its coroutine raises them."""
         try:
             engine, host, answer = self.service.engine, self.service.host, self.answer
-            await engine.call(lambda: host.scheduler.add(answer))
+            await entered(engine, partial(host.enter, answer))
             self.service.counts["waited_for_pages"] += not answer.pages
             await answer.room
             metrics = self.service.metrics
             metrics.queue.observe(answer.granted_at - answer.queued_at)
             metrics.replays.inc(answer.request.replayed > 0)
-            if not self.route.prefill:
+            if not self.route.prefill or answer.missing <= self.service.config.local_prefill:
                 metrics.local.inc()
+                self.service.counts["local_prefills"] += bool(self.route.prefill)
                 await engine.call(lambda: host.prefill_here(answer))
                 return
             handed = await self._handoff()
@@ -122,8 +128,10 @@ class Run:
         mode = DraftPrefill(answer.request.draft_prefill or config.draft_prefill)
         relayed = self.route.handoff is Handoff.RELAY
         offer = service.offers.through_relay() if relayed else await service.offers.offer(address)
+        have = have_rows(resources.runner.group.name, answer.prefix, answer.drafter, mode)
         opening = Open(
             epoch=service.next_epoch(),
+            have_rows=have,
             # This worker's default tree, not the peer's, and what is left of the time.
             request=dataclasses.replace(answer.request, tree=answer.ctx.tree, deadline_s=answer.left_s()),
             drafter=answer.drafter.name,
@@ -139,6 +147,7 @@ class Run:
             drafter=answer.drafter,
             draft_prefill=mode,
             on_first=self._first,
+            have_rows=have,
         )
         channel = service.channel(self.route.relay if relayed else address)
         metadata = (*service.trust.metadata(), *(relay_metadata(address) if relayed else ()))
@@ -164,7 +173,7 @@ class Run:
             return finish is None
         answer.first_sent = token_id
         alone = GenerationStats(prompt_tokens=answer.ctx.prompt_len, output_tokens=1, drafter=answer.drafter.name)
-        answer.queue.put_nowait(
+        answer.put(
             TokenChunk(
                 request_id=answer.request.request_id,
                 start=0,
@@ -187,11 +196,23 @@ class Run:
             hidden_bytes=handed.hidden_bytes,
             prefill_worker=handed.prefill_worker or self.service.worker_id,
             decode_worker=self.service.worker_id,
-            handoff=self.route.handoff.value if self.route.prefill else "none",
+            handoff=self.route.handoff.value if self.route.prefill and handed.epoch else "none",
             queue_ms=1e3 * (answer.granted_at - answer.queued_at) + handed.stats.get("queue_ms", 0.0),
             prefill_ms=handed.stats.get("prefill_ms", 1e3 * answer.prompt.seconds if answer.prompt else 0.0),
             transfer_exposed_ms=handed.exposed_ms,
+            cached_tokens=answer.prefix.rows,
+            prefill_cached_tokens=int(handed.stats.get("cached_tokens", 0.0)),
             draft_rebuilds=self.rebuilds,
             prefill_retries=self.retries,
         )
         return dataclasses.replace(chunk, stats=stats)
+
+
+def have_rows(target: str, prefix: Prefix, drafter: Drafter, mode: DraftPrefill) -> dict[str, int]:
+    """What the prefill worker need not send: rows by group, draft rows that read the token behind the cached ones not
+    among them; where the drafter is prefilled here, the first hidden row that is needed, too."""
+    if not prefix.rows:
+        return {}
+    if mode is DraftPrefill.DECODE:
+        return {target: prefix.rows, HIDDEN: prefix.start}
+    return {target: prefix.rows, **drafter.rows_at(prefix.rows - 1)}

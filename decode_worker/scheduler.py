@@ -15,7 +15,7 @@ from, every other can be, and none is admitted that could not fill the pool alon
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from decode_worker.retraction import Rank, cheapest, rank
@@ -74,13 +74,15 @@ class Keeper(Protocol[R_in]):
 
 class DecodeScheduler(Generic[R]):
     """``max_batch`` bounds all but those that wait. ``overcommit``: times the pool that may be promised; ``watermark``:
-    pages that stay free when an answer is admitted beside others. ``keeper`` None: nothing is retracted."""
+    pages that stay free when an answer is admitted beside others. ``keeper`` None: nothing is retracted. The first
+    pages come from ``take(item, count)``, which may find some of them in a cache."""
 
     def __init__(
-        self, pool: PagePool, max_batch: int, *, overcommit: float = 1.0, watermark: int = 0,
-        keeper: Keeper[R] | None = None,
+        self, pool: PagePool, max_batch: int, take: Callable[[R, int], list[int]] | None = None, *,
+        overcommit: float = 1.0, watermark: int = 0, keeper: Keeper[R] | None = None,
     ) -> None:  # fmt: skip
         self.pool, self.max_batch, self.keeper = pool, max_batch, keeper
+        self._take = take or (lambda item, count: pool.allocate(count))
         self.overcommit = overcommit if keeper is not None else 1.0
         self.watermark = watermark if self.overcommit > 1 else 0
         self.waiting: list[R] = []  # by rank
@@ -113,7 +115,7 @@ class DecodeScheduler(Generic[R]):
                 self._resume(item)
             else:
                 self.waiting.remove(item)
-                item.pages.extend(self.pool.allocate(self._first(item)))
+                item.pages.extend(self._take(item, self._first(item)))
                 self.granted.append(item)
                 item.grant()
 
@@ -164,7 +166,7 @@ class DecodeScheduler(Generic[R]):
         return [*self.granted, *self.running, *self.retracted]
 
     def check_integrity(self) -> None:
-        """Every held page belongs to exactly one reservation."""
+        """Every held page belongs to those who hold it, and to nobody else."""
         self.pool.check_integrity([item.pages for item in (*self.granted, *self.running)])
 
     def _next(self) -> R | None:

@@ -22,7 +22,7 @@ from decode_worker.links import Links
 from decode_worker.metrics import metrics_of, totals
 from decode_worker.run import COUNTED, Run
 from pdspec.config import WorkerConfig
-from pdspec.engine.local import check
+from pdspec.engine.local import checked
 from pdspec.engine.serving import RunningWorker, StatusService, describe
 from pdspec.engine.thread import EngineThread
 from pdspec.errors import DeadlineExceeded
@@ -65,7 +65,7 @@ class DecodeService(rpc.DecodeWorkerServicer):
         """Stream one answer."""
         asked, route = decode_request_from_pb(request)
         REQUEST_ID.set(asked.request_id)
-        check(self.host.resources, asked)
+        await checked(self.host.resources, asked)
         async with aclosing(self._answer(asked, route)) as chunks:
             async for chunk in chunks:
                 yield chunk_to_pb(chunk)
@@ -90,7 +90,7 @@ class DecodeService(rpc.DecodeWorkerServicer):
                         raise TimeoutError
                 if isinstance(result, BaseException):
                     raise result
-                if answer.queue.qsize() == answer.buffer - 1:  # it was paused, and perhaps nobody else steps
+                if answer.took():  # perhaps nobody else steps
                     self.engine.post(lambda: None)
                 run.moments.chunk()
                 yield run.complete(result) if result.finish_reason else result
@@ -120,7 +120,7 @@ class DecodeService(rpc.DecodeWorkerServicer):
             worker_id=self.worker_id,
             role="decode",
             address=self.address,
-            queued=len(scheduler.waiting),
+            queued=len(scheduler.waiting) + len(self.host.prefixes.claims),
             running=len(scheduler.granted) + len(scheduler.running) + len(scheduler.retracted),
             steps=decode.steps + self.host.prefill.steps,
             stepping=self.host.stepping + len(self.host.prompts),
@@ -129,7 +129,7 @@ class DecodeService(rpc.DecodeWorkerServicer):
             overcommit=scheduler.overcommit,
         )
         clocks = {f"{name}_seconds": seconds for name, seconds in list(decode.clocks.items())}
-        own = {**self.counts, **totals(self.host, self.metrics), **self.offers.counts}
+        own = {**self.counts, **totals(self.host, self.metrics), **self.offers.counts, **self.host.prefixes.counts()}
         return dataclasses.replace(info, metrics={**info.metrics, **clocks, **own})
 
 

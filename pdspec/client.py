@@ -11,9 +11,7 @@ tokens that came already, so that the iteration goes on with each token once.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -23,25 +21,13 @@ import grpc
 
 from pdspec.config import RouterConfig, TlsConfig
 from pdspec.errors import Cancelled, PeerLost, Unauthenticated
+from pdspec.resumption import RECONNECT_S, Piece, Resumption
 from pdspec.types import GenerationStats, TokenChunk, TokenLogprob, UserRequest
 from pdspec.wire import pdspec_pb2 as pb
 from pdspec.wire import pdspec_pb2_grpc as rpc
 from pdspec.wire.channels import make_client_channel
-from pdspec.wire.codec import chunk_from_pb, user_request_to_pb
-from pdspec.wire.status import from_rpc_error, is_broken
+from pdspec.wire.status import from_rpc_error
 from pdspec.wire.trust import TokenFile, Trust, bearer
-
-RECONNECT_S = 15.0
-_PAUSES_S = (0.05, 0.1, 0.2, 0.4)  # between attempts; the last one from then on
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """One message of an answer: its tokens, and the whole characters that they complete."""
-
-    chunk: TokenChunk
-    text: str
-    seed: int = 0  # with the first piece
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +76,8 @@ class Answer:
             "kv_bytes": stats.kv_bytes,
             "draft_kv_bytes": stats.draft_kv_bytes,
             "hidden_bytes": stats.hidden_bytes,
+            "cached_tokens": stats.cached_tokens,
+            "prefill_cached_tokens": stats.prefill_cached_tokens,
         }
 
 
@@ -119,7 +107,9 @@ class RouterClient:
     A router that has answered once and is gone is waited for, ``reconnect_s`` without a token (0: not at all).
     """
 
-    def __init__(self, endpoint: str, access: Access | None = None, *, reconnect_s: float = RECONNECT_S) -> None:
+    def __init__(
+        self, endpoint: str, access: Access | None = None, *, reconnect_s: float = RECONNECT_S
+    ) -> None:
         self.endpoint, self._access, self.reconnect_s = endpoint, access or Access(), reconnect_s
         self.reconnects = 0  # streams taken up again
         self._answered = self._left = False
@@ -130,22 +120,15 @@ class RouterClient:
     def stream(self, request: UserRequest, *, timeout_s: float | None = None) -> Iterator[Piece]:
         """The answer as it comes. Closing the iterator cancels the request on every hop. Raises the PdspecError
         that the cluster sent, PeerLost when there is no router."""
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        request = dataclasses.replace(request, request_id=request.request_id or uuid.uuid4().hex)
-        have, seed = list(request.resume_ids), request.sampling.seed
+        progress = Resumption(request, timeout_s=timeout_s, reconnect_s=self.reconnect_s, answered=self._answered)
         self._left = False
-        heard, attempt = time.monotonic(), 0  # since the last message
         while True:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            call = self._call = self._stub.Generate(
-                user_request_to_pb(_rest(request, have, seed)), timeout=left, metadata=bearer(self._access.token)
-            )
+            shown = bearer(self._access.token)
+            call = self._call = self._stub.Generate(progress.message(), timeout=progress.left_s(), metadata=shown)
             try:
                 for message in call:
-                    piece = Piece(chunk=chunk_from_pb(message), text=message.text, seed=message.seed)
-                    self._answered, heard, attempt = True, time.monotonic(), 0
-                    have += piece.chunk.token_ids
-                    seed = piece.seed if seed is None else seed
+                    piece = progress.took(message)
+                    self._answered = True
                     yield piece
                     if piece.chunk.finish_reason is not None:
                         return
@@ -153,14 +136,12 @@ class RouterClient:
             except grpc.RpcError as error:
                 if self._left:
                     raise Cancelled("this client left") from error
-                waited = time.monotonic() - heard
-                if not (is_broken(error) and self._answered and waited < self.reconnect_s):
-                    raise self._error(error) from error
+                if (pause := progress.pause_s(error)) is None:
+                    raise explained(error, self.endpoint) from error
             finally:
                 call.cancel()
             self.reconnects += 1
-            time.sleep(_PAUSES_S[min(attempt, len(_PAUSES_S) - 1)])
-            attempt += 1
+            time.sleep(pause)
 
     def cancel(self) -> None:
         """End the stream that runs, which then raises Cancelled; the one method that any thread may call."""
@@ -182,9 +163,7 @@ class RouterClient:
         """What the router knows of each worker (``WorkerStatus`` of the proto as a map)."""
         answer = self._list(timeout_s)
         self._answered = True
-        names = [entry.name for entry in pb.WorkerStatus.DESCRIPTOR.fields]
-        plain = [{name: getattr(worker, name) for name in names} for worker in answer.workers]
-        return [{**entry, "drafters": list(entry["drafters"]), "metrics": dict(entry["metrics"])} for entry in plain]
+        return [worker_map(worker) for worker in answer.workers]
 
     def requests(self, *, timeout_s: float = 5.0) -> list[dict[str, Any]]:
         """The requests under way, in order of arrival (``RequestStatus`` of the proto as a map)."""
@@ -196,7 +175,7 @@ class RouterClient:
         try:
             return self._stub.ListWorkers(pb.ListWorkersRequest(), timeout=timeout_s, metadata=shown)
         except grpc.RpcError as error:
-            raise self._error(error) from error
+            raise explained(error, self.endpoint) from error
 
     def wait_ready(self, *, workers: int = 1, timeout_s: float = 30.0) -> None:
         """Return when the router answers and calls at least ``workers`` of its workers ready. Raises PeerLost."""
@@ -220,56 +199,80 @@ class RouterClient:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _error(self, error: grpc.RpcError) -> Exception:
-        found = from_rpc_error(error, peer=self.endpoint)
-        text = found.message.lower()
-        if isinstance(found, PeerLost) and ("handshake" in text or "ssl" in text or "certificate" in text):
-            remedy = "give the deployment's --tls-ca, and --tls-cert and --tls-key where it asks for a certificate"
-            return Unauthenticated(f"no TLS with {self.endpoint}: {found.message[-200:]}", field="tls", remedy=remedy)
-        if isinstance(found, PeerLost) and "failed to connect" in text:
-            remedy = "start one with `pdspec up`, or name another with --endpoint; one with TLS needs --tls-ca, and"
-            remedy += " --tls-cert and --tls-key where it asks for certificates"
-            return PeerLost(f"no router answers at {self.endpoint}", field="endpoint", remedy=remedy)
-        return found
+
+def explained(error: grpc.RpcError, endpoint: str) -> Exception:
+    """The typed error of a failed call, with what a user can do about a router that does not answer."""
+    found = from_rpc_error(error, peer=endpoint)
+    text = found.message.lower()
+    if isinstance(found, PeerLost) and ("handshake" in text or "ssl" in text or "certificate" in text):
+        remedy = "give the deployment's --tls-ca, and --tls-cert and --tls-key where it asks for a certificate"
+        return Unauthenticated(f"no TLS with {endpoint}: {found.message[-200:]}", field="tls", remedy=remedy)
+    if isinstance(found, PeerLost) and "failed to connect" in text:
+        remedy = "start one with `pdspec up`, or name another with --endpoint; one with TLS needs --tls-ca, and"
+        remedy += " --tls-cert and --tls-key where it asks for certificates"
+        return PeerLost(f"no router answers at {endpoint}", field="endpoint", remedy=remedy)
+    return found
 
 
-def _rest(request: UserRequest, have: list[int], seed: int | None) -> UserRequest:
-    """``request`` for what comes after the tokens ``have``."""
-    return dataclasses.replace(
-        request, sampling=dataclasses.replace(request.sampling, seed=seed), resume_ids=tuple(have)
-    )
+def worker_map(worker: pb.WorkerStatus) -> dict[str, Any]:
+    """A ``WorkerStatus`` of the proto as a plain map."""
+    plain = {entry.name: getattr(worker, entry.name) for entry in pb.WorkerStatus.DESCRIPTOR.fields}
+    return {
+        **plain,
+        "drafters": list(worker.drafters),
+        "unreachable": list(worker.unreachable),
+        "metrics": dict(worker.metrics),
+    }
+
+
+class Collected:
+    """Puts an answer together, piece by piece; the clock starts with it. Raises PeerLost when a token is left out or
+    repeated, or the last message is missing: a cut answer never looks complete."""
+
+    def __init__(self) -> None:
+        self._begin = time.perf_counter()
+        self._times, self._ids, self._texts = list[float](), list[int](), list[str]()
+        self._logprobs = list[TokenLogprob]()
+        self._seed = 0
+        self._last: TokenChunk | None = None
+
+    def add(self, piece: Piece) -> None:
+        """The next one."""
+        chunk = piece.chunk
+        if chunk.start != len(self._ids):
+            raise PeerLost(f"tokens {len(self._ids)}..{chunk.start} of the answer are missing or repeated")
+        self._times.append(1e3 * (time.perf_counter() - self._begin))
+        self._seed = self._seed or piece.seed
+        self._ids += chunk.token_ids
+        self._logprobs += chunk.logprobs
+        self._texts.append(piece.text)
+        if chunk.finish_reason is not None:
+            self._last = chunk
+
+    def answer(self) -> Answer:
+        """The whole of it."""
+        last = self._last
+        if last is None:
+            raise PeerLost("the answer ended without its last message")
+        return Answer(
+            text="".join(self._texts),
+            token_ids=tuple(self._ids),
+            finish_reason=str(last.finish_reason),
+            stop_match=last.stop_match,
+            seed=self._seed,
+            stats=last.stats or GenerationStats(),
+            ttft_ms=self._times[0],
+            total_ms=1e3 * (time.perf_counter() - self._begin),
+            piece_ms=tuple(self._times),
+            logprobs=tuple(self._logprobs),
+        )
 
 
 def collect(pieces: Iterable[Piece], on_text: Callable[[str], None] | None = None) -> Answer:
-    """Put an answer together; the clock starts here. Raises PeerLost when the stream ends without its last
-    message, or leaves out or repeats a token: a cut answer never looks complete."""
-    begin, times, ids, texts = time.perf_counter(), [], list[int](), list[str]()
-    logprobs: list[TokenLogprob] = []
-    seed, last = 0, None
+    """Put an answer together; the clock starts here. Raises as ``Collected``."""
+    collected = Collected()
     for piece in pieces:
-        chunk = piece.chunk
-        if chunk.start != len(ids):
-            raise PeerLost(f"tokens {len(ids)}..{chunk.start} of the answer are missing or repeated")
-        times.append(1e3 * (time.perf_counter() - begin))
-        seed = seed or piece.seed
-        ids += chunk.token_ids
-        logprobs += chunk.logprobs
-        texts.append(piece.text)
+        collected.add(piece)
         if on_text and piece.text:
             on_text(piece.text)
-        if chunk.finish_reason is not None:
-            last = chunk
-    if last is None:
-        raise PeerLost("the answer ended without its last message")
-    return Answer(
-        text="".join(texts),
-        token_ids=tuple(ids),
-        finish_reason=str(last.finish_reason),
-        stop_match=last.stop_match,
-        seed=seed,
-        stats=last.stats or GenerationStats(),
-        ttft_ms=times[0],
-        total_ms=1e3 * (time.perf_counter() - begin),
-        piece_ms=tuple(times),
-        logprobs=tuple(logprobs),
-    )
+    return collected.answer()

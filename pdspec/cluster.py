@@ -33,8 +33,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from decode_worker.actor import DecodeActor
 from pdspec.client import Access, RouterClient
-from pdspec.config import ClusterConfig, RouterConfig, WorkerConfig
+from pdspec.config import ClusterConfig, HttpConfig, RouterConfig, WorkerConfig
 from pdspec.errors import ConfigError, PdspecError, PeerLost
+from pdspec.gateway.actor import HttpActor
 from pdspec.wire.status import error_from_dict
 from prefill_worker.actor import PrefillActor
 from router.actor import RelayActor, RouterActor
@@ -67,6 +68,7 @@ class Cluster:
     def __init__(self, config: ClusterConfig, progress: Progress = log.info) -> None:
         self.config = config
         self.endpoint = ""
+        self.http = ""  # the HTTP front's address, where there is one
         self.relay = ""
         self.log_folder = ""
         self.actors: dict[str, Any] = {}  # worker ids, "router", "relay" → actor handles
@@ -79,6 +81,8 @@ class Cluster:
     def start(self) -> None:
         """See ``start_cluster``; on an error the caller must ``stop``."""
         _check_port(self.config.router)
+        if self.config.http.port >= 0:
+            _check_port(self.config.http, flag="--http-port")
         self.progress("starting Ray" if not self.config.address else "joining the Ray cluster")
         self._join()
         workers = [("prefill", i) for i in range(self.config.prefill)]
@@ -86,6 +90,7 @@ class Cluster:
         configs = [self._reachable(self.config.worker_config(role, index)) for role, index in workers]
         self._place(configs)
         self._start_router(configs)
+        self._start_http()
         self._start_workers(configs)
         self.progress(f"loading {self.config.worker.model} on {len(configs)} workers")
         self._await_started()
@@ -145,7 +150,9 @@ class Cluster:
         base = "/tmp" if Path("/tmp").is_dir() else None  # socket paths are limited to about 100 characters
         self._folder = tempfile.mkdtemp(prefix="pdspec-ray-", dir=base)
         self.log_folder = f"{self._folder}/session_latest/logs"
-        ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, _temp_dir=self._folder, **common)
+        ray.init(
+            include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, _temp_dir=self._folder, **common
+        )
 
     def _reachable(self, config: WorkerConfig) -> WorkerConfig:
         """Workers that may be on several nodes listen on their node's address instead of the loopback."""
@@ -184,6 +191,16 @@ class Cluster:
         self.endpoint = self._endpoint(router)
         self.relay = router.relay
 
+    def _start_http(self) -> None:
+        if self.config.http.port < 0:
+            return
+        front = self.config.http_config(self.endpoint)
+        front = front.replace(port=front.port or _free_port(front.host))
+        pinned = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": pinned}
+        self.actors["http"] = ray.remote(HttpActor).options(**options).remote(front)
+        self.http = f"{self._shown(front.host)}:{front.port}"
+
     def _start_workers(self, configs: Sequence[WorkerConfig]) -> None:
         for index, config in enumerate(configs):
             kind = PrefillActor if config.role == "prefill" else DecodeActor
@@ -218,8 +235,10 @@ class Cluster:
         return f"{self._name}-{worker_id}"
 
     def _endpoint(self, router: RouterConfig) -> str:
-        host = ray.util.get_node_ip_address() if router.host in ("0.0.0.0", "::", "") else router.host
-        return f"{host}:{router.port}"
+        return f"{self._shown(router.host)}:{router.port}"
+
+    def _shown(self, host: str) -> str:
+        return ray.util.get_node_ip_address() if host in ("0.0.0.0", "::", "") else host
 
 
 def share(amounts: Sequence[float], count: int) -> float:
@@ -253,7 +272,7 @@ def _free_port(host: str) -> int:
         return probe.getsockname()[1]
 
 
-def _check_port(router: RouterConfig) -> None:
+def _check_port(router: RouterConfig | HttpConfig, flag: str = "--port") -> None:
     """Refuse a taken port now, not after Ray and the models have started."""
     with socket.socket(socket.AF_INET6 if ":" in router.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -261,7 +280,7 @@ def _check_port(router: RouterConfig) -> None:
             probe.bind((router.host, router.port))
         except OSError as error:
             message = f"cannot listen on {router.host}:{router.port}: {error.strerror}"
-            remedy = "stop what holds the port, or choose another with --port (0: any free one)"
+            remedy = f"stop what holds the port, or choose another with {flag} (0: any free one)"
             raise ConfigError(message, field="port", remedy=remedy) from error
 
 

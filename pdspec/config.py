@@ -19,6 +19,7 @@ HANDOFFS = ("direct", "relay")
 MOVERS = ("auto", "grpc", "shm")
 SURVIVALS = ("auto", "online", "fixed", "q")
 BUDGETS = ("fixed", "goodput")
+PREFIX_CACHES = ("auto", "all", "prompt", "off")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 
@@ -99,6 +100,13 @@ class WorkerConfig(Settings):
     page_size: int = option(16, "tokens of one KV page", low=1, high=4096)
     num_pages: int = option(0, "KV pages; 0: from cache_tokens", low=0)
     cache_tokens: int = option(65536, "tokens that the KV cache holds", low=1)
+    prefix_cache: str = option(
+        "auto", "which KV of earlier requests serves those that begin alike: all; prompt, what prefills computed; off;"
+        " auto: all where numerics are exact, else prompt", choices=PREFIX_CACHES,
+    )  # fmt: skip
+    local_prefill: int = option(
+        0, "a decode worker computes a prompt itself when no more tokens of it than that are missing", low=0
+    )
     max_batch: int = option(64, "sequences that run at once", low=1)
     chunk: int = option(512, "prompt tokens of one prefill step", low=1)
     threads: int = option(0, "CPU threads; 0: all cores", low=0)
@@ -167,6 +175,9 @@ class RouterConfig(Settings):
     max_message_bytes: int = option(4 << 20, "largest request taken", low=1024)
     heartbeat_s: float = option(0.2, "interval of the questions to the workers", low=0.05, high=60)
     lost_after_s: float = option(0.7, "a worker that leaves one unanswered for so long is lost", low=0.05, high=60)
+    cache_weight: float = option(
+        4.0, "requests of load that a worker whose cache has a whole prompt may have more than others; 0: never", low=0
+    )
     stall_s: float = option(5.0, "a worker that has work and makes no step for so long is lost", low=0.1)
     failover_wait_s: float = option(15.0, "an answer waits so long for a worker to come back", low=0)
     max_replays: int = option(16, "times that one answer may move to another worker", low=0)
@@ -188,6 +199,30 @@ class RouterConfig(Settings):
         super().__post_init__()
         _check_members(self.tls)
         _make_absolute(self, "cluster_token_file", "token_file")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HttpConfig(Settings):
+    """OpenAI's API over HTTP, in front of a router."""
+
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(8000, "0: any free port; -1: none (in a cluster's settings)", low=-1, high=65535)
+    router: str = option("127.0.0.1:50051", "the router's host:port")
+    cert: str = option("", "certificate chain of HTTPS (PEM); empty: HTTP")
+    key: str = option("", "private key of cert")
+    tls: TlsConfig = dataclasses.field(default_factory=TlsConfig)
+    max_tokens: int = option(1024, "of chats that name none; lowered to what the context leaves", low=1)
+    max_body_bytes: int = option(4 << 20, "largest request taken", low=1024)
+    log_level: str = option("info", "least level written to stderr", choices=LOG_LEVELS)
+    log_format: str = option("text", "of what is written to stderr", choices=LOG_FORMATS)
+    metrics_port: int = option(-1, "Prometheus metrics over HTTP; 0: any free port, -1: none", low=-1, high=65535)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _make_absolute(self, "cert", "key")
+        if bool(self.cert) != bool(self.key):
+            missing = "key" if self.cert else "cert"
+            raise ConfigError("a certificate and its key belong together", field=missing, remedy=f"give {missing}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,6 +248,7 @@ class ClusterConfig(Settings):
     prefill_worker: dict[str, Any] = dataclasses.field(default_factory=dict)
     decode_worker: dict[str, Any] = dataclasses.field(default_factory=dict)
     router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
+    http: HttpConfig = dataclasses.field(default_factory=lambda: HttpConfig(port=-1))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -228,6 +264,11 @@ class ClusterConfig(Settings):
         """The router's config: its model and cache folder are the workers'."""
         known = self.router.replace(**self._shared(self.router))
         return known.replace(model=self.worker.model, cache_dir=self.worker.cache_dir)
+
+    def http_config(self, router: str) -> HttpConfig:
+        """Of the HTTP front of the router at ``router``; its port is -1 where there is to be none."""
+        tls = self.http.tls if self.http.tls != TlsConfig() else self.router_config().tls
+        return self.http.replace(router=router, tls=tls)
 
     def _shared(self, section: WorkerConfig | RouterConfig) -> dict[str, Any]:
         """What a section takes from the top where it says nothing itself."""

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from pdspec.errors import PdspecError
 from pdspec.telemetry import setup_logging, usable_cores
+from pdspec.wire.memory import keep_freed_memory
 from pdspec.wire.status import error_to_dict
 
 log = logging.getLogger(__name__)
@@ -104,9 +105,11 @@ class Host:
 
 def settle() -> None:
     """What stands once a worker has started stays until it ends: the garbage collector need not visit the hundreds of
-    thousands of objects of torch and its kin between decode steps (a pause of 0.1 s and more)."""
+    thousands of objects of torch and its kin between decode steps (a pause of 0.1 s and more). And what messages leave
+    behind is used again."""
     gc.collect()
     gc.freeze()
+    keep_freed_memory()
 
 
 def claim_cores(threads: int) -> None:

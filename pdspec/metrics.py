@@ -115,12 +115,15 @@ class Watch:
 
 
 class WorkerMetrics(_Set):
-    """What both kinds of workers have. ``pool`` returns (pages held, pages in all)."""
+    """What both kinds of workers have. ``pool`` returns (pages held, pages in all), ``prefix`` the counts of the prefix
+    cache (``engine/prefix.py``)."""
 
     def __init__(
-        self, *, running: Callable[[], int], waiting: Callable[[], int], pool: Callable[[], tuple[int, int]]
-    ) -> None:
+        self, *, running: Callable[[], int], waiting: Callable[[], int], pool: Callable[[], tuple[int, int]],
+        prefix: Callable[[], Mapping[str, float]] = dict,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.registry.register(_Prefix(prefix))
         self._gauge("num_requests_running", "Requests that hold pages.", running)
         self._gauge("num_requests_waiting", "Requests that wait for pages.", waiting)
         self._gauge("kv_cache_usage_perc", "Share of the KV pages that is held; 1 is all.", lambda: _share(*pool()))
@@ -235,6 +238,16 @@ class RelayMetrics(_Set):
         self.lost = self._counter("transfer_failures", "Streams that failed, by the kind of error.", "error")
 
 
+class HttpMetrics(_Set):
+    """Of the HTTP front."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests = self._counter("http_requests", "HTTP requests; 499: the client left.", "route", "status")
+        self.seconds = self._histogram("http_request_seconds", "Of HTTP requests, streams included.", _LONG, "route")
+        self.broken = self._counter("http_broken_streams", "Streams that ended with an error.", "error")
+
+
 class _Engine(Collector):
     """Counters that the engine keeps itself."""
 
@@ -254,6 +267,26 @@ class _Engine(Collector):
         for name, value in seconds.items():
             phases.add_metric([name], value)
         yield phases
+
+
+class _Prefix(Collector):
+    """Counts of a prefix cache."""
+
+    def __init__(self, read: Callable[[], Mapping[str, float]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        """See Collector."""
+        counts = self._read()
+        for name, key, text in (
+            ("queries", "prefix_query_tokens", "Prompt tokens looked up in the prefix cache."),
+            ("hits", "prefix_hit_tokens", "Prompt tokens whose KV was in it."),
+            ("evictions", "prefix_evictions", "Pages that it gave up for others."),
+        ):
+            yield CounterMetricFamily(f"{PREFIX}_prefix_cache_{name}", text, value=counts.get(key, 0.0))
+        family = Metric(f"{PREFIX}_prefix_cache_pages", "KV pages that it keeps.", "gauge")
+        family.add_sample(family.name, {}, counts.get("prefix_cached_pages", 0.0))
+        yield family
 
 
 class _Workers(Collector):

@@ -36,10 +36,7 @@ def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tupl
         low_product = _PHILOX_MULTIPLIERS[0] * c0
         high_product = _PHILOX_MULTIPLIERS[1] * c2
         c0, c1, c2, c3 = (
-            (high_product >> 32) ^ c1 ^ k0,
-            high_product & _MASK,
-            (low_product >> 32) ^ c3 ^ k1,
-            low_product & _MASK,
+            (high_product >> 32) ^ c1 ^ k0, high_product & _MASK, (low_product >> 32) ^ c3 ^ k1, low_product & _MASK
         )
         k0, k1 = (k0 + _PHILOX_WEYL[0]) & _MASK, (k1 + _PHILOX_WEYL[1]) & _MASK
     return c0, c1, c2, c3

@@ -50,5 +50,6 @@ def to_generate_request(
         sample=user.sample,
         trace=user.trace,
         priority=user.priority,
+        cache_salt=user.cache_salt,
         deadline_s=deadline_s,
     )

@@ -4,7 +4,7 @@ Processors, always in this order, on float32 logits of one row with that row's o
 
 1. repetition penalty (prompt and output ids), frequency and presence penalties (output ids)
 2. logit bias
-3. allowed ids, banned ids, and the ids that would end the answer before ``min_tokens``
+3. allowed ids, the grammar's, banned ids, and the ids that would end the answer before ``min_tokens``
 4. temperature
 5. top-k, then top-p of what is left, then min-p; exactly k with top-k, ties to the lowest id
 
@@ -15,13 +15,14 @@ and audits, so that given the logits the token is a function of (params, history
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from pdspec.errors import InvalidRequest, PdspecError
+from pdspec.grammar import Grammar
 from pdspec.noise import LARGEST, gumbel, gumbel_noise
 from pdspec.types import SamplingParams, TokenLogprob
 
@@ -57,11 +58,14 @@ class History:
     seen_ids: Ids = field(default_factory=_no_ids)  # distinct output ids, ascending, but for the tail
     seen_counts: Ids = field(default_factory=_no_ids)
     tail: tuple[int, ...] = ()  # the latest output ids, not yet counted
+    grammar: Grammar | None = None  # of structured output, after the output so far
 
     @classmethod
-    def of(cls, prompt_ids: Sequence[int], output_ids: Sequence[int] = ()) -> History:
-        """The history after a prompt and the output so far (target ids)."""
-        return cls(prompt_ids=np.unique(np.asarray(prompt_ids, np.int64))).extended(output_ids)
+    def of(
+        cls, prompt_ids: Sequence[int], output_ids: Sequence[int] = (), *, grammar: Grammar | None = None
+    ) -> History:
+        """The history after a prompt and the output so far (target ids). ``grammar`` stands before the output."""
+        return cls(prompt_ids=np.unique(np.asarray(prompt_ids, np.int64)), grammar=grammar).extended(output_ids)
 
     def extended(self, tokens: Sequence[int]) -> History:
         """The history with ``tokens`` put out as well; cheap enough for every tree node."""
@@ -71,11 +75,12 @@ class History:
             seen_ids=self.seen_ids,
             seen_counts=self.seen_counts,
             tail=self.tail + tuple(tokens),
+            grammar=self.grammar and self.grammar.extended(tokens),
         )
         if len(grown.tail) <= _TAIL:
             return grown
         ids, counts = grown.output_counts()
-        return History(prompt_ids=self.prompt_ids, num_output=grown.num_output, seen_ids=ids, seen_counts=counts)
+        return replace(grown, seen_ids=ids, seen_counts=counts, tail=())
 
     def output_counts(self) -> tuple[Ids, Ids]:
         """Distinct output ids, ascending, and how often each was put out."""
@@ -210,7 +215,9 @@ def _penalised(logits: Floats, params: SamplingParams, history: History, end_ids
     """Steps 1-3; the array itself where nothing changes, else a copy."""
     penalises = params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
     ending = stopping_ids(params, end_ids) if history.num_output < params.min_tokens else frozenset()
-    if not (penalises or params.logit_bias or params.allowed_ids or params.banned_ids or ending):
+    permitted = history.grammar.allowed(len(logits)) if history.grammar else None
+    excludes = bool(params.allowed_ids or params.banned_ids or ending or permitted is not None)
+    if not (penalises or params.logit_bias or excludes):
         return logits
     x = logits.copy()
     if penalises:
@@ -227,6 +234,9 @@ def _penalised(logits: Floats, params: SamplingParams, history: History, end_ids
         excluded = np.ones(len(x), bool)
         excluded[list(params.allowed_ids)] = False
         x[excluded] = -np.inf
+    if permitted is not None:
+        x[: len(permitted)][~permitted] = -np.inf
+        x[len(permitted) :] = -np.inf  # rows of the model that are no tokens
     x[[*params.banned_ids, *ending]] = -np.inf
     return x
 

@@ -86,9 +86,15 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def core_ids() -> tuple[int, ...]:
+    """Cores that this process may run on, ascending."""
+    known = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return tuple(sorted(known))
+
+
 def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many these are."""
+    return len(core_ids())
 
 
 def clock_name() -> str:

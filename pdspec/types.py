@@ -70,6 +70,14 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; 0: the chosen token's; n: and the n best
     verify: str = Verify.COUPLED.value
+    json_schema: str = ""  # the answer is JSON that this schema (JSON itself) allows
+    regex: str = ""  # the answer matches it as a whole
+    choice: tuple[str, ...] = ()  # the answer is one of these
+
+    @property
+    def structured(self) -> bool:
+        """Whether a grammar decides which tokens are allowed."""
+        return bool(self.json_schema or self.regex or self.choice)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +95,7 @@ class GenerateRequest:
     deadline_s: float | None = None  # remaining seconds, not a clock reading
     trace: bool = False  # report each verification's draft in the chunks
     priority: int = 0  # higher goes first where requests wait, and keeps its pages longest
+    cache_salt: str = ""  # prefixes are shared among requests of the same salt alone
     replayed: int = 0  # the last ids of prompt_ids that are output already (a stream moved here after a loss)
 
 
@@ -109,7 +118,9 @@ class UserRequest:
     trace: bool = False
     priority: int = 0  # higher goes first where requests wait
     tenant: str = ""  # whose share of a full deployment this request takes; empty: the caller's token or host
+    cache_salt: str = ""
     resume_ids: tuple[int, ...] = ()  # tokens of the answer that came before its stream broke; needs the seed
+    fit_context: bool = False  # lower max_tokens to what the context leaves behind the prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,11 +139,14 @@ class Route:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLogprob:
-    """Log probability of a chosen token and of the best alternatives, after all processors."""
+    """Log probability of a chosen token and of the best alternatives, after all processors. ``text`` and ``top_texts``
+    are the bytes of those tokens, where a router filled them in."""
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    text: bytes = b""
+    top_texts: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +175,8 @@ class GenerationStats:
     draft_rebuilds: int = 0
     prefill_retries: int = 0
     partial: bool = False  # cut at a stop string or moved by the router: counts it could not see are 0
+    cached_tokens: int = 0  # of the prompt, whose KV the decode worker had
+    prefill_cached_tokens: int = 0  # of the prompt, that the prefill worker did not compute
     moves: int = 0  # times the stream continued on another decode worker
 
     @property

@@ -15,6 +15,7 @@ MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 256
 MAX_STOP_IDS, MAX_BIASES, MAX_LOGPROBS = 256, 4096, 20
 MAX_NAME_CHARACTERS = 256
 MAX_PRIORITY = 100
+MAX_SCHEMA, MAX_REGEX, MAX_CHOICES, MAX_CHOICE = 1 << 16, 1 << 12, 1024, 1024
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 100.0  # below it, scores divided by it overflow
 MAX_BIAS, MAX_PENALTY, MAX_REPETITION = 100.0, 2.0, 10.0
 
@@ -118,13 +119,11 @@ def _check_sampling(params: SamplingParams, vocab_size: int) -> None:
         raise _outside("logprobs", params.logprobs, f"between 0 and {MAX_LOGPROBS}")
     _check_choice("sampling.verify", params.verify, [mode.value for mode in Verify])
     if params.verify == Verify.GREEDY and params.temperature > 0:
-        raise InvalidRequest(
-            f"greedy at temperature {params.temperature}",
-            field="sampling.verify",
-            remedy="use temperature 0, or coupled, rejection or block",
-        )
+        raise InvalidRequest(f"greedy at temperature {params.temperature}", field="sampling.verify",
+                             remedy="use temperature 0, or coupled, rejection or block")
     _check_id_lists(params, vocab_size)
     _check_stop_strings(params.stop_strings)
+    _check_structure(params)
 
 
 def _check_id_lists(params: SamplingParams, vocab_size: int) -> None:
@@ -155,6 +154,24 @@ def _check_stop_strings(strings: Sequence[str]) -> None:
     for text in strings:
         if not 1 <= len(text) <= MAX_STOP_CHARACTERS:
             raise _outside("stop_strings", f"{len(text)} characters", f"1 to {MAX_STOP_CHARACTERS} characters each")
+
+
+def _check_structure(params: SamplingParams) -> None:
+    """What can be said without compiling it (``pdspec.grammar`` does the rest)."""
+    asked = [name for name in ("json_schema", "regex", "choice") if getattr(params, name)]
+    if not asked:
+        return
+    if len(asked) > 1:
+        raise InvalidRequest(f"beside {asked[0]}", field=f"sampling.{asked[1]}", remedy="ask for one structure")
+    if params.ignore_eos:
+        remedy = "leave ignore_eos out: a structured answer is over when it is complete"
+        raise InvalidRequest("of a structured answer", field="sampling.ignore_eos", remedy=remedy)
+    if len(params.json_schema) > MAX_SCHEMA or len(params.regex) > MAX_REGEX:
+        limit = f"{MAX_SCHEMA} characters of json_schema or {MAX_REGEX} of regex"
+        raise InvalidRequest("too long", field=f"sampling.{asked[0]}", remedy=f"give at most {limit}")
+    if len(params.choice) > MAX_CHOICES or not all(1 <= len(text) <= MAX_CHOICE for text in params.choice):
+        remedy = f"give at most {MAX_CHOICES} texts of 1 to {MAX_CHOICE} characters"
+        raise InvalidRequest("an empty text, or too much", field="sampling.choice", remedy=remedy)
 
 
 def _check_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 from pdspec.cache.pool import PagePool
@@ -27,10 +28,12 @@ P = TypeVar("P", bound=Prompt)
 
 
 class PrefillScheduler(Generic[P]):
-    """``waiting`` have no pages yet; ``running`` hold all they need."""
+    """``waiting`` have no pages yet; ``running`` hold all they need. Pages come from ``take(prompt, count)``, which may
+    find some of them in a cache."""
 
-    def __init__(self, pool: PagePool, chunk: int) -> None:
+    def __init__(self, pool: PagePool, chunk: int, take: Callable[[P, int], list[int]] | None = None) -> None:
         self.pool, self.chunk = pool, chunk
+        self._take = take or (lambda prompt, count: pool.allocate(count))
         self.waiting: deque[P] = deque()
         self.running: list[P] = []
         self.held: list[P] = []  # finished, but frames of theirs may still read the pages
@@ -57,7 +60,7 @@ class PrefillScheduler(Generic[P]):
         self.running = [prompt for prompt in self.running if not prompt.finished]
         while self.waiting and self.waiting[0].num_pages <= self.pool.free:
             prompt = self.waiting.popleft()
-            prompt.pages.extend(self.pool.allocate(prompt.num_pages))
+            prompt.pages.extend(self._take(prompt, prompt.num_pages))
             self.running.append(prompt)
         work, room = [], self.chunk
         for prompt in self.running:
@@ -68,5 +71,5 @@ class PrefillScheduler(Generic[P]):
         return work
 
     def check_integrity(self) -> None:
-        """Every held page belongs to exactly one prompt."""
+        """Every held page belongs to those who hold it, and to nobody else."""
         self.pool.check_integrity([prompt.pages for prompt in (*self.running, *self.held)])

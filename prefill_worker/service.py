@@ -11,6 +11,7 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import grpc
@@ -20,9 +21,9 @@ import torch
 from pdspec.cache.paged import PagedCache
 from pdspec.cache.pool import pages_for
 from pdspec.config import WorkerConfig
-from pdspec.engine.local import check, new_context
-from pdspec.engine.prefill import PrefillEngine, PrefillSequence
-from pdspec.engine.resources import check_fingerprint, load
+from pdspec.engine.claims import entered
+from pdspec.engine.local import checked, new_context
+from pdspec.engine.resources import check_fingerprint
 from pdspec.engine.serving import RunningWorker, StatusService, describe
 from pdspec.engine.thread import EngineThread, tell
 from pdspec.errors import DeadlineExceeded, PdspecError
@@ -34,25 +35,13 @@ from pdspec.tracing import tracer_of
 from pdspec.transfer.faults import FrameFaults
 from pdspec.transfer.frames import FRAME_BYTES, Begin, DraftStart, First, HiddenRows, Pages
 from pdspec.transfer.grpc_serve import PrefillStream, prefill_handler
+from pdspec.transfer.ledger import HIDDEN
 from pdspec.transfer.pace import Pace
 from pdspec.transfer.segment import sweep
 from pdspec.transfer.shm_serve import Lanes
 from pdspec.types import DraftPrefill, GenerateRequest, TokenLogprob, WorkerInfo
 from pdspec.wire import pdspec_pb2_grpc as rpc
-from prefill_worker.scheduler import PrefillScheduler
-
-
-@dataclasses.dataclass(kw_only=True, eq=False)
-class QueuedPrompt(PrefillSequence):
-    """A sequence with what the scheduler asks for."""
-
-    num_pages: int
-    queued_at: float
-
-    @property
-    def pages(self) -> list[int]:
-        """Its page ids."""
-        return self.ctx.pages
+from prefill_worker.host import PrefillHost, QueuedPrompt
 
 
 class Events:
@@ -87,29 +76,9 @@ class Events:
         """See PrefillEvents."""
         self._tell("done")
 
-
-class PrefillHost:
-    """What runs on the engine thread."""
-
-    def __init__(self, config: WorkerConfig) -> None:
-        self.resources = load(config)
-        self.engine = PrefillEngine(self.resources)
-        self.scheduler: PrefillScheduler[QueuedPrompt] = PrefillScheduler(self.resources.pool, config.chunk)
-
-    def step(self) -> bool:
-        """One prefill step; False when no prompt can advance."""
-        work = self.scheduler.plan()
-        if work:
-            self.engine.step(work)
-        return bool(work)
-
-    def check_integrity(self) -> None:
-        """See scheduler."""
-        self.scheduler.check_integrity()
-
-    def close(self) -> None:
-        """Stop the kernels' threads."""
-        self.resources.close()
+    def failed(self, error: PdspecError) -> None:
+        """See PrefillEvents."""
+        self._tell("failed", error)
 
 
 class PrefillService:
@@ -124,6 +93,7 @@ class PrefillService:
             running=lambda: len(scheduler.running) + len(scheduler.held),
             waiting=lambda: len(scheduler.waiting),
             pool=lambda: (pool.held, pool.num_pages),
+            prefix=host.prefixes.counts,
         )
         self.lanes = Lanes(config.mover)
 
@@ -140,11 +110,11 @@ class PrefillService:
             drafter=opening.drafter,
             peer=opening.worker_id or "the decode worker",
         )
-        check(resources, request)
+        await checked(resources, request)
         events = Events(asyncio.get_running_loop())
-        prompt = self._prompt(request, events)
+        prompt = self._prompt(request, opening.have_rows, events)
         try:
-            await self.engine.call(lambda: self.host.scheduler.add(prompt))
+            await entered(self.engine, partial(self.host.enter, prompt))
             await stream.send(
                 Begin(
                     epoch=opening.epoch,
@@ -165,7 +135,7 @@ class PrefillService:
             raise
         finally:
             prompt.abandoned = True
-            self.engine.post(lambda: self.host.scheduler.release(prompt))
+            self.engine.post(lambda: self.host.release(prompt))
 
     def _count(self, stream: PrefillStream, prompt: QueuedPrompt) -> None:
         metrics, moved = self.metrics, stream.ledger.moved
@@ -180,10 +150,13 @@ class PrefillService:
             self.tracer.span("prefill compute", request_id, began, time.perf_counter(), tokens=prompt.ctx.prompt_len)
         metrics.transfer(kv=moved(target), draft=drafts, hidden=moved("hidden"))
 
-    def _prompt(self, request: GenerateRequest, events: Events) -> QueuedPrompt:
+    def _prompt(self, request: GenerateRequest, have: Mapping[str, int], events: Events) -> QueuedPrompt:
         ctx = new_context(self.host.resources, request, [])
         drafter = self.host.resources.drafter(request.drafter)
         rows = len(request.prompt_ids) + 1 + drafter.max_nodes
+        here = request.draft_prefill == DraftPrefill.PREFILL.value
+        hidden = not here and request.sampling.max_tokens > 1 and bool(drafter.capture or drafter.want_final)
+        known = have.get(HIDDEN, 0) if hidden else None  # the hidden rows behind must be computed
         return QueuedPrompt(
             request=request,
             ctx=ctx,
@@ -192,6 +165,9 @@ class PrefillService:
             events=events,
             ship_rows=request.sampling.max_tokens > 1,
             queued_at=time.perf_counter(),
+            prefix=self.host.prefixes.begin(request, drafter, drafts=here),
+            limit=known,
+            hidden_from=known or 0,
             num_pages=pages_for(rows, self.host.resources.pool.page_size),
         )
 
@@ -203,20 +179,25 @@ class PrefillService:
     async def _send(self, stream: PrefillStream, prompt: QueuedPrompt, events: Events) -> None:
         cache, epoch = self.host.resources.cache, stream.open.epoch
         while True:
+            if events.queue.empty():
+                await stream.flush()
             kind, values = await events.queue.get()
             match kind:
                 case "rows":
                     for frame in page_frames(cache, prompt.ctx.pages, *values, have=stream.open.have_rows):
-                        await stream.send(frame)
+                        await stream.send(frame, more=True)
                 case "hidden":
-                    await stream.send(hidden_frame(epoch, values[0]))
+                    await stream.send(hidden_frame(epoch, values[0]), more=True)
                 case "first":
                     await stream.send(First(epoch=epoch, token_id=values[0], logprob=values[1]))
                 case "start":
                     await stream.send(start_frame(epoch, *values))
+                case "failed":
+                    raise values[0]
                 case "done":
                     queue_ms = 1e3 * (prompt.started_at - prompt.queued_at)
                     stats = {"queue_ms": queue_ms, "prefill_ms": 1e3 * prompt.seconds}
+                    stats["cached_tokens"] = float(prompt.prefix.start if prompt.prefix else 0)
                     await stream.finish({**stats, "computed_at_s": events.rows_at})
                     return
 
@@ -228,12 +209,12 @@ class PrefillService:
             worker_id=self.worker_id,
             role="prefill",
             address=self.address,
-            queued=len(scheduler.waiting),
+            queued=len(scheduler.waiting) + len(self.host.prefixes.claims),
             running=len(scheduler.running),
             steps=self.host.engine.steps,
             stepping=sum(not prompt.finished for prompt in list(scheduler.running)),
         )
-        return dataclasses.replace(info, metrics={**info.metrics, **self.lanes.counts})
+        return dataclasses.replace(info, metrics={**info.metrics, **self.lanes.counts, **self.host.prefixes.counts()})
 
 
 def page_frames(
@@ -253,7 +234,7 @@ def page_frames(
 def hidden_frame(epoch: int, rows: TargetRows) -> HiddenRows:
     """Captured layers, then the final state, each float32 [rows, ...]."""
     parts = [part for part in (rows.captured, rows.final) if part is not None]
-    payload = b"".join(part.contiguous().cpu().numpy().tobytes() for part in parts)
+    payload = tuple(part.contiguous().cpu().numpy().data for part in parts)
     return HiddenRows(epoch=epoch, seq=0, start=rows.start, count=len(parts[0]), dtype="float32", payload=payload)
 
 

@@ -5,21 +5,15 @@ from __future__ import annotations
 import sys
 
 from pdspec.config import RouterConfig
-from pdspec.errors import ConfigError
-from pdspec.telemetry import setup_logging
-from pdspec.wire.serving import run_in_foreground
+from pdspec.wire.serving import serve_command
 from router.service import serving
 
 
 def main(argv: list[str]) -> int:
     """The command line. Returns the exit status."""
-    try:
-        config = RouterConfig.from_args(argv, prog="python -m router", description="The token router")
-    except ConfigError as error:
-        print(f"router: {error}", file=sys.stderr)
-        return 1
-    setup_logging(config.log_level, name="router", log_format=config.log_format)
-    return run_in_foreground(lambda: serving(config), "router")
+    return serve_command(
+        argv, RouterConfig, serving, role="router", module="router", description="The token router"
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ import asyncio
 import secrets
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from pdspec.answer_text import TextStream
+from pdspec.grammar import check_structure
 from pdspec.prompting import PromptTokenizer, prompt_ids, to_generate_request
 from pdspec.types import GenerateRequest, UserRequest
 from pdspec.validation import check_request, check_resume, check_user_request
@@ -22,6 +24,9 @@ class RouterTokenizer(PromptTokenizer, Protocol):
     """What the router needs of ``pdspec.model.tokenizer.Tokenizer``."""
 
     vocab_size: int
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one id adds to a text."""
 
     def stream(self) -> TextStream:
         """A fresh incremental detokeniser."""
@@ -49,14 +54,27 @@ async def admit(
     drafters = {name for info in infos for name in info.drafters} if infos else {request.drafter}
     vocab_size = _limit([info.vocab_size for info in infos], tokenizer.vocab_size)
     check_resume(user, vocab_size=vocab_size)
+    max_context = _limit([info.max_context for info in infos], _UNKNOWN_CONTEXT)
+    if user.fit_context:
+        request = _fitted(request, max_context)
     check_request(
         request,
         vocab_size=vocab_size,
-        max_context=_limit([info.max_context for info in infos], _UNKNOWN_CONTEXT),
+        max_context=max_context,
         drafters=drafters,
         models={model, *(info.model for info in infos)},
     )
+    if request.sampling.structured:
+        await asyncio.to_thread(check_structure, request.sampling)
     return request
+
+
+def _fitted(request: GenerateRequest, max_context: int) -> GenerateRequest:
+    """``max_tokens`` lowered to the room behind the prompt; a prompt that leaves none is refused as ever."""
+    room = max(1, max_context - len(request.prompt_ids))
+    if request.sampling.max_tokens <= room:
+        return request
+    return replace(request, sampling=replace(request.sampling, max_tokens=room))
 
 
 def _characters(user: UserRequest) -> int:

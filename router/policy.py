@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -56,8 +56,13 @@ def choose(
     drafter: str = "",
     exclude: Collection[str] = (),
     max_waiting: int = MAX_WAITING,
+    cached: Mapping[str, float] | None = None,
+    cache_weight: float = 0.0,
 ) -> Route:
     """The least-loaded ready decode worker with room, and every usable prefill worker, least loaded first.
+
+    ``cached`` is the share of the prompt whose KV a worker probably has, by address; all of it is worth as much as
+    ``cache_weight`` requests of load. A worker that reports an empty cache has nothing.
 
     ``tokens`` are prompt plus max_tokens; ``exclude`` are addresses that were tried already. Pairs between which the
     decode worker has just failed to get through are avoided. Prefill workers that do not answer come last: the decode
@@ -68,13 +73,21 @@ def choose(
         message = "this deployment has no relay"
         raise InvalidRequest(message, field="handoff", remedy="ask for direct, or start the router with --relay")
     paths = Route(decode="", prefill=(), handoff=handoff, relay=relay)
-    decode = _choose_decode(workers, tokens, drafter, exclude, max_waiting, paths)
-    return replace(paths, decode=decode.address, prefill=_prefill_order(workers, drafter, paths, decode))
+    costs = {worker.address: _cost(worker, cached or {}, cache_weight) for worker in workers}
+    decode = _choose_decode(workers, tokens, drafter, exclude, max_waiting, paths, costs)
+    return replace(paths, decode=decode.address, prefill=_prefill_order(workers, drafter, paths, decode, costs))
+
+
+def _cost(worker: WorkerView, cached: Mapping[str, float], weight: float) -> float:
+    """Its load, less what its cache saves."""
+    holds = worker.info is not None and worker.info.metrics.get("prefix_cached_pages", 0.0) > 0
+    return worker.load - (weight * cached.get(worker.address, 0.0) if holds else 0.0)
 
 
 def _choose_decode(
-    workers: Sequence[WorkerView], tokens: int, drafter: str, exclude: Collection[str], max_waiting: int, paths: Route
-) -> WorkerView:
+    workers: Sequence[WorkerView], tokens: int, drafter: str, exclude: Collection[str], max_waiting: int,
+    paths: Route, costs: Mapping[str, float],
+) -> WorkerView:  # fmt: skip
     prefill = [w.address for w in workers if w.role == "prefill" and w.state is WorkerState.READY]
     every = [worker for worker in workers if worker.role == "decode"]
     ready = [w for w in every if w.state is WorkerState.READY and w.info and w.address not in exclude]
@@ -93,7 +106,7 @@ def _choose_decode(
         fitting,
         key=lambda worker: (
             bool(prefill) and all(_is_cut_off(worker, address, paths) for address in prefill),
-            _room(worker) < tokens and worker.load > 0, worker.load, -_room(worker),
+            _room(worker) < tokens and worker.load > 0, costs[worker.address], worker.load, -_room(worker),
         ),
     )  # fmt: skip
     if least.waiting >= max_waiting and all(worker.waiting >= max_waiting for worker in fitting):
@@ -106,12 +119,15 @@ def _is_cut_off(decode: WorkerView, prefill: str, paths: Route) -> bool:
     return decode.info is not None and paths.link(prefill) in decode.info.unreachable
 
 
-def _prefill_order(workers: Sequence[WorkerView], drafter: str, paths: Route, decode: WorkerView) -> tuple[str, ...]:
+def _prefill_order(
+    workers: Sequence[WorkerView], drafter: str, paths: Route, decode: WorkerView, costs: Mapping[str, float]
+) -> tuple[str, ...]:
     every = [worker for worker in workers if worker.role == "prefill"]
     usable = [worker for worker in every if worker.state is WorkerState.READY]
     usable.sort(
         key=lambda worker: (
-            _is_cut_off(decode, worker.address, paths), bool(drafter) and not _holds(worker, drafter), worker.load,
+            _is_cut_off(decode, worker.address, paths), bool(drafter) and not _holds(worker, drafter),
+            costs[worker.address], worker.load,
         )
     )  # fmt: skip
     silent = [worker for worker in every if worker.state in (WorkerState.UNKNOWN, WorkerState.LOST)]

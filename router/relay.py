@@ -16,13 +16,12 @@ from contextlib import asynccontextmanager
 import grpc
 
 from pdspec.config import RouterConfig
-from pdspec.errors import ConfigError, InvalidRequest
+from pdspec.errors import InvalidRequest
 from pdspec.metrics import RelayMetrics, exposed
-from pdspec.telemetry import setup_logging
 from pdspec.transfer.grpc_stream import METHOD, SERVICE, TARGET_KEY
 from pdspec.wire.channels import add_health, bind, make_channel, make_server
 from pdspec.wire.gate import Gate
-from pdspec.wire.serving import ServiceThread, run_in_foreground
+from pdspec.wire.serving import ServiceThread, serve_command
 from pdspec.wire.status import from_peer_error
 from pdspec.wire.trust import OPEN, Trust
 
@@ -105,13 +104,9 @@ def launch(config: RouterConfig) -> ServiceThread[Relay]:
 
 def main(argv: list[str]) -> int:
     """The command line. Returns the exit status."""
-    try:
-        config = RouterConfig.from_args(argv, prog="python -m router.relay", description="Relay of the Prefill stream")
-    except ConfigError as error:
-        print(f"relay: {error}", file=sys.stderr)
-        return 1
-    setup_logging(config.log_level, name="relay", log_format=config.log_format)
-    return run_in_foreground(lambda: serving(config), "relay")
+    return serve_command(
+        argv, RouterConfig, serving, role="relay", module="router.relay", description="Relay of the Prefill stream"
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

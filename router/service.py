@@ -33,6 +33,7 @@ from router.failover import Quarantine
 from router.fleet import Fleet
 from router.live import ID_BYTES, LiveRequests
 from router.policy import WorkerState, WorkerView
+from router.prefixes import PrefixMap
 from router.turnstile import Turnstile
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class RouterService(rpc.RouterServicer):
         self.tracer = tracer_of(config.traces, "router")
         self._live = LiveRequests(self.metrics, self.tracer)
         self._quarantine = Quarantine()
+        self._prefixes = PrefixMap()
         self._tokenizer = tokenizer
         self._health: health.aio.HealthServicer | None = None
         self._serving: bool | None = None
@@ -69,7 +71,7 @@ class RouterService(rpc.RouterServicer):
             user = user_request_from_pb(message)
             self._quarantine.check(user.request_id)
             tenant = self._tenant(user, context)
-            most = user.sampling.max_tokens
+            most = 1 if user.fit_context else user.sampling.max_tokens  # how many fit is known once it is tokenised
             self.turnstile.check(
                 tokens=most, most=most, tenant=tenant, priority=user.priority, left_s=context.time_remaining()
             )  # fmt: skip
@@ -90,8 +92,10 @@ class RouterService(rpc.RouterServicer):
         )
         handoff = Handoff(user.handoff or self.config.handoff)
         answer = Answer(
-            request, fleet=self.fleet, text=text, config=self.config, handoff=handoff, resumed=user.resume_ids
-        )
+            request, fleet=self.fleet, text=text, config=self.config, handoff=handoff,
+            token_bytes=self._tokenizer.token_bytes, resumed=user.resume_ids,
+            prefixes=self._prefixes,
+        )  # fmt: skip
         try:
             async with aclosing(self._live.watched(request, began, self._placed(answer, request, tenant, asked_at))) \
                     as chunks:  # fmt: skip
@@ -128,6 +132,7 @@ class RouterService(rpc.RouterServicer):
     def set_workers(self, *, prefill: Sequence[str], decode: Sequence[str]) -> None:
         """Route to these addresses from now on. On the event loop only."""
         self.fleet.set_workers(prefill=prefill, decode=decode)
+        self._report_health()  # who has none left hears no heartbeat that would
 
     async def watch_health(self, servicer: health.aio.HealthServicer) -> None:
         """Keep the Router's health: SERVING while a decode worker is ready."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pdspec.types import GenerateRequest, GenerationStats, Route, TokenChunk
+from pdspec.types import GenerateRequest, GenerationStats, Route
 
 
 @dataclass
@@ -19,14 +19,14 @@ class Tally:
     moved_accepted: int = 0
     moves: int = 0
 
-    def add(self, chunk: TokenChunk, *, first: bool) -> None:
-        """Count a chunk as the worker sent it."""
-        if first or not chunk.token_ids:
+    def add(self, tokens: int, *, first: bool) -> None:
+        """Count a chunk of so many tokens, as the worker sent it."""
+        if first or not tokens:
             return
         self.verifications += 1
-        self.accepted += len(chunk.token_ids) - 1
+        self.accepted += tokens - 1
         if self.first_draft_accepted is None:
-            self.first_draft_accepted = len(chunk.token_ids) - 1
+            self.first_draft_accepted = tokens - 1
 
     def move(self) -> None:
         """The present attempt failed after tokens went out."""

@@ -15,18 +15,9 @@ from pdspec.model.tiny import byte_tokenizer, tiny_tensors
 def save_tiny(folder: Path, *, vocab_size: int = 272, context: int = 2048, tokenizer: Any = None) -> str:
     """The folder's name; ``vocab_size`` cuts or repeats the rows of embedding and lm_head."""
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "num_hidden_layers": 4,
-        "hidden_size": 64,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "intermediate_size": 128,
-        "vocab_size": vocab_size,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "max_position_embeddings": context,
-        "eos_token_id": 257,
+        "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128, "vocab_size": vocab_size,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": context, "eos_token_id": 257,
     }
     tensors = dict(tiny_tensors(0))
     for name in ("model.embed_tokens.weight", "lm_head.weight"):

@@ -51,28 +51,16 @@ class PagedCache:
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
     def read_rows(
-        self,
-        group: str,
-        layer: int,
-        pages: Sequence[int],
-        start: int,
-        stop: int,
-        head_start: int = 0,
-        head_count: int | None = None,
+        self, group: str, layer: int, pages: Sequence[int], start: int, stop: int,
+        head_start: int = 0, head_count: int | None = None,
     ) -> bytes:
         """Rows ``start..stop-1`` of one layer as bytes ``[token][k|v][head][dim]``. Raises IndexError for rows
         or heads that are not there."""
         return b"".join(self.row_views(group, layer, pages, start, stop, head_start, head_count))
 
     def row_views(
-        self,
-        group: str,
-        layer: int,
-        pages: Sequence[int],
-        start: int,
-        stop: int,
-        head_start: int = 0,
-        head_count: int | None = None,
+        self, group: str, layer: int, pages: Sequence[int], start: int, stop: int,
+        head_start: int = 0, head_count: int | None = None,
     ) -> tuple[memoryview, ...]:
         """``read_rows`` in parts that follow one another; on the CPU, for all heads, they are the pages themselves."""
         heads = self._heads(group, head_start, head_count)
@@ -84,15 +72,8 @@ class PagedCache:
         return (torch.cat([rows[a:b, :, heads] for a, b in runs]).cpu().numpy().data,) if runs else ()
 
     def write_rows(
-        self,
-        group: str,
-        layer: int,
-        pages: Sequence[int],
-        start: int,
-        stop: int,
-        data: bytes | memoryview,
-        head_start: int = 0,
-        head_count: int | None = None,
+        self, group: str, layer: int, pages: Sequence[int], start: int, stop: int, data: bytes | memoryview,
+        head_start: int = 0, head_count: int | None = None,
     ) -> None:
         """The inverse of ``read_rows``. Raises ValueError for data of another length, before anything is written."""
         heads = self._heads(group, head_start, head_count)
@@ -123,6 +104,11 @@ class PagedCache:
             rows = self._tensors[name].flatten(1, 2)
             rows[:, target] = rows[:, source]
 
+    def copy_page(self, group: str, source: int, target: int) -> None:
+        """All layers of a page of one group."""
+        tensor = self._tensors[group]
+        tensor[:, target] = tensor[:, source]
+
     def poison(self, group: str | None, pages: Sequence[int], start: int, stop: int) -> None:
         """NaN into rows ``start..stop-1`` of all layers of a group (None: of every group): what is read after
         this can no longer go unnoticed."""
@@ -146,6 +132,13 @@ class PagedCache:
         """Rows ``start..stop-1`` as ranges of flat rows (page * page_size + offset), neighbours joined."""
         if not 0 <= start <= stop <= len(pages) * self.page_size:
             raise IndexError(f"rows {start}..{stop} in {len(pages)} pages of {self.page_size}")
+        held = pages[start // self.page_size : -(-stop // self.page_size)]
+        first = held[0] if held else 0
+        if 0 <= first <= self.num_pages - len(held) and list(held) == list(range(first, first + len(held))):
+            begin = first * self.page_size + start % self.page_size
+            if stop > start:  # pages that follow one another, without a loop
+                yield begin, begin + stop - start
+            return
         begin = end = -1
         row = start
         while row < stop:

@@ -13,6 +13,7 @@ import typer
 
 from pdspec.cli import (
     bench,
+    bench_load,
     chaos,
     chaos_faults,
     chaos_pressure,
@@ -23,10 +24,15 @@ from pdspec.cli import (
     down,
     drafters,
     generate,
+    http,
     models,
+    plan,
+    plan_calibrate,
+    plan_traces,
     study,
     study_training,
     top,
+    trace,
     train,
     train_card,
     train_data,
@@ -49,16 +55,24 @@ def build_app() -> typer.Typer:
     app.command("up")(up.up)
     app.command("down")(down.down)
     app.command("generate")(generate.generate)
+    app.command("trace")(trace.trace)
+    app.command("http")(http.http)
     app.command("top")(top.top)
     app.command("doctor")(doctor.doctor)
     app.command("demo")(demo.demo)
-    app.command("models")(models.models)
+    group = _group("The names that --model takes; their weights for other engines.", {"export": models.export})
+    group.callback(invoke_without_command=True)(models.models)
+    group.info.no_args_is_help = False
+    app.add_typer(group, name="models")
     app.command("drafters")(drafters.drafters)
     heads = {name: train.head(name, summary) for name, summary in train.FAMILIES.items()}
     trained = {"data": train_data.data, **heads, "card": train_card.card}
     app.add_typer(_group("Train draft heads on answers that the target itself writes.", trained), name="train")
     app.add_typer(_group("Public prompt sets.", {"fetch": data.fetch}), name="data")
-    proofs = {"parity": check.parity, "handoff": check.handoff, "lossless": check.lossless}
+    proofs = {
+        "parity": check.parity, "handoff": check.handoff, "lossless": check.lossless, "structured": check.structured,
+        "plan": check.plan,
+    }  # fmt: skip
     app.add_typer(_group("Proofs, run on this machine.", proofs), name="check")
     faults = {
         "kill-decode": chaos_faults.kill_decode, "detect": chaos_faults.detect, "fuzz": chaos.fuzz, "tls": chaos.tls,
@@ -68,7 +82,18 @@ def build_app() -> typer.Typer:
     group.callback(invoke_without_command=True)(chaos_faults.chaos)
     group.info.no_args_is_help = False
     app.add_typer(group, name="chaos")
-    measured = {"decode": bench.decode, "handoff": bench.handoff, "stream": bench.stream, "budget": bench.budget}
+    predicted = {
+        "calibrate": plan_calibrate.calibrate, "simulate": plan_traces.simulate, "sweep": plan_traces.sweep,
+    }  # fmt: skip
+    group = _group("Predictions.", predicted)
+    group.callback(invoke_without_command=True)(plan.plan)
+    group.info.no_args_is_help = False
+    app.add_typer(group, name="plan")
+    measured = {
+        "decode": bench.decode, "handoff": bench.handoff, "stream": bench.stream, "budget": bench.budget,
+        "peers": bench_load.peers, "router": bench_load.router, "mixed": bench_load.mixed, "step": bench_load.step,
+        "short": bench_load.short, "prefix": bench.prefix,
+    }  # fmt: skip
     app.add_typer(_group("Measurements.", measured), name="bench")
     compared = {name: study.comparison(name, *rest) for name, rest in study.COMPARISONS.items()}
     stepped = {name: study.stepping(name, *rest) for name, rest in study.STEPPINGS.items()}

@@ -7,12 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from pdspec.cli.options import Dtype, HandoffPath, Heads, Json, Model, Numerics, Options, Prompts, Threads, given_flags
+from pdspec.cli.options import Dtype, HandoffPath, Json, Model, Threads, given_flags, numbers
 from pdspec.cli.output import notes, only_json, print_json
-from pdspec.errors import InvalidRequest
+from pdspec.cli.runs import Shared, shared_options
 from pdspec.settings import read_file
 
 
+@shared_options(num_prompts=8, max_tokens=128)
 def decode(
     drafters: Annotated[
         str, typer.Option(help="Compared with each other, comma separated; all: every family.")
@@ -20,35 +21,33 @@ def decode(
     vs_transformers: Annotated[
         bool, typer.Option("--vs-transformers", help="Also transformers generate, in the same run.")
     ] = False,
-    model: Model = None,
-    dtype: Dtype = None,
-    numerics: Numerics = None,
     handoff: HandoffPath = None,
-    head: Heads = None,
-    option: Options = None,
-    threads: Threads = None,
-    prompts: Prompts = None,
-    num_prompts: Annotated[int, typer.Option(help="Prompts taken from the file.")] = 8,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 128,
     nodes: Annotated[int, typer.Option(help="Draft nodes of one verification, for every drafter.")] = 8,
     runs: Annotated[int, typer.Option(help="Interleaved runs; the median counts.")] = 5,
-    json: Json = False,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Also sampled, beside greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Of the sampled answers.")] = 0.95,
+    *,
+    shared: Shared,
 ) -> None:
     """Tokens per second and acceptance length of drafters at an equal node budget, through router and workers."""
-    worker = given_flags(model=model, dtype=dtype, numerics=numerics, heads=head, options=option, threads=threads)
-    with only_json(json):
+    with only_json(shared.json):
         from pdspec.study import bench_decode as study
+        from pdspec.study.bench_short import REPETITIVE_SPEEDUP
         from pdspec.study.heads import families
+        from pdspec.study.workloads import REPETITIVE
 
         result = study.run(
             drafters=families(drafters),
             vs_transformers=vs_transformers,
-            worker=worker,
+            worker=shared.worker,
             handoff=handoff or "direct",
-            prompts=prompts, num_prompts=num_prompts, max_tokens=max_tokens, nodes=nodes, runs=runs,
+            **shared.asked(), nodes=nodes, runs=runs, temperature=temperature, top_p=top_p,
+            wanted_speedup=REPETITIVE_SPEEDUP if shared.workload == REPETITIVE else 0.0,
             progress=notes().print,
         )  # fmt: skip
-    _show(result, json)
+    _show(result, shared.json)
+    if not result["ok"]:
+        raise typer.Exit(1)
 
 
 def stream(
@@ -81,17 +80,35 @@ def handoff(
         from pdspec.study import bench_handoff as study
 
         result = study.run(
-            worker=given_flags(model=model, dtype=dtype, threads=threads), lengths=_numbers(lengths, "lengths"),
+            worker=given_flags(model=model, dtype=dtype, threads=threads), lengths=numbers(lengths, "lengths"),
             runs=runs, progress=notes().print,
         )  # fmt: skip
     _show(result, json)
 
 
-def _numbers(text: str, field: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise InvalidRequest(f"{text!r} are no numbers", field=field, remedy="e.g. 512,2048")
-    return [int(part) for part in parts]
+def prefix(
+    model: Model = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    drafter: Annotated[str | None, typer.Option(help="Whose draft KV is cached, too.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Prompt tokens of the first turn.")] = 1024,
+    answer_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that the user adds for the second turn.")] = 32,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of one prompt asked for at once.")] = 4,
+    runs: Annotated[int, typer.Option(min=1, help="Conversations, in turns; the median counts.")] = 5,
+    json: Json = False,
+) -> None:
+    """Time to the first token and bytes moved, with and without prefix caches: a chat's second turn, and samples."""
+    with only_json(json):
+        from pdspec.study import bench_prefix as study
+
+        result = study.run(
+            worker=given_flags(model=model, dtype=dtype, threads=threads, drafter=drafter), tokens=tokens,
+            answer_tokens=answer_tokens, new_tokens=new_tokens, samples=samples, runs=runs, progress=notes().print,
+        )  # fmt: skip
+    _show(result, json)
+    if not result["same_answers"]:
+        raise typer.Exit(1)
 
 
 def _show(result: dict[str, Any], json: bool) -> None:
@@ -102,6 +119,7 @@ def _show(result: dict[str, Any], json: bool) -> None:
         print(f"{name}: {value}")
 
 
+@shared_options(num_prompts=24, max_tokens=64)
 def budget(
     drafter: Annotated[str, typer.Option(help="Whose drafts are budgeted.")] = "eagle3",
     trees: Annotated[
@@ -114,35 +132,24 @@ def budget(
         Path | None, typer.Option(help="JSON report of an earlier run: its step times instead of new ones.")
     ] = None,
     wall: Annotated[int, typer.Option(min=0, help="Also so many interleaved pairs by the clock.")] = 0,
-    model: Model = None,
-    dtype: Dtype = None,
-    numerics: Numerics = None,
-    head: Heads = None,
-    option: Options = None,
-    threads: Threads = None,
-    prompts: Prompts = None,
-    num_prompts: Annotated[int, typer.Option(help="Prompts taken from the file.")] = 24,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
-    json: Json = False,
+    *,
+    shared: Shared,
 ) -> None:
     """The goodput budget against fixed trees: counted rows at one table of step times, at several concurrencies."""
-    worker = given_flags(model=model, dtype=dtype, numerics=numerics, heads=head, options=option, threads=threads)
-    with only_json(json):
+    with only_json(shared.json):
         from pdspec.study import bench_budget as study
 
         result = study.run(
-            worker=worker, drafter=drafter, trees=[text.strip() for text in trees.split(";") if text.strip()], cap=cap,
-            concurrency=[int(text) for text in concurrency.split(",")], temperature=temperature, prompts=prompts,
-            num_prompts=num_prompts, max_tokens=max_tokens, wall_pairs=wall, progress=notes().print,
-            table=read_file(table)["table"] if table else None,
+            worker=shared.worker, drafter=drafter, cap=cap,
+            trees=[text.strip() for text in trees.split(";") if text.strip()],
+            concurrency=numbers(concurrency, "concurrency"), temperature=temperature, **shared.asked(),
+            wall_pairs=wall, progress=notes().print, table=read_file(table)["table"] if table else None,
         )  # fmt: skip
-    if json:
+    if shared.json:
         print_json(result)
     else:
         for count, row in result["concurrency"].items():
-            print(
-                f"{count} at once: goodput {row['goodput']['tokens_per_second']:.1f} tokens/s,"
-                f" {row['ratio_to_best']:.3f} of {row['best_fixed']}, {row['ratio_to_none']:.3f} of none"
-            )
+            print(f"{count} at once: goodput {row['goodput']['tokens_per_second']:.1f} tokens/s,"
+                  f" {row['ratio_to_best']:.3f} of {row['best_fixed']}, {row['ratio_to_none']:.3f} of none")
     if not result["ok"]:
         raise typer.Exit(1)

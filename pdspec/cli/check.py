@@ -106,6 +106,33 @@ def lossless(
     _finish(result, json)
 
 
+def structured(
+    drafters: Annotated[str, typer.Option(help="Comma separated; all: every family.")] = "all",
+    quick: Annotated[bool, typer.Option("--quick", help="On the tiny model.")] = False,
+    model: Model = None,
+    dtype: Dtype = None,
+    numerics: Numerics = None,
+    head: Heads = None,
+    option: Options = None,
+    parts: Annotated[str, typer.Option(help="Some of families,ratio,replay,handoff (default: all).")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="Sampled answers to each question.")] = 2,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Answers keep to a JSON schema, regular expression or choice, with the plain run's tokens whatever the drafter."""
+    with only_json(json):
+        from pdspec.study import structured as study
+        from pdspec.study.heads import families
+
+        worker = given_flags(model=model or ("tiny" if quick else None), dtype=dtype, numerics=numerics, heads=head,
+                        options=option, threads=threads)  # fmt: skip
+        result = study.run(
+            worker=worker, drafters=families(drafters), seeds=seeds, progress=notes().print,
+            parts=[part.strip() for part in parts.split(",") if part.strip()],
+        )  # fmt: skip
+    _finish(result, json)
+
+
 def _finish(result: dict[str, Any], json: bool) -> None:
     if json:
         print_json(result)
@@ -114,3 +141,35 @@ def _finish(result: dict[str, Any], json: bool) -> None:
             print(f"{name}: {value}")
     if not result["ok"]:
         raise typer.Exit(1)
+
+
+def plan(
+    parts: Annotated[str, typer.Option(help="Some of textbook,drafters,real,scale (default: all).")] = "",
+    drafters: Annotated[str, typer.Option(help="Comma separated (default: those that have a head or need none).")] = "",
+    model: Model = None,
+    dtype: Dtype = None,
+    numerics: Numerics = None,
+    head: Heads = None,
+    option: Options = None,
+    threads: Threads = None,
+    prompts: Prompts = None,
+    num_prompts: Annotated[int, typer.Option(min=2, help="Half calibrate, half are predicted.")] = 24,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 96,
+    requests: Annotated[int, typer.Option(min=4, help="Of each real run.")] = 100,
+    load: Annotated[float, typer.Option(min=0.05, help="Share of what one pair could serve.")] = 0.6,
+    json: Json = False,
+) -> None:
+    """Predictions against the textbook, other prompts, real runs of 1P1D and 2P2D, and an hour on 1,000 workers."""
+    with only_json(json):
+        from pdspec.study.heads import families
+        from pdspec.study.plan import check as study
+
+        result = study.run(
+            worker=given_flags(
+                model=model, dtype=dtype, numerics=numerics, heads=head, options=option, threads=threads
+            ),
+            parts=[part.strip() for part in parts.split(",") if part.strip()],
+            drafters=families(drafters) if drafters else (), prompts=prompts, num_prompts=num_prompts,
+            max_tokens=max_tokens, requests=requests, load=load, progress=notes().print,
+        )  # fmt: skip
+    _finish(result, json)

@@ -65,7 +65,9 @@ def start(config: ClusterConfig, console: Console) -> Detached:
     finally:
         settings.unlink()
     path = folder / f"{stem}.json"
-    state = Detached(pid=process.pid, started=_start_time(process.pid), endpoint=endpoint, log=str(log), path=path)
+    state = Detached(
+        pid=process.pid, started=_start_time(process.pid), endpoint=endpoint, log=str(log), path=path
+    )
     record = {key: value for key, value in dataclasses.asdict(state).items() if key != "path"}
     path.write_text(json.dumps(record))
     return state

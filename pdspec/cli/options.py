@@ -10,7 +10,7 @@ import typer
 
 from pdspec.client import Access
 from pdspec.config import DTYPES, HANDOFFS, NUMERICS, ROLES, ClusterConfig, TlsConfig, WorkerConfig
-from pdspec.errors import ConfigError
+from pdspec.errors import ConfigError, InvalidRequest
 from pdspec.settings import read_file, unknown_name
 from pdspec.wire.trust import TokenFile
 
@@ -64,12 +64,13 @@ def cluster_config(
     top: dict[str, Any] | None = None,
     worker: dict[str, Any] | None = None,
     router: dict[str, Any] | None = None,
+    http: dict[str, Any] | None = None,
 ) -> ClusterConfig:
     """File, then ``--set``, then flags (None: not given). Raises ConfigError."""
     values: dict[str, Any] = dict(read_file(config)) if config else {}
     for text in sets or []:
         _assign(values, text)
-    for section, flags in (("worker", worker), ("router", router)):
+    for section, flags in (("worker", worker), ("router", router), ("http", http)):
         given = _given(flags)
         if given:
             values[section] = {**(values.get(section) or {}), **given}
@@ -89,7 +90,7 @@ def worker_flags(
     threads: int | None = None,
 ) -> dict[str, Any]:
     """The ``worker`` section of these flags."""
-    pairs = dict(_split(text, "head", "DRAFTER=FOLDER") for text in heads or [])
+    folders = pairs(heads, "head", "DRAFTER=FOLDER")
     return {
         "model": _absolute(model) if model else model,
         "drafter": drafter,
@@ -98,8 +99,8 @@ def worker_flags(
         "tree": tree,
         "draft_prefill": draft_prefill,
         "threads": threads,
-        "options": dict(_split(text, "option", "FAMILY:OPTION=VALUE") for text in options or []) or None,
-        "heads": {name: _absolute(head) for name, head in pairs.items()} or None,
+        "options": pairs(options, "option", "FAMILY:OPTION=VALUE") or None,
+        "heads": {name: _absolute(head) for name, head in folders.items()} or None,
     }
 
 
@@ -112,6 +113,19 @@ def access(*, tls_ca: str = "", tls_cert: str = "", tls_key: str = "", token_fil
 def given_flags(**flags: Any) -> dict[str, Any]:
     """``worker_flags`` without those that were not given: keys of a WorkerConfig."""
     return _given(worker_flags(**flags))
+
+
+def pairs(texts: list[str] | None, flag: str, form: str) -> dict[str, str]:
+    """What a flag that may be repeated says, e.g. ``--head DRAFTER=FOLDER``. Raises ConfigError."""
+    return dict(_split(text, flag, form) for text in texts or [])
+
+
+def numbers(text: str, field: str) -> list[int]:
+    """Comma separated whole numbers above 0. Raises InvalidRequest."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise InvalidRequest(f"{text!r} are no numbers", field=field, remedy="e.g. 512,2048")
+    return [int(part) for part in parts]
 
 
 def _absolute(name: str) -> str:

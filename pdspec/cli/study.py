@@ -7,11 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from pdspec.cli.options import Dtype, Heads, Json, Model, Numerics, Options, Prompts, Threads, given_flags
+from pdspec.cli.options import Dtype, Json, Model, Options, Prompts, Threads, given_flags
 from pdspec.cli.output import notes, only_json, print_json
+from pdspec.cli.runs import Shared, shared_options
 from pdspec.errors import ConfigError
 
 
+@shared_options(num_prompts=16, max_tokens=64)
 def acceptance(
     drafters: Annotated[
         str, typer.Option(help="Comma separated; all: every family (default: those that have a head or need none).")
@@ -22,30 +24,21 @@ def acceptance(
     temperatures: Annotated[str, typer.Option(help="Comma separated; 0: greedy.")] = "0,1",
     judged: Annotated[str, typer.Option(help="Family whose ways of verifying are compared; empty: none.")] = "eagle3",
     nodes: Annotated[int, typer.Option(min=1, help="Draft nodes of that comparison.")] = 4,
-    model: Model = None,
-    dtype: Dtype = None,
-    numerics: Numerics = None,
-    head: Heads = None,
-    option: Options = None,
-    threads: Threads = None,
-    prompts: Prompts = None,
-    num_prompts: Annotated[int, typer.Option(help="Prompts taken from the file.")] = 16,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
-    json: Json = False,
+    *,
+    shared: Shared,
 ) -> None:
     """Acceptance length and per position, draft and verify times of every family, behind the handoff and without."""
-    worker = given_flags(model=model, dtype=dtype, numerics=numerics, heads=head, options=option, threads=threads)
-    with only_json(json):
+    with only_json(shared.json):
         from pdspec.study import acceptance as study
         from pdspec.study.heads import families
 
         result = study.run(
-            worker=worker,
+            worker=shared.worker,
             drafters=families(drafters) if drafters else (), trees=dict(_pair(text) for text in tree or []),
             temperatures=[float(text) for text in _names(temperatures)], judged=judged, nodes=nodes,
-            prompts=prompts, num_prompts=num_prompts, max_tokens=max_tokens, progress=notes().print,
+            **shared.asked(), progress=notes().print,
         )  # fmt: skip
-    if json:
+    if shared.json:
         print_json(result)
         return
     for row in result["families"] + result.get("judged", {}).get("ways", []):
@@ -55,30 +48,22 @@ def acceptance(
 def comparison(name: str, summary: str, drafters: str) -> Callable[..., None]:
     """The command ``pdspec study <name>``; ``drafters`` are compared where none are named."""
 
+    @shared_options(num_prompts=16, max_tokens=64)
     def command(
         drafters: Annotated[str, typer.Option(help="Comma separated.")] = drafters,
         temperatures: Annotated[str, typer.Option(help="Comma separated; 0: greedy.")] = "0,1",
-        model: Model = None,
-        dtype: Dtype = None,
-        numerics: Numerics = None,
-        head: Heads = None,
-        option: Options = None,
-        threads: Threads = None,
-        prompts: Prompts = None,
-        num_prompts: Annotated[int, typer.Option(help="Prompts taken from the file.")] = 16,
-        max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
-        json: Json = False,
+        *,
+        shared: Shared,
     ) -> None:
-        worker = given_flags(model=model, dtype=dtype, numerics=numerics, heads=head, options=option, threads=threads)
-        with only_json(json):
+        with only_json(shared.json):
             from pdspec.study import comparisons as study
 
             result = study.run(
-                name, worker=worker,
+                name, worker=shared.worker,
                 drafters=_names(drafters), temperatures=[float(text) for text in _names(temperatures)],
-                prompts=prompts, num_prompts=num_prompts, max_tokens=max_tokens, progress=notes().print,
+                **shared.asked(), progress=notes().print,
             )  # fmt: skip
-        if json:
+        if shared.json:
             print_json(result)
             return
         for row in result["rows"]:
@@ -101,49 +86,29 @@ COMPARISONS = {
 def stepping(name: str, summary: str, drafters: str) -> Callable[..., None]:
     """The command ``pdspec study <name>`` of a study of batches; ``drafters`` step where none are named."""
 
+    @shared_options(num_prompts=16, max_tokens=64)
     def command(
         drafters: Annotated[str, typer.Option(help="Comma separated.")] = drafters,
         tree: Annotated[str, typer.Option(help="Of all of them (default: the study's, or each family's own).")] = "",
         temperatures: Annotated[str, typer.Option(help="Comma separated; 0: greedy.")] = "0,1",
         sequences: Annotated[int, typer.Option(min=1, help="Decoded together.")] = 4,
-        model: Model = None,
-        dtype: Dtype = None,
-        numerics: Numerics = None,
-        head: Heads = None,
-        option: Options = None,
-        threads: Threads = None,
-        prompts: Prompts = None,
-        num_prompts: Annotated[int, typer.Option(help="Prompts taken from the file.")] = 16,
-        max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
-        json: Json = False,
+        *,
+        shared: Shared,
     ) -> None:
-        worker = given_flags(model=model, dtype=dtype, numerics=numerics, heads=head, options=option, threads=threads)
-        with only_json(json):
+        with only_json(shared.json):
             from pdspec.study import steps as study
 
             result = study.run(
-                name, worker=worker, drafters=_names(drafters), tree=tree,
+                name, worker=shared.worker, drafters=_names(drafters), tree=tree,
                 temperatures=[float(text) for text in _names(temperatures)], sequences=sequences,
-                prompts=prompts, num_prompts=num_prompts, max_tokens=max_tokens, progress=notes().print,
+                **shared.asked(), progress=notes().print,
             )  # fmt: skip
-        if json:
+        if shared.json:
             print_json(result)
         else:
             for row in result["rows"]:
-                _print_row(
-                    row,
-                    (
-                        "setting",
-                        *_SHOWN,
-                        "step_ms",
-                        "forwards_per_step",
-                        "bytes_read_per_token",
-                        "discarded_tokens",
-                        "kv_bytes",
-                        "draft_kv_bytes",
-                        "hidden_bytes",
-                    ),
-                )
+                _print_row(row, ("setting", *_SHOWN, "step_ms", "forwards_per_step", "bytes_read_per_token",
+                                 "discarded_tokens", "kv_bytes", "draft_kv_bytes", "hidden_bytes"))
         if not result["ok"]:
             raise typer.Exit(1)
 

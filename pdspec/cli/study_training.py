@@ -81,7 +81,5 @@ def draft_vocab(
         return
     print(f"verification of {chain + 1} rows: {result['verify_ms']:.3f} ms; {result['answer_tokens']} answer tokens")
     for row in result["rows"]:
-        print(
-            f"{row['draft_vocab']:6d} ids  coverage {row['coverage']:.4f}  draft row {row['draft_ms']:.3f} ms  "
-            f"{row['tokens_per_second']:.1f} tokens/s{'  <- best' if row['draft_vocab'] == result['best'] else ''}"
-        )
+        print(f"{row['draft_vocab']:6d} ids  coverage {row['coverage']:.4f}  draft row {row['draft_ms']:.3f} ms  "
+              f"{row['tokens_per_second']:.1f} tokens/s{'  <- best' if row['draft_vocab'] == result['best'] else ''}")

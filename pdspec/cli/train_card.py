@@ -52,10 +52,7 @@ def card(
             try:
                 rows += served_rows(jsonlib.loads(path.read_text(encoding="utf-8")), name)
             except (OSError, ValueError, KeyError, TypeError) as error:
-                raise ConfigError(
-                    f"cannot read {path}: {error!r}",
-                    field="--served",
-                    remedy="give what pdspec study acceptance --json printed",
-                ) from error
+                raise ConfigError(f"cannot read {path}: {error!r}", field="--served",
+                                  remedy="give what pdspec study acceptance --json printed") from error
         add_to_card(head, served=rows, **({"served_commands": served_command} if served_command else {}))
     print(write_card(head))

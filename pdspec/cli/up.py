@@ -44,13 +44,19 @@ def up(
     threads: Threads = None,
     host: Annotated[str | None, typer.Option(help="Where the router listens (default: 127.0.0.1).")] = None,
     port: Port = None,
+    http_port: Annotated[
+        int | None, typer.Option(help="OpenAI's API over HTTP on this port; 0: any free one (default: none).")
+    ] = None,
+    http_host: Annotated[str | None, typer.Option(help="Where it listens (default: 127.0.0.1).")] = None,
     address: Annotated[
         str | None, typer.Option(help="Ray cluster to join: auto or host:port (default: an embedded one).")
     ] = None,
     sets: Sets = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return when ready; `pdspec down` ends it.")] = False,
 ) -> None:
-    """Start prefill workers, decode workers and the router under Ray; prints `ready` and the endpoint."""
+    """Start prefill workers, decode workers and the router under Ray; prints `ready` and the endpoint.
+
+    With --http-port the URL of OpenAI's API comes one line before it."""
     chosen = cluster_config(
         config=config,
         sets=sets,
@@ -60,6 +66,7 @@ def up(
             draft_prefill=draft_prefill, heads=head, threads=threads,
         ),
         router={"host": host, "port": port, "handoff": handoff},
+        http={"host": http_host, "port": http_port},
     )  # fmt: skip
     for role, count in (("prefill", chosen.prefill), ("decode", chosen.decode)):
         if count:
@@ -79,6 +86,8 @@ def up(
             cluster.start()
         for number in (signal.SIGINT, signal.SIGTERM):  # Ray set its own
             signal.signal(number, lambda *_: ended.set())
+        if cluster.http:
+            print(f"http{'s' if chosen.http.cert else ''}://{cluster.http}/v1", flush=True)
         print(f"ready {cluster.endpoint}", flush=True)
         if cluster.log_folder:
             console.print(f"logs of the workers: {cluster.log_folder}", soft_wrap=True)

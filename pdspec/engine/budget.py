@@ -55,9 +55,8 @@ def best_nodes(drafts: Sequence[Draft], tokens: int, rows: int, draft_s: float, 
     return [np.flatnonzero(part).astype(np.int32) for part in np.split(kept, np.cumsum(sizes)[:-1])] if drafts else []
 
 
-def best_depth(
-    prospects: Sequence[Floats], others: Floats, tokens: int, rows: int, draft_s: Doubles, verify_s: Seconds
-) -> tuple[int, Choice]:
+def best_depth(prospects: Sequence[Floats], others: Floats, tokens: int, rows: int, draft_s: Doubles,
+               verify_s: Seconds) -> tuple[int, Choice]:
     """How deep one family drafts for its sequences, 0: not at all. ``prospects`` [D, W] are the survival to expect of a
     sequence's nodes by depth, ``others`` [M] of all that other families draft; ``draft_s`` [D + 1] is the time that
     drafts of each depth take, the others' included."""

@@ -144,6 +144,8 @@ class DecodeEngine:
                 results.append((sequence, found))
                 continue
             hidden = self._commit(sequence, draft, found.verdict, output, first)
+            if sequence.prefix is not None:
+                sequence.prefix.boundaries.add(hidden)
             if draft.branch is not None:
                 hidden = replace(hidden, branch_ids=output.logits[told].argmax(-1).cpu().numpy())
             if sequence.finish is None:
@@ -174,13 +176,15 @@ class DecodeEngine:
 
     def _poison(self, sequences: Sequence[DecodeSequence]) -> None:
         """NaN into every row behind the committed ones, in all cache groups: rejected nodes, scratch of the drafters,
-        and whatever an earlier owner left."""
+        and whatever an earlier owner left. Pages that others may read are left alone."""
         cache = self.resources.cache
         for sequence in sequences:
             pages, committed = sequence.ctx.pages, {self.resources.runner.group.name: sequence.num_rows}
             committed.update(sequence.drafter.rows_at(sequence.ctx.root_position))
+            shared = sequence.prefix.shared_rows(cache.page_size) if sequence.prefix is not None else 0
             for group in cache.groups:
-                cache.poison(group.name, pages, committed.get(group.name, 0), len(pages) * cache.page_size)
+                first = max(shared, committed.get(group.name, 0))
+                cache.poison(group.name, pages, first, len(pages) * cache.page_size)
 
     def _chunk(self, sequence: DecodeSequence, draft: Draft, found: VerdictResult) -> TokenChunk:
         verdict, trace = found.verdict, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
@@ -45,6 +46,10 @@ class Kept:
     def done(self) -> None:
         """Nothing is owed to anyone."""
 
+    def failed(self, error: PdspecError) -> None:
+        """Whoever made the step hears of it."""
+        raise error
+
 
 def new_context(resources: Resources, request: GenerateRequest, pages: list[int]) -> DraftContext:
     """The drafter's view of a request. The seed must be set. Raises UnknownName for its drafter."""
@@ -75,6 +80,16 @@ def check(resources: Resources, request: GenerateRequest) -> None:
     drafter = resources.drafter(request.drafter)
     if tree := resources.tree(drafter, request.tree):
         drafter.depth(tree)
+    if request.sampling.structured:
+        resources.grammars.check(request.sampling, request.prompt_ids[len(request.prompt_ids) - request.replayed :])
+
+
+async def checked(resources: Resources, request: GenerateRequest) -> None:
+    """``check`` within an event loop: a grammar may take a while to compile, which others need not wait for."""
+    if request.sampling.structured:
+        await asyncio.to_thread(check, resources, request)
+    else:
+        check(resources, request)
 
 
 class LocalGenerator:
@@ -132,8 +147,9 @@ class LocalGenerator:
         while not prompt.finished:
             self.prefill.step([(prompt, min(self.resources.config.chunk, prompt.remaining))])
         sequence = DecodeSequence(
-            request=request, ctx=ctx, drafter=drafter, history=prompt_history(request).extended(ctx.token_ids[-1:])
-        )
+            request=request, ctx=ctx, drafter=drafter,
+            history=prompt_history(request, self.resources.grammars).extended(ctx.token_ids[-1:]),
+        )  # fmt: skip
         chunk = first_chunk(sequence, events.logprob, self.resources.end_ids)
         if sequence.finish is None:
             drafter.resume(ctx, *events.begun)

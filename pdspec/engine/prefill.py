@@ -16,7 +16,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from pdspec.engine.prefix import Prefix
 from pdspec.engine.resources import Resources
+from pdspec.errors import PdspecError
+from pdspec.grammar import Grammars
 from pdspec.model.batch import ForwardBatch, ForwardOutput
 from pdspec.sampling import History, pick, stopping_ids, support, token_logprob
 from pdspec.spec.protocol import Candidates, DraftContext, Drafter, HiddenRows
@@ -41,6 +44,9 @@ class PrefillEvents(Protocol):
     def done(self) -> None:
         """Nothing more comes."""
 
+    def failed(self, error: PdspecError) -> None:
+        """This prompt ends with ``error``, and no other one does."""
+
 
 @dataclass(kw_only=True, eq=False)
 class PrefillSequence:
@@ -53,7 +59,10 @@ class PrefillSequence:
     events: PrefillEvents
     ship_rows: bool = True  # whether anyone wants the KV rows
     num_computed: int = 0
+    prefix: Prefix | None = None  # what of it was there already
+    hidden_from: int = 0  # hidden rows that are wanted elsewhere, where the drafter is prefilled elsewhere
     draft_rows: dict[str, int] = field(default_factory=dict)  # rows told per draft group
+    resumed: bool = False  # the rows of ``prefix`` were told
     abandoned: bool = False  # nobody waits for it any more; may be set from any thread
     finished: bool = False  # the first token ends the answer, or the prefill is complete
     started_at: float = 0.0
@@ -70,10 +79,11 @@ class PrefillSequence:
         return self.request.sampling.max_tokens > 1
 
 
-def prompt_history(request: GenerateRequest) -> History:
-    """Penalties see a replayed prompt's tail as output, as they did the first time."""
+def prompt_history(request: GenerateRequest, grammars: Grammars) -> History:
+    """Penalties and grammar see a replayed prompt's tail as output, as they did the first time."""
     split = len(request.prompt_ids) - request.replayed
-    return History.of(request.prompt_ids[:split], request.prompt_ids[split:])
+    grammar = grammars.start(request.sampling)
+    return History.of(request.prompt_ids[:split], request.prompt_ids[split:], grammar=grammar)
 
 
 class _Abandoned(Exception):
@@ -91,6 +101,9 @@ class PrefillEngine:
         """Compute the next ``count`` tokens of each prompt. Events tell what became final. A step whose prompts are
         all abandoned ends after the layer at hand: a chunk may take seconds, their pages are wanted sooner."""
         began = time.perf_counter()
+        for sequence, _ in work:
+            if sequence.prefix is not None and not sequence.resumed:
+                self._resume(sequence, sequence.prefix)
         try:
             output = self.resources.runner.forward(
                 self._pack(work), self.resources.cache, lambda layer: self._layer(work, layer)
@@ -104,9 +117,26 @@ class PrefillEngine:
             last = count == sequence.remaining
             hidden = hidden_rows(sequence.drafter, output, sequence.num_computed, rows)
             sequence.num_computed += count
-            self._advance(sequence, hidden, output.logits[logit] if last else None)
+            if sequence.prefix is not None:
+                sequence.prefix.boundaries.add(hidden)
+            try:
+                self._advance(sequence, hidden, output.logits[logit] if last else None)
+            except PdspecError as error:  # damaged scores, or no token that is allowed: this prompt's alone
+                sequence.finished = True
+                sequence.events.failed(error)
             row, logit = row + count, logit + last
             sequence.seconds = time.perf_counter() - sequence.started_at
+
+    def _resume(self, sequence: PrefillSequence, prefix: Prefix) -> None:
+        """Tell the rows that are there, and make the draft rows that read the tokens behind them."""
+        sequence.resumed = True
+        group = self.resources.runner.group
+        if sequence.ship_rows and sequence.num_computed:
+            for layer in range(group.num_layers):
+                sequence.events.rows(group.name, layer, 0, sequence.num_computed)
+        if prefix.hidden is not None:
+            sequence.drafter.prefill(sequence.ctx, prefix.hidden)
+            self._draft_rows(sequence)
 
     def _pack(self, work: Sequence[tuple[PrefillSequence, int]]) -> ForwardBatch:
         tokens, slots, owner, logit_rows, row = [], [], [], [], 0
@@ -146,8 +176,9 @@ class PrefillEngine:
         if sequence.finished or not sequence.wants_hidden:
             return
         if sequence.draft_prefill is DraftPrefill.DECODE:
-            if sequence.drafter.capture or sequence.drafter.want_final:
-                sequence.events.hidden(hidden)
+            known = max(0, sequence.hidden_from - hidden.start)
+            if (sequence.drafter.capture or sequence.drafter.want_final) and known < hidden.num_rows:
+                sequence.events.hidden(hidden.after(known))
         else:
             sequence.drafter.prefill(sequence.ctx, hidden)
             self._draft_rows(sequence)
@@ -158,7 +189,8 @@ class PrefillEngine:
 
     def _first(self, sequence: PrefillSequence, logits: torch.Tensor) -> None:
         request, params, ctx = sequence.request, sequence.request.sampling, sequence.ctx
-        allowed = support(logits, params, prompt_history(request), end_ids=self.resources.end_ids)
+        history = prompt_history(request, self.resources.grammars)
+        allowed = support(logits, params, history, end_ids=self.resources.end_ids)
         token = pick(allowed, params, lambda ids: ctx.chooser.noise(ctx.prompt_len, ids))
         logprob = None if params.logprobs is None else token_logprob(allowed, token, params.logprobs)
         ctx.token_ids.append(token)

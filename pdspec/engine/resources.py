@@ -12,12 +12,14 @@ from pdspec.cache.pool import PagePool
 from pdspec.config import WorkerConfig
 from pdspec.engine.selftest import check_exact
 from pdspec.errors import Incompatible, UnknownName
+from pdspec.grammar import Grammars
 from pdspec.model.build import kernel_hash
 from pdspec.model.files import ModelFiles, resolve
 from pdspec.model.fingerprint import content_fingerprint
 from pdspec.model.loader import load_weights
 from pdspec.model.ops import Ops, make_ops
 from pdspec.model.runner import Runner
+from pdspec.model.tokenizer import load_tokenizer
 from pdspec.spec.family import Parts, Setting
 from pdspec.spec.protocol import Drafter
 from pdspec.spec.registry import draft_groups, make_drafter
@@ -38,6 +40,7 @@ class Resources:
     pool: PagePool
     drafters: dict[str, Drafter]
     fingerprint: dict[str, str]
+    grammars: Grammars
     metrics: dict[str, float] = field(default_factory=dict)
     shapes: dict[str, str] = field(default_factory=dict)  # of config.trees, spelled out
 
@@ -85,13 +88,8 @@ def load(config: WorkerConfig) -> Resources:
     ops = make_ops(config.device, config.threads)
     runner = Runner(files.config, load_weights(files, config.dtype), ops=ops, dtype=config.dtype)
     setting = Setting(
-        target=files,
-        dtype=config.dtype,
-        heads=config.heads,
-        strict=config.strict_target,
-        cache_dir=config.cache_dir,
-        options=config.options,
-        survival=config.survival_mode(),
+        target=files, dtype=config.dtype, heads=config.heads, strict=config.strict_target, cache_dir=config.cache_dir,
+        options=config.options, survival=config.survival_mode(),
     )
     drafts = draft_groups(config.drafters, setting)
     cache = PagedCache((runner.group, *drafts), config.pages(), config.page_size, ops.device)
@@ -106,6 +104,9 @@ def load(config: WorkerConfig) -> Resources:
         drafters=drafters,
         pool=PagePool(config.pages(), config.page_size),
         fingerprint={},
+        grammars=Grammars(
+            lambda: load_tokenizer(files).to_json(), vocab_size=files.config.vocab_size, end_ids=files.config.eos_ids
+        ),
         shapes=shapes,
     )
     resources.fingerprint.update(_fingerprint(resources, check_exact(resources, config.numerics)))

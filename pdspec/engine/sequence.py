@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pdspec.engine.prefix import Prefix
 from pdspec.engine.speculation import Outlook
 from pdspec.sampling import History, stopping_ids
 from pdspec.spec.protocol import Draft, DraftContext, Drafter
@@ -30,6 +31,7 @@ class DecodeSequence:
     accepted_at: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     reached_at: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     seconds: float = 0.0
+    prefix: Prefix | None = None
     outlook: Outlook = field(default_factory=Outlook)
 
     @property

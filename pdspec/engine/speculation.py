@@ -75,10 +75,15 @@ class FixedBudget:
 
     def observe(self, name: str, group: Group) -> None:
         """Verdicts of the sequences of one family."""
-        self.resources.drafters[name].observe(group)
+        self._observe(name, group)
 
     def timed(self, rows: int, kv_tokens: int, seconds: float) -> None:
         """A target forward took so long."""
+
+    def _observe(self, name: str, group: Group) -> None:
+        self.resources.drafters[name].observe(group)
+        for ctx, _, _ in group:
+            ctx.observed = ctx.root_position
 
     def _groups(self, sequences: Sequence[DecodeSequence]) -> dict[str, list[DecodeSequence]]:
         """By family, those that can use a draft."""
@@ -107,12 +112,8 @@ class GoodputBudget(FixedBudget):
     depends on the tables and the requests alone."""
 
     def __init__(
-        self,
-        resources: Resources,
-        *,
-        verify_times: VerifyTimes | None = None,
-        draft_times: dict[str, DraftTimes] | None = None,
-        frozen: bool = False,
+        self, resources: Resources, *, verify_times: VerifyTimes | None = None,
+        draft_times: dict[str, DraftTimes] | None = None, frozen: bool = False,
     ) -> None:
         super().__init__(resources)
         self.verify_times = verify_times or measure(resources)
@@ -166,7 +167,7 @@ class GoodputBudget(FixedBudget):
         if not now:
             return
         began = time.perf_counter()
-        drafter.observe(now)
+        self._observe(name, now)
         if not self.frozen:
             own = self.draft_times[observing(name)]
             self.draft_times[observing(name)] = own.corrected(1, len(now), time.perf_counter() - began)
@@ -188,17 +189,12 @@ class GoodputBudget(FixedBudget):
         for name in [*groups, *groups] if len(groups) > 1 else groups:
             if any(len(expected) == 0 for expected in prospects[name]):
                 continue  # nobody knows: draft
-            others = [
-                expected[: plan[other]].ravel() for other in groups if other != name for expected in prospects[other]
-            ]
+            others = [expected[: plan[other]].ravel() for other in groups if other != name
+                      for expected in prospects[other]]
             spent = sum(seconds[other][plan[other]] for other in groups if other != name)
             plan[name], _ = best_depth(
-                prospects[name],
-                np.concatenate([np.empty(0, np.float32), *others]),
-                tokens,
-                tokens,
-                seconds[name] + spent,
-                lambda rows: self.verify_times.at(rows, kv_tokens),
+                prospects[name], np.concatenate([np.empty(0, np.float32), *others]), tokens, tokens,
+                seconds[name] + spent, lambda rows: self.verify_times.at(rows, kv_tokens),
             )
         return plan
 
@@ -230,7 +226,7 @@ class GoodputBudget(FixedBudget):
         behind = [(sequence.ctx, *sequence.outlook.caught_up()) for sequence in group if sequence.outlook.held]
         if behind:
             self.behind[name] = len(behind)
-            self.resources.drafters[name].observe(behind)
+            self._observe(name, behind)
 
     def _hold(self, outlook: Outlook, one: tuple[DraftContext, Verdict, HiddenRows]) -> None:
         outlook.held.append(one[1:])
@@ -255,9 +251,8 @@ class GoodputBudget(FixedBudget):
         free = {key: draft for key, draft in drafts.items() if draft.num_nodes and not draft.laws}
         rows = tokens + sum(len(draft.rows[0]) for draft in drafts.values())
         rows -= sum(draft.num_nodes for draft in free.values())
-        kept = best_nodes(
-            list(free.values()), tokens, rows, spent, lambda asked: self.verify_times.at(asked, kv_tokens)
-        )
+        kept = best_nodes(list(free.values()), tokens, rows, spent,
+                          lambda asked: self.verify_times.at(asked, kv_tokens))
         for (key, draft), nodes in zip(free.items(), kept, strict=True):
             if len(nodes) < draft.num_nodes:
                 drafts[key] = draft.part(nodes)

@@ -64,11 +64,8 @@ class VerifyTimes:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> VerifyTimes:
         """What ``to_json`` gave."""
-        return cls(
-            rows=np.array(values["rows"], np.int64),
-            seconds=np.array(values["seconds"], np.float64),
-            kv_seconds=float(values["kv_seconds"]),
-        )
+        return cls(rows=np.array(values["rows"], np.int64), seconds=np.array(values["seconds"], np.float64),
+                   kv_seconds=float(values["kv_seconds"]))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,9 +101,8 @@ class DraftTimes:
     def corrected(self, depth: int, sequences: int, seconds: float) -> DraftTimes:
         """After a proposal."""
         x = _draft_features(np.array([depth], np.float64), sequences)[0]
-        return DraftTimes(
-            products=_DRAFT_MEMORY * self.products + np.outer(x, x), answers=_DRAFT_MEMORY * self.answers + x * seconds
-        )
+        return DraftTimes(products=_DRAFT_MEMORY * self.products + np.outer(x, x),
+                          answers=_DRAFT_MEMORY * self.answers + x * seconds)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for a report."""
@@ -148,13 +144,9 @@ def _fastest(resources: Resources, pages: list[int], count: int, prefix: int) ->
     """Of ``count`` rows that are all children of one root."""
     slots = np.arange(prefix, prefix + count, dtype=np.int32)
     batch = ForwardBatch(
-        token_ids=np.zeros(count, np.int32),
-        positions=np.full(count, prefix, np.int32),
-        sequence=np.zeros(count, np.int32),
-        slots=slots,
-        prefix_len=np.full(count, prefix, np.int32),
-        ancestors=np.ascontiguousarray(slots[:, None]),
-        page_table=page_table([pages]),
+        token_ids=np.zeros(count, np.int32), positions=np.full(count, prefix, np.int32),
+        sequence=np.zeros(count, np.int32), slots=slots, prefix_len=np.full(count, prefix, np.int32),
+        ancestors=np.ascontiguousarray(slots[:, None]), page_table=page_table([pages]),
         logit_rows=np.arange(count, dtype=np.int32),
     )
     times = []

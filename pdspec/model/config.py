@@ -83,7 +83,9 @@ class ModelConfig:
 
 def latent_group(mla: Mla, name: str, num_layers: int, dtype: str) -> CacheGroup:
     """Latent KV: for all heads one vector per token and layer, which is key and value."""
-    return CacheGroup(name=name, num_layers=num_layers, num_kv_heads=1, head_dim=mla.row_dim, dtype=dtype, parts=1)
+    return CacheGroup(
+        name=name, num_layers=num_layers, num_kv_heads=1, head_dim=mla.row_dim, dtype=dtype, parts=1
+    )
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -102,9 +104,7 @@ def layer_shapes(config: ModelConfig, layer: int) -> Shapes:
     hidden, moe = config.hidden_size, config.experts_of(layer)
     attention = config.mla.shapes(hidden, config.num_heads) if config.mla else _attention_shapes(config)
     return {
-        "input_layernorm.weight": (hidden,),
-        **attention,
-        "post_attention_layernorm.weight": (hidden,),
+        "input_layernorm.weight": (hidden,), **attention, "post_attention_layernorm.weight": (hidden,),
         **(moe.shapes(hidden) if moe else mlp_shapes("mlp", hidden, config.intermediate_size)),
     }
 

@@ -172,7 +172,9 @@ class Experts:
         self._moe, self._ops = moe, tensors.ops
         self._gate = tensors.matrix(f"{moe.block}.gate")
         self._bias = tensors.vector(f"{moe.block}.gate.e_score_correction_bias") if moe.bias else None
-        self._experts = [Mlp(tensors, f"{moe.block}.experts.{expert}", moe.names) for expert in range(moe.num_experts)]
+        self._experts = [
+            Mlp(tensors, f"{moe.block}.experts.{expert}", moe.names) for expert in range(moe.num_experts)
+        ]
         shared = f"{moe.block}.{moe.shared_name}"
         self._shared = Mlp(tensors, shared) if moe.shared_size else None
         self._shared_gate = tensors.matrix(f"{shared}_gate") if moe.shared_gate else None
@@ -217,15 +219,10 @@ class Layer:
 
 def make_layer(config: ModelConfig, index: int, tensors: LayerTensors, rope: Rope) -> Layer:
     """Layer ``index`` of ``config``, its tensors taken out of ``tensors``."""
-    moe, attention = (
-        config.experts_of(index),
-        Attention(config, tensors, rope)
-        if config.mla is None
-        else (LatentAttention(config.mla, config.num_heads, tensors, rope, config.rope_scaling)),
+    moe, attention = config.experts_of(index), Attention(config, tensors, rope) if config.mla is None else (
+        LatentAttention(config.mla, config.num_heads, tensors, rope, config.rope_scaling)
     )
     return Layer(
-        attention,
-        Experts(moe, tensors) if moe else Mlp(tensors),
-        tensors.vector("input_layernorm.weight"),
-        tensors.vector("post_attention_layernorm.weight"),
+        attention, Experts(moe, tensors) if moe else Mlp(tensors),
+        tensors.vector("input_layernorm.weight"), tensors.vector("post_attention_layernorm.weight"),
     )

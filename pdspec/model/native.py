@@ -40,7 +40,9 @@ class RowsStruct(c.Structure):
 class CacheStruct(c.Structure):
     """layout.h: Cache."""
 
-    _fields_: ClassVar[Any] = [("data", _ptr)] + [(n, _i32) for n in ("page_shift", "heads", "dim", "bf16", "parts")]
+    _fields_: ClassVar[Any] = [("data", _ptr)] + [
+        (n, _i32) for n in ("page_shift", "heads", "dim", "bf16", "parts")
+    ]
 
 
 class LayerStruct(c.Structure):
@@ -276,20 +278,11 @@ class NativeOps:
         ids = np.empty((len(logits), moe.experts_per_token), np.int32)
         weights = torch.empty(ids.shape)
         rule = RouteStruct(
-            moe.num_experts,
-            moe.experts_per_token,
-            moe.groups,
-            moe.groups_per_token,
-            int(moe.scoring == "sigmoid"),
-            int(moe.normalise),
-            moe.scaling,
+            moe.num_experts, moe.experts_per_token, moe.groups, moe.groups_per_token, int(moe.scoring == "sigmoid"),
+            int(moe.normalise), moe.scaling,
         )
         self.lib.pd_route(
-            _ptr(logits.data_ptr()),
-            _ptr(_p(bias)),
-            len(logits),
-            c.byref(rule),
-            _ptr(ids.ctypes.data),
+            _ptr(logits.data_ptr()), _ptr(_p(bias)), len(logits), c.byref(rule), _ptr(ids.ctypes.data),
             _ptr(weights.data_ptr()),
         )
         return ids, weights

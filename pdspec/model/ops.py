@@ -93,17 +93,15 @@ class Ops(Protocol):
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor: ...
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor: ...
     def rope_store(
-        self,
-        qkv: torch.Tensor,
-        rope: Rope,
-        batch: ForwardBatch,
-        layer_cache: torch.Tensor,
+        self, qkv: torch.Tensor, rope: Rope, batch: ForwardBatch, layer_cache: torch.Tensor,
         norms: HeadNorms | None = None,
     ) -> torch.Tensor: ...
     def attend(self, q: torch.Tensor, batch: ForwardBatch, layer_cache: torch.Tensor) -> torch.Tensor: ...
     def pack_heads(self, weight: torch.Tensor) -> Any: ...
     def per_head(self, x: torch.Tensor, weight: Any) -> torch.Tensor: ...
-    def route(self, logits: torch.Tensor, moe: Moe, bias: torch.Tensor | None) -> tuple[np.ndarray, torch.Tensor]: ...
+    def route(
+        self, logits: torch.Tensor, moe: Moe, bias: torch.Tensor | None
+    ) -> tuple[np.ndarray, torch.Tensor]: ...
     def close(self) -> None: ...
 
 
@@ -168,11 +166,7 @@ class TorchOps:
         return torch.nn.functional.silu(gate) * up
 
     def rope_store(
-        self,
-        qkv: torch.Tensor,
-        rope: Rope,
-        batch: ForwardBatch,
-        layer_cache: torch.Tensor,
+        self, qkv: torch.Tensor, rope: Rope, batch: ForwardBatch, layer_cache: torch.Tensor,
         norms: HeadNorms | None = None,
     ) -> torch.Tensor:
         _, page_size, _, heads, dim = layer_cache.shape

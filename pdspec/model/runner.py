@@ -30,12 +30,7 @@ class Runner:
     is emptied while packing, so that no second copy stays in memory. ``group`` names the cache group of its KV rows."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        weights: dict[str, torch.Tensor],
-        *,
-        ops: Ops,
-        dtype: str = "bfloat16",
+        self, config: ModelConfig, weights: dict[str, torch.Tensor], *, ops: Ops, dtype: str = "bfloat16",
         group: str = "target",
     ) -> None:
         self.config, self.ops, self.dtype = config, ops, dtype
@@ -63,10 +58,7 @@ class Runner:
             self._native = NativeLayers(config, self.layers, ops, self.rope, group, bf16=bf16)
 
     def forward(
-        self,
-        batch: ForwardBatch,
-        cache: PagedCache,
-        on_layer: OnLayer | None = None,
+        self, batch: ForwardBatch, cache: PagedCache, on_layer: OnLayer | None = None,
         on_queries: OnQueries | None = None,
     ) -> ForwardOutput:
         """One forward of R rows; writes their KV rows. Positions must be below ``max_context``. With ``on_queries``,
@@ -110,12 +102,7 @@ class Runner:
         )
 
     def _spelled_out(
-        self,
-        batch: ForwardBatch,
-        cache: PagedCache,
-        x: torch.Tensor,
-        first: int,
-        last: int,
+        self, batch: ForwardBatch, cache: PagedCache, x: torch.Tensor, first: int, last: int,
         on_queries: OnQueries | None = None,
     ) -> None:
         ops, eps, pages = self.ops, self.config.rms_norm_eps, cache.group(self.group.name)

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer as Backend
 from pdspec.errors import CheckpointError, InvalidRequest
 from pdspec.model.config import read_config, read_json
 from pdspec.model.hub import Located, locate
+from pdspec.model.pieces import TokenPieces
 from pdspec.model.tiny import CHAT_TEMPLATE, EOS, byte_tokenizer
 
 REPLACEMENT = "\ufffd"  # what an incomplete character decodes to
@@ -44,6 +45,7 @@ class Tokenizer:
         self._template = _compile(chat_template) if chat_template else None
         self.eos_ids = tuple(eos_ids)
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self._pieces = TokenPieces(backend)
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of ``text``. Special tokens written out in it are recognised; ``add_special_tokens`` also adds
@@ -95,6 +97,16 @@ class Tokenizer:
         is not part of it, because the same vocabulary is published with differently written splitting rules."""
         vocabulary = sorted((one, text) for text, one in self._backend.get_vocab(with_added_tokens=True).items())
         return xxhash.xxh3_128_hexdigest(json.dumps(vocabulary, ensure_ascii=False).encode())
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one id adds to a text, which may be a part of a character; a special token by its name. Empty for an id
+        without a text."""
+        return self._pieces.bytes_of(token_id)
+
+    def to_json(self) -> str:
+        """The text of a ``tokenizer.json`` that says all of this but the chat template."""
+        text: str = self._backend.to_str()
+        return text
 
     def vocabulary(self) -> dict[int, str]:
         """The text of every id that has one, as the vocabulary writes it (``Ġthe``)."""

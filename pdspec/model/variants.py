@@ -36,13 +36,8 @@ class Mla:
     @property
     def kernel_sizes(self) -> dict[str, int]:
         """Sizes that the CPU kernels need in multiples of 16."""
-        return {
-            "kv_lora_rank": self.kv_lora_rank,
-            "q_lora_rank": self.q_lora_rank,
-            "v_head_dim": self.v_head_dim,
-            "qk_nope_head_dim": self.nope_head_dim,
-            "qk_rope_head_dim": self.rope_head_dim,
-        }
+        return {"kv_lora_rank": self.kv_lora_rank, "q_lora_rank": self.q_lora_rank, "v_head_dim": self.v_head_dim,
+                "qk_nope_head_dim": self.nope_head_dim, "qk_rope_head_dim": self.rope_head_dim}
 
     def shapes(self, hidden: int, heads: int) -> Shapes:
         """Tensors of one layer's attention, by the rest of their keys."""
@@ -62,12 +57,8 @@ class Mla:
 
     def wrong_fields(self) -> list[str]:
         """What cannot be, by the keys that checkpoints have."""
-        sizes = {
-            "kv_lora_rank": self.kv_lora_rank,
-            "qk_nope_head_dim": self.nope_head_dim,
-            "qk_rope_head_dim": self.rope_head_dim,
-            "v_head_dim": self.v_head_dim,
-        }
+        sizes = {"kv_lora_rank": self.kv_lora_rank, "qk_nope_head_dim": self.nope_head_dim,
+                 "qk_rope_head_dim": self.rope_head_dim, "v_head_dim": self.v_head_dim}
         wrong = [f"{name}={size}" for name, size in sizes.items() if size < 1]
         return wrong + ([f"qk_rope_head_dim={self.rope_head_dim} is odd"] if self.rope_head_dim % 2 else [])
 
@@ -107,11 +98,8 @@ class Moe:
             shapes[f"{self.block}.gate.e_score_correction_bias"] = (self.num_experts,)
         for expert in range(self.num_experts):
             prefix = f"{self.block}.experts.{expert}."
-            shapes |= {
-                f"{prefix}{gate}.weight": (size, hidden),
-                f"{prefix}{up}.weight": (size, hidden),
-                f"{prefix}{down}.weight": (hidden, size),
-            }
+            shapes |= {f"{prefix}{gate}.weight": (size, hidden), f"{prefix}{up}.weight": (size, hidden),
+                       f"{prefix}{down}.weight": (hidden, size)}
         shared = f"{self.block}.{self.shared_name}"
         if self.shared_gate:
             shapes[f"{shared}_gate.weight"] = (1, hidden)
@@ -119,13 +107,8 @@ class Moe:
 
     def wrong_fields(self) -> list[str]:
         """What cannot be, as ``field=value``."""
-        sizes = {
-            "num_experts": self.num_experts,
-            "experts_per_token": self.experts_per_token,
-            "expert_size": self.expert_size,
-            "groups": self.groups,
-            "groups_per_token": self.groups_per_token,
-        }
+        sizes = {"num_experts": self.num_experts, "experts_per_token": self.experts_per_token,
+                 "expert_size": self.expert_size, "groups": self.groups, "groups_per_token": self.groups_per_token}
         wrong = [f"{name}={size}" for name, size in sizes.items() if size < 1]
         if wrong:
             return wrong
@@ -141,11 +124,8 @@ class Moe:
 
 def mlp_shapes(prefix: str, hidden: int, inner: int) -> Shapes:
     """SwiGLU's matrices under ``prefix``."""
-    return {
-        f"{prefix}.gate_proj.weight": (inner, hidden),
-        f"{prefix}.up_proj.weight": (inner, hidden),
-        f"{prefix}.down_proj.weight": (hidden, inner),
-    }
+    return {f"{prefix}.gate_proj.weight": (inner, hidden), f"{prefix}.up_proj.weight": (inner, hidden),
+            f"{prefix}.down_proj.weight": (hidden, inner)}
 
 
 def parse_mla(values: Mapping[str, Any], architecture: str) -> Mla | None:
@@ -153,12 +133,9 @@ def parse_mla(values: Mapping[str, Any], architecture: str) -> Mla | None:
     if architecture not in MLA_ARCHITECTURES:
         return None
     return Mla(
-        kv_lora_rank=int(values["kv_lora_rank"]),
-        q_lora_rank=int(values.get("q_lora_rank") or 0),
-        nope_head_dim=int(values["qk_nope_head_dim"]),
-        rope_head_dim=int(values["qk_rope_head_dim"]),
-        v_head_dim=int(values["v_head_dim"]),
-        interleaved=bool(values.get("rope_interleave", True)),
+        kv_lora_rank=int(values["kv_lora_rank"]), q_lora_rank=int(values.get("q_lora_rank") or 0),
+        nope_head_dim=int(values["qk_nope_head_dim"]), rope_head_dim=int(values["qk_rope_head_dim"]),
+        v_head_dim=int(values["v_head_dim"]), interleaved=bool(values.get("rope_interleave", True)),
     )
 
 
@@ -169,35 +146,26 @@ def parse_moe(values: Mapping[str, Any], architecture: str, name: str) -> Moe | 
     layers = range(int(values["num_hidden_layers"]))
     if architecture == "MixtralForCausalLM":
         return Moe(
-            num_experts=int(values["num_local_experts"]),
-            experts_per_token=int(values["num_experts_per_tok"]),
-            expert_size=int(values["intermediate_size"]),
-            dense_layers=(),
-            block="block_sparse_moe",
+            num_experts=int(values["num_local_experts"]), experts_per_token=int(values["num_experts_per_tok"]),
+            expert_size=int(values["intermediate_size"]), dense_layers=(), block="block_sparse_moe",
             names=("w1", "w3", "w2"),
         )
     if architecture == "Qwen3MoeForCausalLM":
         step, only = int(values.get("decoder_sparse_step", 1)), values.get("mlp_only_layers") or ()
         return Moe(
             num_experts=int(values.get("num_experts") or values["num_local_experts"]),
-            experts_per_token=int(values["num_experts_per_tok"]),
-            expert_size=int(values["moe_intermediate_size"]),
+            experts_per_token=int(values["num_experts_per_tok"]), expert_size=int(values["moe_intermediate_size"]),
             dense_layers=tuple(layer for layer in layers if layer in only or (layer + 1) % step),
             normalise=bool(values.get("norm_topk_prob", False)),
         )
     _refuse_other_routing(values, name)
     size = int(values["moe_intermediate_size"])
     return Moe(
-        num_experts=int(values["n_routed_experts"]),
-        experts_per_token=int(values["num_experts_per_tok"]),
-        expert_size=size,
-        dense_layers=tuple(layers[: int(values.get("first_k_dense_replace") or 0)]),
-        scoring="sigmoid",
-        normalise=bool(values.get("norm_topk_prob", True)),
-        scaling=float(values.get("routed_scaling_factor", 1.0)),
-        bias=True,
-        groups=int(values.get("n_group") or 1),
-        groups_per_token=int(values.get("topk_group") or 1),
+        num_experts=int(values["n_routed_experts"]), experts_per_token=int(values["num_experts_per_tok"]),
+        expert_size=size, dense_layers=tuple(layers[: int(values.get("first_k_dense_replace") or 0)]),
+        scoring="sigmoid", normalise=bool(values.get("norm_topk_prob", True)),
+        scaling=float(values.get("routed_scaling_factor", 1.0)), bias=True,
+        groups=int(values.get("n_group") or 1), groups_per_token=int(values.get("topk_group") or 1),
         shared_size=size * int(values.get("n_shared_experts") or 0),
     )
 
@@ -207,7 +175,6 @@ def _refuse_other_routing(values: Mapping[str, Any], name: str) -> None:
     for key, built in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"), ("moe_layer_freq", 1)):
         if values.get(key, built) != built:
             raise ConfigError(
-                f"{name} sets {key} to {values[key]!r}, which pdspec cannot run",
-                field="model",
+                f"{name} sets {key} to {values[key]!r}, which pdspec cannot run", field="model",
                 remedy=f"choose a checkpoint with {key} {built!r}, as DeepSeek-V3 has it",
             )

@@ -41,13 +41,8 @@ class Queries:
 
 def draft_rope(config: LayerGeometry, max_positions: int, device: torch.device) -> Rope:
     """Tables of ``config``'s RoPE, [max_positions, D/2]; pairs beyond ``rotary_dim`` are not turned."""
-    rope = make_rope(
-        head_dim=config.rotary_dim or config.head_dim,
-        theta=config.rope_theta,
-        max_positions=max_positions,
-        scaling=config.rope_scaling,
-        device=device,
-    )
+    rope = make_rope(head_dim=config.rotary_dim or config.head_dim, theta=config.rope_theta,
+                     max_positions=max_positions, scaling=config.rope_scaling, device=device)
     rest = config.head_dim // 2 - rope.cos.shape[1]
     if rest == 0:
         return rope

@@ -30,14 +30,8 @@ class DraftRows:
     def committed(cls, ctx: DraftContext, token_ids: Sequence[int], start: int) -> DraftRows:
         """Rows that continue the sequence at ``start``: slot and position are their index."""
         rows = range(start, start + len(token_ids))
-        return cls(
-            ctx=ctx,
-            token_ids=token_ids,
-            positions=rows,
-            slots=rows,
-            prefix=range(start + 1, rows.stop + 1),
-            paths=[()] * len(rows),
-        )
+        return cls(ctx=ctx, token_ids=token_ids, positions=rows, slots=rows,
+                   prefix=range(start + 1, rows.stop + 1), paths=[()] * len(rows))
 
 
 def pack_rows(rows: Sequence[DraftRows], page_size: int, logit_rows: Ints | None = None) -> ForwardBatch:
@@ -57,12 +51,8 @@ def pack_rows(rows: Sequence[DraftRows], page_size: int, logit_rows: Ints | None
         return np.array([value for one in rows for value in getattr(one, name)], np.int32)
 
     return ForwardBatch(
-        token_ids=flat("token_ids"),
-        positions=flat("positions"),
-        slots=flat("slots"),
-        prefix_len=flat("prefix"),
+        token_ids=flat("token_ids"), positions=flat("positions"), slots=flat("slots"), prefix_len=flat("prefix"),
         sequence=np.repeat(np.arange(len(rows), dtype=np.int32), [len(one.slots) for one in rows]),
-        ancestors=ancestors,
-        page_table=table,
+        ancestors=ancestors, page_table=table,
         logit_rows=np.empty(0, np.int32) if logit_rows is None else logit_rows,
     )

@@ -61,7 +61,9 @@ class Setting:
     def identity(self) -> TargetIdentity:
         """The target as heads know it."""
         target = self.target
-        return TargetIdentity.of(target.config, content_hash=target.content_hash, tokenizer_hash=target.tokenizer_hash)
+        return TargetIdentity.of(
+            target.config, content_hash=target.content_hash, tokenizer_hash=target.tokenizer_hash
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

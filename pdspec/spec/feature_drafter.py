@@ -42,27 +42,15 @@ class FeatureDrafter(TreeDrafter):
     """
 
     def __init__(
-        self,
-        name: str,
-        model: FeatureModel,
-        cache: PagedCache,
-        *,
-        group: str,
-        target_ids: torch.Tensor,
-        fingerprint: str,
-        tree: str,
-        capture: tuple[int, ...] = (),
-        want_final: bool = False,
-        max_nodes: int = 64,
-        target_matches: bool = True,
-        stable_kv: bool = True,
-        padding: bool = False,
-        threshold: float = 0.0,
+        self, name: str, model: FeatureModel, cache: PagedCache, *, group: str, target_ids: torch.Tensor,
+        fingerprint: str, tree: str, capture: tuple[int, ...] = (), want_final: bool = False, max_nodes: int = 64,
+        target_matches: bool = True, stable_kv: bool = True, padding: bool = False, threshold: float = 0.0,
     ) -> None:
         super().__init__(name, target_ids=target_ids, tree=tree, max_nodes=max_nodes)
         self.model, self.target_matches = model, target_matches
         self.stable_kv, self.threshold = stable_kv, threshold
         self._padding = int(padding)  # rows before the one that reads h_0
+        self.carry, self.ahead = 1, 1 - self._padding
         self.capture, self.want_final = capture, want_final
         self.groups: tuple[CacheGroup, ...] = (cache.layout(group),)
         self._cache = cache
@@ -94,19 +82,14 @@ class FeatureDrafter(TreeDrafter):
             due = self._due(ctx)
             known = min(state.rows + len(features), due) - state.rows
             if hidden.start + self._padding != state.rows + held or not 0 <= len(features) - known <= 1:
-                raise ValueError(
-                    f"hidden rows {hidden.start}.. when {state.rows} draft rows are made, {held} waits and"
-                    f" the root is at {ctx.root_position}"
-                )
+                raise ValueError(f"hidden rows {hidden.start}.. when {state.rows} draft rows are made, {held} waits and"
+                                 f" the root is at {ctx.root_position}")
             state.waiting = features[known:].clone() if len(features) > known else None
             if known == 0:
                 return
             last = state.rows + known == due
-            output = self._forward(
-                [self._committed(ctx, state.rows, known)],
-                features[:known],
-                np.arange(known - 1, known) if last else np.empty(0, np.int64),
-            )
+            output = self._forward([self._committed(ctx, state.rows, known)], features[:known],
+                                   np.arange(known - 1, known) if last else np.empty(0, np.int64))
             state.rows += known
             state.feature, state.candidates, state.first = (output if last else None), None, None
 
@@ -127,9 +110,7 @@ class FeatureDrafter(TreeDrafter):
             shape = None if feature is None else list(feature.shape)
             raise TransferDamaged(
                 f"{found} first draft tokens and a feature of shape {shape}; {self._width(spec)} and {[1, hidden]}"
-                " are expected",
-                field="draft_start",
-                remedy="let the decode worker rebuild the draft state",
+                " are expected", field="draft_start", remedy="let the decode worker rebuild the draft state",
             )
         feature = feature.to(self.model.ops.device, torch.float32).contiguous()
         ctx.state = FeatureState(spec=spec, rows=self._due(ctx), feature=feature, candidates=candidates)
@@ -165,10 +146,8 @@ class FeatureDrafter(TreeDrafter):
             state, count = ctx.state, verdict.num_accepted + 1
             start = state.rows - self._padding
             if hidden.start != start or hidden.num_rows != count or state.rows + count != self._due(ctx):
-                raise ValueError(
-                    f"hidden rows {hidden.start}..+{hidden.num_rows} after {verdict.num_accepted}"
-                    f" accepted, {state.rows} draft rows, root at {ctx.root_position}"
-                )
+                raise ValueError(f"hidden rows {hidden.start}..+{hidden.num_rows} after {verdict.num_accepted}"
+                                 f" accepted, {state.rows} draft rows, root at {ctx.root_position}")
             kept = self._keep(ctx, verdict)
             rows.append(self._committed(ctx, state.rows + kept, count - kept))
             parts.append(hidden.after(kept))
@@ -234,14 +213,9 @@ class FeatureDrafter(TreeDrafter):
         if not self.stable_kv:
             for node, path in zip(frontier, paths, strict=True):
                 ctx.state.made[growth.tokens(node)] = path[-1]
-        return DraftRows(
-            ctx=ctx,
-            token_ids=[growth.token(node) for node in frontier],
-            positions=[base + depth - 1] * len(frontier),
-            slots=[path[-1] for path in paths],
-            prefix=[base] * len(frontier),
-            paths=paths,
-        )
+        return DraftRows(ctx=ctx, token_ids=[growth.token(node) for node in frontier],
+                         positions=[base + depth - 1] * len(frontier), slots=[path[-1] for path in paths],
+                         prefix=[base] * len(frontier), paths=paths)
 
     def _forward(self, rows: Sequence[DraftRows], features: torch.Tensor, outputs: np.ndarray) -> torch.Tensor:
         """One forward over the rows of several sequences; see ``FeatureModel.forward``."""

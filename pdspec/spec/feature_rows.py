@@ -40,10 +40,12 @@ class FeatureState:
     """A sequence's part. ``feature`` [1, H] is the output of the last committed row, ``waiting`` [1 or 0, H] the
     features of the row whose token is not known yet. ``candidates`` are what crosses the handoff, ``first`` the first
     children of the next tree; both are made when first needed. ``made`` has, where KV is unstable, the slot of each
-    expanded node of the last tree by the tokens that lead to it."""
+    expanded node of the last tree by the tokens that lead to it. Rows of modules in series before ``origin`` were in
+    the pages when the prefill began."""
 
     spec: TreeSpec
     rows: int  # committed draft rows
+    origin: int = 0
     waiting: torch.Tensor | None = None
     feature: torch.Tensor | None = None
     candidates: Candidates | None = None

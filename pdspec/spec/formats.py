@@ -99,13 +99,9 @@ def _attention(values: Values) -> dict[str, Any]:
         rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
         # of one axis, as text is, M-RoPE is RoPE
         rope = {k: v for k, v in rope.items() if not k.startswith("mrope") and (k, v) not in _M_ROPE}
-        found |= {
-            "qk_norm": True,
-            "output_gate": bool(found.get("attn_output_gate", True)),
-            "rope_scaling": None,
-            "zero_centred_norms": True,
-            "rope_parameters": {"partial_rotary_factor": found.get("partial_rotary_factor", 0.25), **rope},
-        }
+        found |= {"qk_norm": True, "output_gate": bool(found.get("attn_output_gate", True)), "rope_scaling": None,
+                  "zero_centred_norms": True,
+                  "rope_parameters": {"partial_rotary_factor": found.get("partial_rotary_factor", 0.25), **rope}}
     return found
 
 
@@ -114,22 +110,16 @@ _M_ROPE = (("type", "mrope"), ("rope_type", "mrope"))
 
 def _eagle(values: Values) -> dict[str, Any]:
     if values.get("layernorms"):
-        raise ConfigError(
-            "layernorms of a speculators EAGLE head cannot be run",
-            field="heads",
-            remedy="choose a head without layernorms",
-        )
+        raise ConfigError("layernorms of a speculators EAGLE head cannot be run", field="heads",
+                          remedy="choose a head without layernorms")
     return {**_attention(_nested(values)), "bias": bool(values.get("fusion_bias"))}
 
 
 def _eagle3(values: Values) -> dict[str, Any]:
     """Layer ids are as vLLM has them: inputs of these layers."""
     if values.get("norm_before_residual") is None:
-        raise ConfigError(
-            "config.json lacks norm_before_residual, for which engines have other defaults",
-            field="heads",
-            remedy="set it as the head was trained",
-        )
+        raise ConfigError("config.json lacks norm_before_residual, for which engines have other defaults",
+                          field="heads", remedy="set it as the head was trained")
     return {**_attention(_nested(values)), "fused_layers": values.get("eagle_aux_hidden_state_layer_ids")}
 
 
@@ -139,11 +129,8 @@ def _specforge(values: Values) -> dict[str, Any]:
     outputs, inputs = (one.get("eagle_aux_hidden_state_layer_ids") for one in (more, values))
     fused = [int(layer) + 1 for layer in outputs] if outputs else inputs
     if inputs and fused != list(inputs):
-        raise ConfigError(
-            f"eagle_aux_hidden_state_layer_ids are {inputs} as inputs (vLLM) and {fused} by eagle_config",
-            field="heads",
-            remedy="leave the wrong ones out of config.json",
-        )
+        raise ConfigError(f"eagle_aux_hidden_state_layer_ids are {inputs} as inputs (vLLM) and {fused} by eagle_config",
+                          field="heads", remedy="leave the wrong ones out of config.json")
     return {**values, **more, "fused_layers": fused}
 
 
@@ -199,71 +186,38 @@ def _modules(prefix: str) -> tuple[tuple[str, str], ...]:
 
 
 FORMATS = (
-    *(
-        Format(name="pdspec", family=family, recognised=_made_here, settings=_ours)
-        for family in ("eagle1", "medusa", "mtp")
-    ),
+    *(Format(name="pdspec", family=family, recognised=_made_here, settings=_ours)
+      for family in ("eagle1", "medusa", "mtp")),
     Format(name="pdspec", family="eagle3", recognised=_made_here, settings=_ours, renames=_EAGLE3),
     Format(
-        name="speculators eagle",
-        family="eagle1",
-        recognised=_speculators("eagle"),
-        settings=_eagle,
-        renames=(("fusion_fc.", "fc."), ("transformer.", "layers.0.")),
-        ignored=(r"lm_head\.weight",),
+        name="speculators eagle", family="eagle1", recognised=_speculators("eagle"), settings=_eagle,
+        renames=(("fusion_fc.", "fc."), ("transformer.", "layers.0.")), ignored=(r"lm_head\.weight",),
     ),
     Format(name="SafeAILab EAGLE-1, EAGLE-2", family="eagle1", recognised=_plain),
     Format(
-        name="speculators eagle3",
-        family="eagle3",
-        recognised=_speculators("eagle3"),
-        settings=_eagle3,
-        renames=(_MIDLAYER,),
-        ignored=(r"verifier_(lm_head|norm)\.weight",),
+        name="speculators eagle3", family="eagle3", recognised=_speculators("eagle3"), settings=_eagle3,
+        renames=(_MIDLAYER,), ignored=(r"verifier_(lm_head|norm)\.weight",),
     ),
+    Format(name="SafeAILab EAGLE-3, SpecForge", family="eagle3", recognised=_plain, settings=_specforge,
+           renames=_EAGLE3),
     Format(
-        name="SafeAILab EAGLE-3, SpecForge", family="eagle3", recognised=_plain, settings=_specforge, renames=_EAGLE3
-    ),
-    Format(
-        name="Medusa",
-        family="medusa",
-        files=(*_MEDUSA_FILES, WEIGHTS),
-        renames=(("medusa_head.", ""),),
+        name="Medusa", family="medusa", files=(*_MEDUSA_FILES, WEIGHTS), renames=(("medusa_head.", ""),),
         recognised=lambda values: bool(values.get("medusa_num_heads")),
     ),
     Format(
-        name="speculators mtp",
-        family="mtp",
-        recognised=_speculators("mtp"),
-        settings=_speculators_mtp,
-        renames=_modules("mtp_layers.#."),
-        counts_on=False,
-        ignored=(r"(embed_tokens|lm_head)\.weight",),
+        name="speculators mtp", family="mtp", recognised=_speculators("mtp"), settings=_speculators_mtp,
+        renames=_modules("mtp_layers.#."), counts_on=False, ignored=(r"(embed_tokens|lm_head)\.weight",),
     ),
     Format(
-        name="MiMo",
-        family="mtp",
-        recognised=lambda values: values.get("model_type") == "mimo",
-        settings=_text,
-        renames=_modules("model.mtp_layers.#."),
-        inside="model.mtp_layers.",
-        counts_on=False,
-        hidden_first=True,
+        name="MiMo", family="mtp", recognised=lambda values: values.get("model_type") == "mimo", settings=_text,
+        renames=_modules("model.mtp_layers.#."), inside="model.mtp_layers.", counts_on=False, hidden_first=True,
     ),
     Format(
-        name="Qwen3-Next, Qwen3.5",
-        family="mtp",
-        recognised=_qwen_next,
-        settings=_qwen,
-        renames=_QWEN,
-        inside="mtp.",
-        counts_on=False,
+        name="Qwen3-Next, Qwen3.5", family="mtp", recognised=_qwen_next, settings=_qwen, renames=_QWEN,
+        inside="mtp.", counts_on=False,
     ),
     Format(
-        name="DeepSeek-V3",
-        family="mtp",
-        settings=_text,
-        inside="model.layers.",
+        name="DeepSeek-V3", family="mtp", settings=_text, inside="model.layers.",
         recognised=lambda values: bool(values.get("num_nextn_predict_layers")),
     ),
 )
@@ -282,11 +236,8 @@ def recognise(values: Values, family: str, where: Path | str) -> Format:
         if row.family == family:
             return row
     found = f"is a {fitting[0].name} checkpoint, for heads.{fitting[0].family}" if fitting else "is none that is known"
-    raise CheckpointError(
-        f"the head in {where} {found}; {family} reads {', '.join(readable(family))}",
-        field=f"heads.{family}",
-        remedy=HEAD_REMEDY,
-    )
+    raise CheckpointError(f"the head in {where} {found}; {family} reads {', '.join(readable(family))}",
+                          field=f"heads.{family}", remedy=HEAD_REMEDY)
 
 
 def settings(values: Values, family: str, where: Path | str) -> dict[str, Any]:
@@ -298,6 +249,5 @@ def settings(values: Values, family: str, where: Path | str) -> dict[str, Any]:
     except ConfigError as error:
         raise ConfigError(f"{where}: {error.message}", field=error.field, remedy=error.remedy) from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"config.json of the head in {where} is damaged: {error!r}", field="heads", remedy=HEAD_REMEDY
-        ) from error
+        raise CheckpointError(f"config.json of the head in {where} is damaged: {error!r}", field="heads",
+                              remedy=HEAD_REMEDY) from error

@@ -62,7 +62,9 @@ class LayerGeometry:
 
     def layer_group(self, name: str, dtype: str) -> CacheGroup:
         """KV rows of one layer, in ``dtype`` ("bfloat16" | "float32")."""
-        return CacheGroup(name=name, num_layers=1, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, dtype=dtype)
+        return CacheGroup(
+            name=name, num_layers=1, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, dtype=dtype
+        )
 
     def layer_shapes(self, prefix: str, inputs: int) -> dict[str, tuple[int, ...]]:
         """Tensors of a decoder layer whose attention reads rows of ``inputs`` values, without the layer's norms;
@@ -87,8 +89,7 @@ class LayerGeometry:
         """Of a SwiGLU of ``inner`` values."""
         hidden = self.hidden_size
         return {
-            f"{prefix}.gate_proj.weight": (inner, hidden),
-            f"{prefix}.up_proj.weight": (inner, hidden),
+            f"{prefix}.gate_proj.weight": (inner, hidden), f"{prefix}.up_proj.weight": (inner, hidden),
             f"{prefix}.down_proj.weight": (hidden, inner),
         }
 
@@ -99,20 +100,11 @@ class LayerGeometry:
         if self.rotary_dim:
             more["partial_rotary_factor"] = self.rotary_dim / self.head_dim
         return {
-            "model_type": "llama",
-            "hidden_act": "silu",
-            "num_hidden_layers": 1,
-            "hidden_size": self.hidden_size,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "intermediate_size": self.intermediate_size,
-            "vocab_size": self.vocab_size,
-            "draft_vocab_size": self.draft_vocab_size,
-            "rms_norm_eps": self.rms_norm_eps,
-            "rope_theta": self.rope_theta,
-            "rope_scaling": self.rope_scaling,
-            "tie_word_embeddings": False,
+            "model_type": "llama", "hidden_act": "silu", "num_hidden_layers": 1, "hidden_size": self.hidden_size,
+            "num_attention_heads": self.num_heads, "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim, "intermediate_size": self.intermediate_size, "vocab_size": self.vocab_size,
+            "draft_vocab_size": self.draft_vocab_size, "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta, "rope_scaling": self.rope_scaling, "tie_word_embeddings": False,
             **more,
         }
 
@@ -120,16 +112,10 @@ class LayerGeometry:
 def target_geometry(target: ModelConfig, draft_vocab_size: int, intermediate_size: int = 0) -> dict[str, Any]:
     """Fields of a ``LayerGeometry`` with the target's own attention and RoPE (0: its intermediate size, too)."""
     return {
-        "hidden_size": target.hidden_size,
-        "num_heads": target.num_heads,
-        "num_kv_heads": target.num_kv_heads,
-        "head_dim": target.head_dim,
-        "intermediate_size": intermediate_size or target.intermediate_size,
-        "vocab_size": target.vocab_size,
-        "draft_vocab_size": draft_vocab_size,
-        "rms_norm_eps": target.rms_norm_eps,
-        "rope_theta": target.rope_theta,
-        "rope_scaling": target.rope_scaling,
+        "hidden_size": target.hidden_size, "num_heads": target.num_heads, "num_kv_heads": target.num_kv_heads,
+        "head_dim": target.head_dim, "intermediate_size": intermediate_size or target.intermediate_size,
+        "vocab_size": target.vocab_size, "draft_vocab_size": draft_vocab_size, "rms_norm_eps": target.rms_norm_eps,
+        "rope_theta": target.rope_theta, "rope_scaling": target.rope_scaling,
     }
 
 
@@ -145,17 +131,11 @@ def parse_geometry(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
     partial = float(rope.pop("partial_rotary_factor", None) or values.get("partial_rotary_factor") or 1.0)
     kind = rope.pop("rope_type", None) or older or "default"
     if kind not in SUPPORTED_ROPE:
-        raise ConfigError(
-            f"the head in {where} uses the RoPE rule {kind!r}",
-            field="heads",
-            remedy="choose a head whose rope_type is one of " + ", ".join(SUPPORTED_ROPE),
-        )
+        raise ConfigError(f"the head in {where} uses the RoPE rule {kind!r}", field="heads",
+                          remedy="choose a head whose rope_type is one of " + ", ".join(SUPPORTED_ROPE))
     return {
-        "hidden_size": hidden,
-        "num_heads": heads,
-        "num_kv_heads": int(values.get("num_key_value_heads") or heads),
-        "head_dim": head_dim,
-        "intermediate_size": int(values["intermediate_size"]),
+        "hidden_size": hidden, "num_heads": heads, "num_kv_heads": int(values.get("num_key_value_heads") or heads),
+        "head_dim": head_dim, "intermediate_size": int(values["intermediate_size"]),
         "vocab_size": int(values["vocab_size"]),
         "draft_vocab_size": int(values.get("draft_vocab_size") or values["vocab_size"]),
         "rms_norm_eps": float(values["rms_norm_eps"]),

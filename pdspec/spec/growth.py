@@ -40,13 +40,8 @@ class Ranked:
 
 
 def rank_children(
-    logits: torch.Tensor,
-    temperature: float,
-    noise: torch.Tensor | Drawing | None,
-    target_ids: npt.NDArray[np.int64],
-    width: int,
-    *,
-    drawn: bool = False,
+    logits: torch.Tensor, temperature: float, noise: torch.Tensor | Drawing | None, target_ids: npt.NDArray[np.int64],
+    width: int, *, drawn: bool = False,
 ) -> Ranked:
     """Ranks by log q + g, ties to the lowest draft id. ``logits`` [K, draft vocabulary] are of nodes whose children
     stand at one absolute position, ``noise`` [draft vocabulary] is that position's (None: 0). Each row's bits are its
@@ -66,8 +61,7 @@ def rank_children(
     else:
         best = np.stack([largest(row, width) for row in score])
     return Ranked(
-        token_ids=target_ids[best].astype(np.int32),
-        log_q=np.take_along_axis(log_q.numpy(), best, 1),
+        token_ids=target_ids[best].astype(np.int32), log_q=np.take_along_axis(log_q.numpy(), best, 1),
         score=np.take_along_axis(score, best, 1),
         laws=tuple(Law(token_ids=target_ids, log_q=row) for row in log_q.numpy()) if drawn else (),
     )
@@ -82,16 +76,13 @@ def first_children(
         return Ranked(token_ids=candidates.token_ids[None], log_q=candidates.log_q[None], score=candidates.score[None])
     order = drawing.order(law.token_ids, law.log_q, min(count, len(law.log_q)))
     return Ranked(
-        token_ids=candidates.token_ids[order][None],
-        log_q=law.log_q[order][None],
-        score=law.log_q[order][None],
+        token_ids=candidates.token_ids[order][None], log_q=law.log_q[order][None], score=law.log_q[order][None],
         laws=(law,),
     )
 
 
-NO_CHILDREN = Ranked(
-    token_ids=np.empty((1, 0), np.int32), log_q=np.empty((1, 0), np.float32), score=np.empty((1, 0), np.float32)
-)
+NO_CHILDREN = Ranked(token_ids=np.empty((1, 0), np.int32), log_q=np.empty((1, 0), np.float32),
+                     score=np.empty((1, 0), np.float32))
 
 
 def width(spec: TreeSpec) -> int:
@@ -113,12 +104,7 @@ class Growth:
     tree whose children are drawn the first ``budget`` nodes stay: what they are may not decide over that."""
 
     def __init__(
-        self,
-        spec: TreeSpec,
-        budget: int,
-        first: Ranked,
-        max_depth: int,
-        threshold: float = 0.0,
+        self, spec: TreeSpec, budget: int, first: Ranked, max_depth: int, threshold: float = 0.0,
         calibration: Calibration | None = None,
     ) -> None:
         """``first`` is one row: the best first tokens. No node is deeper than ``max_depth``. Nodes of a survival (e to
@@ -208,10 +194,7 @@ class Growth:
     def draft(self) -> Draft:
         """The best ``budget`` nodes of all that were made."""
         whole = Draft(
-            token_ids=self._tokens,
-            parents=self._parents,
-            log_q=self._log_q,
-            survival=np.exp(self._scores),
+            token_ids=self._tokens, parents=self._parents, log_q=self._log_q, survival=np.exp(self._scores),
             laws=self._laws,
         )
         return whole.part(self._chosen(self.budget))

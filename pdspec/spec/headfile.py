@@ -110,9 +110,8 @@ def check_tensors(tensors: Tensors, shapes: Shapes, path: Path) -> None:
     for name, shape in shapes.items():
         if name not in tensors or tuple(tensors[name].shape) != shape:
             found = list(tensors[name].shape) if name in tensors else "nothing"
-            raise CheckpointError(
-                f"{name} in {path} is {found}, config.json asks for {list(shape)}", field="heads", remedy=HEAD_REMEDY
-            )
+            raise CheckpointError(f"{name} in {path} is {found}, config.json asks for {list(shape)}", field="heads",
+                                  remedy=HEAD_REMEDY)
         if not bool(torch.isfinite(tensors[name]).all()):
             raise CheckpointError(f"{name} in {path} is not finite", field="heads", remedy=HEAD_REMEDY)
 
@@ -142,25 +141,17 @@ def check_target(head: StoredHead, serving: TargetIdentity, where: str, *, stric
                              ("num_layers", "target_layers")):  # fmt: skip
             ours = getattr(head.config, field_, serving.geometry[name])
             if ours != serving.geometry[name]:
-                raise Incompatible(
-                    f"the head in {where} has {name} = {ours}, the target {serving.geometry[name]}",
-                    field=name,
-                    remedy="choose the head made for this target, or drafter ngram or none",
-                )
+                raise Incompatible(f"the head in {where} has {name} = {ours}, the target {serving.geometry[name]}",
+                                   field=name, remedy="choose the head made for this target, or drafter ngram or none")
         difference = "does not say which target it was made for"
     else:
         made_for.check_serves(serving, where)
         if made_for.content_hash == serving.content_hash:
             return True
-        difference = (
-            f"was made for a target of the same geometry with content_hash {made_for.content_hash}, this"
-            f" one has {serving.content_hash}"
-        )
+        difference = (f"was made for a target of the same geometry with content_hash {made_for.content_hash}, this"
+                      f" one has {serving.content_hash}")
     if strict:
-        raise Incompatible(
-            f"the head in {where} {difference}",
-            field="content_hash",
-            remedy="choose the head made for this target, or drop strict_target",
-        )
+        raise Incompatible(f"the head in {where} {difference}", field="content_hash",
+                           remedy="choose the head made for this target, or drop strict_target")
     log.warning("the head in %s %s: answers stay the same, acceptance may be lower", where, difference)
     return False

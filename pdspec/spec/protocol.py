@@ -78,10 +78,7 @@ class Draft:
         parents = renumbered[self.parents[kept]]
         inner = {-1, *kept.tolist()} if self.laws else set()
         return Draft(
-            token_ids=self.token_ids[kept],
-            parents=parents,
-            log_q=self.log_q[kept],
-            survival=self.survival[kept],
+            token_ids=self.token_ids[kept], parents=parents, log_q=self.log_q[kept], survival=self.survival[kept],
             laws={int(renumbered[node]): law for node, law in self.laws.items() if node in inner},
             branch=self.branch,
         )
@@ -137,6 +134,7 @@ class DraftContext:
     prompt_len: int
     tree: str  # tree specification of this request
     deepest: int = MAX_DEPTH  # no draft is deeper, whatever the tree: set by the engine where it budgets
+    observed: int = -1  # the root when the drafter last observed; -1: it has not since it took over
     state: Any = None  # the drafter's own per-sequence state
     metrics: dict[str, float] = field(default_factory=dict)
     other_chooser: Chooser | None = None
@@ -169,13 +167,21 @@ class HiddenRows:
         part = self.captured if self.captured is not None else self.final
         return self.count if part is None else len(part)
 
+    def copied(self, start: int, stop: int) -> HiddenRows:
+        """A copy of the rows of positions ``start .. stop-1``, which are among these."""
+        rows = slice(start - self.start, stop - self.start)
+        return HiddenRows(
+            start=start,
+            captured=None if self.captured is None else self.captured[rows].clone(),
+            final=None if self.final is None else self.final[rows].clone(),
+            count=stop - start,
+        )
+
     def after(self, count: int) -> HiddenRows:
         """Without the first ``count`` rows."""
         return HiddenRows(
-            start=self.start + count,
-            captured=None if self.captured is None else self.captured[count:],
-            final=None if self.final is None else self.final[count:],
-            count=max(0, self.count - count),
+            start=self.start + count, captured=None if self.captured is None else self.captured[count:],
+            final=None if self.final is None else self.final[count:], count=max(0, self.count - count),
         )
 
     @classmethod
@@ -184,10 +190,8 @@ class HiddenRows:
         captured = [part.captured for part in parts if part.captured is not None]
         final = [part.final for part in parts if part.final is not None]
         return cls(
-            start=parts[0].start,
-            captured=torch.cat(captured) if captured else None,
-            final=torch.cat(final) if final else None,
-            count=sum(part.num_rows for part in parts),
+            start=parts[0].start, captured=torch.cat(captured) if captured else None,
+            final=torch.cat(final) if final else None, count=sum(part.num_rows for part in parts),
         )
 
 
@@ -197,7 +201,10 @@ class Drafter(Protocol):
 
     ``groups`` are its cache groups (none for model-free drafters); ``capture``/``want_final`` say which target
     hidden states ``observe`` and ``prefill`` need. ``rows_at(n)`` is the number of draft KV rows that are final
-    per group once t_n is known (the index table of DESIGN 4).
+    per group once t_n is known (the index table of DESIGN 4). A draft row i reads tokens up to t_{i + ahead}; behind
+    prompt rows that are in the pages already ``prefill`` begins ``carry`` hidden rows before their end, and makes again
+    the rows that read the tokens behind it. A drafter whose decoded rows are not those that a prefill would make says
+    ``stable_kv`` False.
     """
 
     name: str
@@ -205,6 +212,9 @@ class Drafter(Protocol):
     capture: tuple[int, ...]
     want_final: bool
     max_nodes: int  # extra KV slots a proposal, its branch included, may need
+    ahead: int
+    carry: int
+    stable_kv: bool
     default_tree: str  # of requests that name none; empty: this family drafts nothing
 
     def fingerprint(self) -> str:
@@ -218,7 +228,8 @@ class Drafter(Protocol):
 
     def prefill(self, ctx: DraftContext, hidden: HiddenRows) -> None:
         """Extend the draft KV by the rows that ``hidden`` and the tokens known so far (``ctx.token_ids``)
-        make final. Called chunk by chunk, in order; the last call has t_n in ``ctx.token_ids``."""
+        make final. Called chunk by chunk, in order; the last call has t_n in ``ctx.token_ids``. Without a state the
+        first chunk may begin anywhere: the rows before are in the pages."""
 
     def start(self, ctx: DraftContext) -> tuple[Candidates | None, dict[str, torch.Tensor]]:
         """After the last ``prefill``: what DraftStart carries (first candidates, named float32 rows)."""

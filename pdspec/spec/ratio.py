@@ -67,7 +67,9 @@ def masses_of(law: Law) -> Doubles:
     return q / q.sum()
 
 
-def judge(p: Masses, children: Sequence[int], law: Law | None, position: int, chooser: Chooser) -> tuple[int, Masses]:
+def judge(
+    p: Masses, children: Sequence[int], law: Law | None, position: int, chooser: Chooser
+) -> tuple[int, Masses]:
     """(index of the child that is taken or -1, what to draw from if none is). ``children`` are token ids in order."""
     ids, q = (law.token_ids, masses_of(law)) if law is not None else (np.empty(0, np.int64), np.empty(0))
     for turn, token in enumerate(children):

@@ -52,11 +52,8 @@ def check_options(options: Iterable[str]) -> None:
     known = [f"{name}:{option}" for name in NAMES for option in family(name).DESCRIPTION.options]
     for key in options:
         if key not in known:
-            raise ConfigError(
-                f"no option {key!r}",
-                field="options",
-                remedy="use one of " + (", ".join(known) or "none: no family has any"),
-            )
+            raise ConfigError(f"no option {key!r}", field="options",
+                              remedy="use one of " + (", ".join(known) or "none: no family has any"))
 
 
 def make_drafter(name: str, setting: Setting, parts: Parts) -> Drafter:

@@ -42,9 +42,8 @@ class Stored:
         """A tensor as the file has it. Raises CheckpointError for a second one of the same name."""
         name = self.row.ours(key, self.first)
         if name in self.tensors:
-            raise CheckpointError(
-                f"{self.label(name)} and {key} in {path} are the same tensor", field="heads", remedy=HEAD_REMEDY
-            )
+            raise CheckpointError(f"{self.label(name)} and {key} in {path} are the same tensor", field="heads",
+                                  remedy=HEAD_REMEDY)
         self.tensors[name], self.found[name] = tensor, (key, path)
 
     def key(self, name: str) -> str:
@@ -71,17 +70,15 @@ class Stored:
     def _take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         label, tensor, scale = self.label(name), self.pop(name), self.pop(f"{name}_scale")
         if tensor is None:
-            raise CheckpointError(f"{self.where} lacks the tensor {self.key(name)}", field="heads", remedy=HEAD_REMEDY)
+            raise CheckpointError(f"{self.where} lacks the tensor {self.key(name)}", field="heads",
+                                  remedy=HEAD_REMEDY)
         if scale is not None and (tensor.dtype != torch.int8 or scale.shape != tensor.shape[:1]):
             raise CheckpointError(f"{label} does not fit its scales", field="heads", remedy=HEAD_REMEDY)
         if scale is None and not tensor.is_floating_point():
             raise CheckpointError(f"{label} is {tensor.dtype} without scales", field="heads", remedy=HEAD_REMEDY)
         if tuple(tensor.shape) != shape:
-            raise CheckpointError(
-                f"{label} is {list(tensor.shape)}, config.json asks for {list(shape)}",
-                field="heads",
-                remedy=HEAD_REMEDY,
-            )
+            raise CheckpointError(f"{label} is {list(tensor.shape)}, config.json asks for {list(shape)}", field="heads",
+                                  remedy=HEAD_REMEDY)
         values = tensor.float() if scale is None else dequantise(tensor, scale)
         if not bool(torch.isfinite(values).all()):
             raise CheckpointError(f"{label} is not finite", field="heads", remedy=HEAD_REMEDY)
@@ -94,11 +91,8 @@ class Stored:
         if tensor is None:
             return {}
         if tuple(tensor.shape) != shape:
-            raise CheckpointError(
-                f"{self.label(name)} is {list(tensor.shape)}, config.json asks for {list(shape)}",
-                field="heads",
-                remedy=HEAD_REMEDY,
-            )
+            raise CheckpointError(f"{self.label(name)} is {list(tensor.shape)}, config.json asks for {list(shape)}",
+                                  field="heads", remedy=HEAD_REMEDY)
         return {self.key(name): tensor}
 
     def take_target_ids(self, draft_vocab_size: int, vocab_size: int) -> torch.Tensor:
@@ -108,15 +102,13 @@ class Stored:
         if offsets is None and draft_vocab_size == vocab_size:
             return torch.arange(vocab_size)
         if offsets is None or offsets.shape != (draft_vocab_size,) or offsets.is_floating_point():
-            raise CheckpointError(
-                f"{path} has no d2t of {draft_vocab_size} whole numbers", field="heads", remedy=HEAD_REMEDY
-            )
+            raise CheckpointError(f"{path} has no d2t of {draft_vocab_size} whole numbers", field="heads",
+                                  remedy=HEAD_REMEDY)
         ids = torch.arange(draft_vocab_size) + offsets.long()
         outside = int(ids.min()) < 0 or int(ids.max()) >= vocab_size
         if outside or len(ids.unique()) != len(ids):
-            raise CheckpointError(
-                f"d2t in {path} names target ids twice or outside the vocabulary", field="heads", remedy=HEAD_REMEDY
-            )
+            raise CheckpointError(f"d2t in {path} names target ids twice or outside the vocabulary", field="heads",
+                                  remedy=HEAD_REMEDY)
         chosen = torch.zeros(vocab_size, dtype=torch.bool).index_fill(0, ids, True)
         if mask is not None and not torch.equal(mask.bool(), chosen):
             raise CheckpointError(f"t2d and d2t in {path} contradict one another", field="heads", remedy=HEAD_REMEDY)
@@ -125,9 +117,8 @@ class Stored:
     def refuse_rest(self, what: str) -> None:
         """Raises CheckpointError for the first tensor that nobody took; ``what`` has no place for it."""
         if self.tensors:
-            raise CheckpointError(
-                f"{self.label(sorted(self.tensors)[0])} has no place in {what}", field="heads", remedy=HEAD_REMEDY
-            )
+            raise CheckpointError(f"{self.label(sorted(self.tensors)[0])} has no place in {what}", field="heads",
+                                  remedy=HEAD_REMEDY)
 
 
 def read_stored(folder: Path, row: Format, settings: Mapping[str, Any], first: int = 0) -> Stored:
@@ -183,9 +174,8 @@ def _read_pickled(path: Path, row: Format, first: int, _keys: list[str] | None) 
         if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
             raise TypeError("a mapping of names to tensors is expected")
     except pickle.UnpicklingError as error:  # whose text tells to run the file's code
-        raise CheckpointError(
-            f"cannot read {path}: it holds more than tensors, or is damaged", field="heads", remedy=HEAD_REMEDY
-        ) from error
+        raise CheckpointError(f"cannot read {path}: it holds more than tensors, or is damaged", field="heads",
+                              remedy=HEAD_REMEDY) from error
     except (OSError, RuntimeError, EOFError, TypeError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}", field="heads", remedy=HEAD_REMEDY) from error
     return {key: tensor for key, tensor in found.items() if row.takes(key, first)}

@@ -189,9 +189,8 @@ class Calibrated:
         if calibration is None or draft.num_nodes == 0:
             return draft
         features = _of_draft(draft, matched)
-        state.forecast = Forecast(
-            kind=kind, root=ctx.root_position, token_ids=draft.token_ids, parents=draft.parents, features=features
-        )
+        state.forecast = Forecast(kind=kind, root=ctx.root_position, token_ids=draft.token_ids, parents=draft.parents,
+                                  features=features)
         survival = np.exp(calibration.log_chance(features))
         for node, parent in enumerate(draft.parents.tolist()):
             if parent >= 0:

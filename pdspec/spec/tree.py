@@ -115,11 +115,8 @@ def read_shapes(files: Mapping[str, str]) -> dict[str, str]:
             shapes[name] = "1" if shape == "0" else shape
             parse_tree(f"static({shapes[name]})")
         except (OSError, TypeError, ValueError, InvalidRequest, UnknownName) as error:
-            raise ConfigError(
-                f"{path} holds no tree: {error}",
-                field="trees",
-                remedy="write a JSON list of paths of child ranks: [[0], [1], [0, 0]]",
-            ) from error
+            raise ConfigError(f"{path} holds no tree: {error}", field="trees",
+                              remedy="write a JSON list of paths of child ranks: [[0], [1], [0, 0]]") from error
     return shapes
 
 
@@ -172,10 +169,8 @@ def tree_rows(draft: Draft, base_slot: int, root_position: int) -> TreeRows:
     ancestors = np.full((len(rows), paths.shape[1]), -1, np.int32)
     ancestors[1:] = np.where(paths < 0, -1, paths + np.int32(base_slot + 1))
     return TreeRows(
-        positions=levels + np.int32(root_position),
-        slots=rows + np.int32(base_slot),
-        prefix_len=np.full(len(rows), base_slot + 1, np.int32),
-        ancestors=ancestors,
+        positions=levels + np.int32(root_position), slots=rows + np.int32(base_slot),
+        prefix_len=np.full(len(rows), base_slot + 1, np.int32), ancestors=ancestors,
     )
 
 
@@ -245,16 +240,13 @@ def _from_paths(text: str, paths: Sequence[tuple[int, ...]]) -> StaticTree:
     ordered = sorted(paths, key=lambda path: (len(path), path))
     index = {path: node for node, path in enumerate(ordered)}
     alone = [
-        path
-        for path in ordered
+        path for path in ordered
         if (len(path) > 1 and path[:-1] not in index) or (path[-1] > 0 and (*path[:-1], path[-1] - 1) not in index)
     ]
     if alone or len(index) < len(paths) or len(paths) > MAX_NODES:
         where = f" at {'.'.join(map(str, alone[0]))}" if alone else ""
-        raise InvalidRequest(
-            f"{text[:80]!r} is no tree{where}",
-            field="tree",
-            remedy=f"name each of at most {MAX_NODES} nodes once, and its parent and the siblings of lower rank, too",
-        )
+        raise InvalidRequest(f"{text[:80]!r} is no tree{where}", field="tree",
+                             remedy=f"name each of at most {MAX_NODES} nodes once, and its parent and the siblings of"
+                                    " lower rank, too")
     parents = tuple(index[path[:-1]] if len(path) > 1 else -1 for path in ordered)
     return StaticTree(parents=parents, ranks=tuple(path[-1] for path in ordered))

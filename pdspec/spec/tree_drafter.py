@@ -55,11 +55,8 @@ class TreeDrafter(Calibrated):
     def _spec(self, tree: str) -> TreeSpec:
         spec = parse_tree(tree or self.default_tree)
         if max(spec.max_nodes, expansions(spec)) > self.max_nodes:
-            raise InvalidRequest(
-                f"drafter {self.name} cannot draft {tree}: {spec.max_nodes} nodes, {expansions(spec)} expanded",
-                field="tree",
-                remedy=f"keep both at {self.max_nodes} or below",
-            )
+            raise InvalidRequest(f"drafter {self.name} cannot draft {tree}: {spec.max_nodes} nodes, {expansions(spec)}"
+                                 " expanded", field="tree", remedy=f"keep both at {self.max_nodes} or below")
         return spec
 
     def _width(self, spec: TreeSpec) -> int:
@@ -67,9 +64,8 @@ class TreeDrafter(Calibrated):
 
     def _candidates(self, ctx: DraftContext, spec: TreeSpec, logits: torch.Tensor) -> Candidates:
         """The W = max(16, tree width) best first tokens, to be shipped; ``logits`` [1, draft vocabulary]."""
-        best = rank_children(
-            logits, ctx.sampling.temperature, candidate_noise(ctx, 1, self._target_ids), self._ids, self._width(spec)
-        )
+        best = rank_children(logits, ctx.sampling.temperature, candidate_noise(ctx, 1, self._target_ids), self._ids,
+                             self._width(spec))
         return Candidates(token_ids=best.token_ids[0], log_q=best.log_q[0], score=best.score[0])
 
     def _shipped(self, ctx: DraftContext, spec: TreeSpec, candidates: Candidates) -> Ranked:
@@ -85,26 +81,14 @@ class TreeDrafter(Calibrated):
         spec: TreeSpec = ctx.state.spec
         noise = position_noise(ctx, spec, depth, self._target_ids)
         count = min(count, width(spec)) if isinstance(noise, Drawing) else count
-        return rank_children(
-            logits,
-            ctx.sampling.temperature,
-            noise,
-            self._ids,
-            min(count, len(self._ids)),
-            drawn=draws_from_q(ctx, spec),
-        )
+        return rank_children(logits, ctx.sampling.temperature, noise, self._ids, min(count, len(self._ids)),
+                             drawn=draws_from_q(ctx, spec))
 
     def _growth(self, ctx: DraftContext, budget: int, deepest: int) -> Growth:
         """A tree with its first level, no deeper than ``deepest``."""
         first = ctx.state.first if budget > 0 else None
-        return Growth(
-            ctx.state.spec,
-            budget,
-            NO_CHILDREN if first is None else first,
-            min(deepest, ctx.deepest),
-            self.threshold,
-            self.survival.calibration(Kind.of(ctx.sampling)),
-        )
+        return Growth(ctx.state.spec, budget, NO_CHILDREN if first is None else first, min(deepest, ctx.deepest),
+                      self.threshold, self.survival.calibration(Kind.of(ctx.sampling)))
 
     def _draft(self, ctx: DraftContext, growth: Growth) -> Draft:
         """A grown tree; all that it was chosen from waits for the target's verdict."""

@@ -99,16 +99,8 @@ class _Verification:
 
 
 def verify(
-    draft: Draft,
-    logits: torch.Tensor,
-    params: SamplingParams,
-    history: History,
-    chooser: Chooser,
-    *,
-    root_position: int,
-    end_ids: Sequence[int],
-    max_new: int,
-    logprobs: int | None = None,
+    draft: Draft, logits: torch.Tensor, params: SamplingParams, history: History, chooser: Chooser, *,
+    root_position: int, end_ids: Sequence[int], max_new: int, logprobs: int | None = None,
 ) -> VerdictResult:
     """The target's tokens from the root on, as far as the draft foresaw them.
 
@@ -123,14 +115,8 @@ def verify(
     if max_new < 1:
         raise ValueError(f"a verification puts out at least one token, not max_new={max_new}")
     task = _Verification(
-        draft=draft,
-        logits=logits,
-        params=params,
-        history=history,
-        chooser=chooser,
-        root_position=root_position,
-        end_ids=end_ids,
-        children=_children(draft),
+        draft=draft, logits=logits, params=params, history=history, chooser=chooser, root_position=root_position,
+        end_ids=end_ids, children=_children(draft),
     )
     stops = stopping_ids(params, end_ids)
     if params.verify == Verify.BLOCK and params.temperature > 0 and _is_drawn_chain(draft):

@@ -74,9 +74,8 @@ class Table:
             }
             return cls(verify=VerifyTimes.from_json(values["verify"]), drafts=drafts)
         except (KeyError, TypeError) as error:
-            raise ConfigError(
-                f"the table says nothing of {error}", field="table", remedy="measure it with the same drafter and trees"
-            ) from error
+            raise ConfigError(f"the table says nothing of {error}", field="table",
+                              remedy="measure it with the same drafter and trees") from error
 
 
 class CountedFixed(FixedBudget):
@@ -136,11 +135,8 @@ def run(
     """``trees`` are the fixed settings of ``drafter`` beside ``none``, ``cap`` is what goodput may draft at most.
     ``wall_pairs`` > 0 times as many interleaved pairs of it and the best fixed setting. Raises ConfigError."""
     if drafter in REMEMBERING or drafter == "none":
-        raise ConfigError(
-            f"{drafter} cannot be compared with itself here",
-            field="drafter",
-            remedy="name a family of drafts that forgets between requests, or suffix",
-        )
+        raise ConfigError(f"{drafter} cannot be compared with itself here", field="drafter", remedy="name a family of"
+                          " drafts that forgets between requests, or suffix")
     every = list(dict.fromkeys([*trees, cap]))
     config = WorkerConfig.from_mapping(
         {**worker, "drafter": drafter, "drafters": ("none", drafter), "survival": "online", "budget": "fixed"}
@@ -194,10 +190,8 @@ class Bench:
         rate = goodput["tokens_per_second"]
         to_best, to_none = (rate / fixed[name]["tokens_per_second"] for name in (best, "none"))
         same = len({one.pop("answers") for one in (*fixed.values(), goodput)}) == 1
-        progress(
-            f"{count} at once: goodput {rate:.1f} tokens/s, best fixed {best} {rate / to_best:.1f},"
-            f" none {rate / to_none:.1f}"
-        )
+        progress(f"{count} at once: goodput {rate:.1f} tokens/s, best fixed {best} {rate / to_best:.1f},"
+                 f" none {rate / to_none:.1f}")
         return {
             "ok": same and to_best >= BEST_SHARE and to_none >= NONE_SHARE, "fixed": fixed, "goodput": goodput,
             "best_fixed": best, "ratio_to_best": to_best, "ratio_to_none": to_none, "same_tokens": same,
@@ -214,15 +208,8 @@ class Bench:
             for own in (True, False) if index % 2 else (False, True):
                 budget = goodput if own else FixedBudget(resources)
                 began = time.perf_counter()
-                self._decode(
-                    budget,
-                    cap if own else tree,
-                    count,
-                    self.max_tokens,
-                    1 if own else 0,
-                    self.drafter if own else name,
-                    forget=False,
-                )
+                self._decode(budget, cap if own else tree, count, self.max_tokens, 1 if own else 0,
+                             self.drafter if own else name, forget=False)
                 seconds[own] = time.perf_counter() - began
             ratios.append(seconds[False] / seconds[True])
         mean, spread = statistics.fmean(ratios), statistics.stdev(ratios) if pairs > 1 else 0.0
@@ -243,13 +230,7 @@ class Bench:
         }  # fmt: skip
 
     def _decode(
-        self,
-        budget: FixedBudget,
-        tree: str,
-        count: int,
-        max_tokens: int,
-        rounds: int,
-        name: str = "",
+        self, budget: FixedBudget, tree: str, count: int, max_tokens: int, rounds: int, name: str = "",
         forget: bool = True,
     ) -> tuple[tuple[int, ...], ...]:
         """All prompts (``rounds`` > 0: so many per seat), ``count`` at once, the next as soon as one has ended."""
@@ -275,9 +256,7 @@ class Bench:
         return tuple(tuple(answers[key]) for key in sorted(answers))
 
     def _begin(
-        self,
-        request: GenerateRequest,
-        running: dict[str, tuple[DecodeSequence, list[int]]],
+        self, request: GenerateRequest, running: dict[str, tuple[DecodeSequence, list[int]]],
         answers: dict[str, list[int]],
     ) -> None:
         held: list[list[int]] = []

@@ -13,7 +13,6 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from pdspec.client import Answer, RouterClient
@@ -21,9 +20,10 @@ from pdspec.config import WorkerConfig
 from pdspec.engine.local import LocalGenerator
 from pdspec.errors import ConfigError, InvalidRequest, PdspecError
 from pdspec.repetition import repeated_share
-from pdspec.spec.registry import family
+from pdspec.study.bench_sampled import against_greedy, twins
 from pdspec.study.heads import with_random_heads, worker_config
 from pdspec.study.machine import read_bandwidth, weight_bytes
+from pdspec.study.settings import Setting, settings_of
 from pdspec.study.stack import Stack
 from pdspec.study.transformers_peer import TransformersPeer
 from pdspec.study.ways import REMEMBERING, prompt_ids
@@ -35,31 +35,6 @@ PREFILL_LENGTHS = (128, 512, 1024, 2040)  # 2048 with its answer would be beyond
 TTFT_TOKENS = 512
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A drafter with a tree."""
-
-    drafter: str
-    tree: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.drafter} {self.tree}".strip()
-
-
-def settings_of(drafter: str, nodes: int) -> list[Setting]:
-    """What is tried within a budget of ``nodes`` draft nodes per verification."""
-    chains = [Setting(drafter, f"chain({k})") for k in (2, 3, 5, 8) if k <= nodes]
-    kinds = family(drafter).DESCRIPTION.trees
-    if not kinds:
-        return [Setting(drafter)]
-    if "dynamic" not in kinds:
-        return chains
-    if drafter in REMEMBERING:
-        return [Setting(drafter, f"dynamic({depth},4,{nodes})") for depth in sorted({min(8, nodes), nodes})] + chains
-    shapes = ((2, 3, min(5, nodes)), (3, 4, nodes), (4, 4, nodes))
-    return [*chains[:3], *(Setting(drafter, f"dynamic({depth},{k},{n})") for depth, k, n in shapes if k <= n)]
-
-
 class Bench:
     """One stack, one client, and the prompts as token ids."""
 
@@ -67,8 +42,10 @@ class Bench:
         self.client, self.prompts, self.max_tokens, self.handoff = client, prompts, max_tokens, handoff
 
     def ask(self, setting: Setting, ids: tuple[int, ...], max_tokens: int) -> Answer:
-        """One greedy answer of exactly ``max_tokens`` tokens."""
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=0)
+        """One answer of exactly ``max_tokens`` tokens."""
+        params = SamplingParams(
+            temperature=setting.temperature, top_p=setting.top_p, max_tokens=max_tokens, ignore_eos=True, seed=0
+        )
         return self.client.generate(UserRequest(
             prompt_ids=ids, drafter=setting.drafter, tree=setting.tree, handoff=self.handoff, sampling=params,
         ))  # fmt: skip
@@ -90,10 +67,12 @@ class Bench:
 
 def run(
     *, drafters: Sequence[str], vs_transformers: bool, worker: dict[str, Any], handoff: str, prompts: str | None,
-    num_prompts: int, max_tokens: int, nodes: int, runs: int, progress: Progress,
+    num_prompts: int, max_tokens: int, nodes: int, runs: int, progress: Progress, temperature: float = 0.0,
+    top_p: float = 1.0, wanted_speedup: float = 0.0,
 ) -> dict[str, Any]:  # fmt: skip
-    """The whole benchmark. Families without a head draft with a random one (``random_heads``). Raises ConfigError for
-    settings that cannot work."""
+    """The whole benchmark. Families without a head draft with a random one (``random_heads``). With a ``temperature``
+    each family's best setting is measured sampled, too. ``ok``: some family is ``wanted_speedup`` times as fast as
+    plain decoding. Raises ConfigError for settings that cannot work."""
     config, random_heads = with_random_heads(worker_config({"drafter": drafters[-1], **worker}, drafters))
     ids = prompt_ids(config, prompts, num_prompts)
     threads = config.threads or usable_cores()
@@ -108,8 +87,13 @@ def run(
             name: max((s for s in tried if s.drafter == name), key=lambda s: tried[s]["tokens_per_second"])
             for name in drafters
         }
-        measured, peer_rates = _interleaved(bench, list(best.values()), peer, runs, progress)
-        result = _summary(tried, best, measured, nodes)
+        sampled = twins(best, temperature, top_p)
+        measured, peer_rates = _interleaved(bench, [*best.values(), *sampled.values()], peer, runs, progress)
+        result = _summary(tried, best, {setting: measured[setting] for setting in best.values()}, nodes)
+        if sampled:
+            result["sampled"] = against_greedy(measured, best, sampled)
+        fastest = max(row["speedup_over_none"] or 0.0 for row in result["drafters"].values())
+        result |= {"ok": fastest >= wanted_speedup, "wanted_speedup": wanted_speedup, "best_speedup": fastest}
         result |= {"settings_refused": refused, "random_heads": list(random_heads)}
         result["floors"] = _floors(client, config, threads)
         if peer is not None:
@@ -117,7 +101,9 @@ def run(
     return result
 
 
-def _tried(bench: Bench, drafters: Sequence[str], nodes: int) -> tuple[dict[Setting, dict[str, Any]], dict[str, str]]:
+def _tried(
+    bench: Bench, drafters: Sequence[str], nodes: int
+) -> tuple[dict[Setting, dict[str, Any]], dict[str, str]]:
     """Every setting once, and why some could not be: a family may have fewer heads than a tree is deep. Raises
     ConfigError for a family that drafts none of its settings."""
     tried: dict[Setting, dict[str, Any]] = {}
@@ -131,11 +117,8 @@ def _tried(bench: Bench, drafters: Sequence[str], nodes: int) -> tuple[dict[Sett
                     raise
                 refused[str(setting)] = str(error)
         if not any(setting.drafter == name for setting in tried):
-            raise ConfigError(
-                f"{name} drafts no tree of {nodes} nodes or fewer",
-                field="nodes",
-                remedy="allow more nodes, or leave the family out",
-            )
+            raise ConfigError(f"{name} drafts no tree of {nodes} nodes or fewer", field="nodes",
+                              remedy="allow more nodes, or leave the family out")
     return tried, refused
 
 

@@ -77,7 +77,8 @@ def stacks(config: WorkerConfig, progress: Progress, **prefill: Any) -> Iterator
 
 def run(*, worker: dict[str, Any], lengths: Sequence[int], runs: int, progress: Progress) -> dict[str, Any]:
     """The whole benchmark. Raises ConfigError for settings that cannot work."""
-    config = WorkerConfig.from_mapping({"drafter": "none", "drafters": ("none",), **worker})
+    alone = {"drafter": "none", "drafters": ("none",), "prefix_cache": "off"}
+    config = WorkerConfig.from_mapping({**alone, **worker})
     model = resolve(config.model, config.cache_dir or None).config
     lengths = sorted({min(length, model.max_context - ANSWER) for length in lengths})
     middle = min(lengths, key=lambda length: abs(length - 2048))

@@ -33,6 +33,7 @@ from pdspec.transfer.shm_stream import Offers
 from pdspec.transfer.wireformat import one_view
 from pdspec.types import CacheGroup, GenerateRequest
 from pdspec.wire.channels import make_channel
+from pdspec.wire.memory import keep_freed_memory
 
 PATHS = ("grpc", "relay", "shm")
 Progress = Callable[[str], object]
@@ -113,6 +114,7 @@ class Receiver:
 def receiver(config: WorkerConfig, tokens: int) -> Iterator[Receiver]:
     """A sender, a relay, and this process as the receiver of ``config``'s KV."""
     group = resolve(config.model, config.cache_dir or None).config.cache_group(TARGET, config.dtype)
+    keep_freed_memory()  # as workers do
     with process("pdspec.study.replay", *arguments(group, tokens)) as sender:
         with process("router.relay", "--port", "0") as relay:
             yield Receiver(group, tokens, sender, relay)

@@ -28,8 +28,9 @@ from pdspec.errors import ConfigError, InvalidRequest, PdspecError, TransferDama
 from pdspec.prompting import to_generate_request
 from pdspec.spec.tree import parse_tree
 from pdspec.study import fuzz_inputs as inputs
-from pdspec.transfer.frames import DATA_FRAMES, ErrorFrame, parse_frame
+from pdspec.transfer.frames import DATA_FRAMES, ErrorFrame, parse_frame, parse_message
 from pdspec.transfer.ledger import Ledger
+from pdspec.transfer.schema import Frame
 from pdspec.validation import check_request, check_user_request
 from pdspec.wire import pdspec_pb2 as pb
 from pdspec.wire.codec import decode_request_from_pb, user_request_from_pb
@@ -119,7 +120,11 @@ def _fuzz(target: Target, mutator: inputs.Mutator, count: int, arm: Callable[[fl
 
 def _frame(data: bytes) -> str:
     """Parse; what parses is written and read again alike, and counted by a ledger."""
-    frame = parse_frame(data)
+    kinds = [_same(frame) for frame in parse_message(data)]
+    return kinds[0] if len(kinds) == 1 else "several frames"
+
+
+def _same(frame: Frame) -> str:
     again = parse_frame(frame.to_bytes())
     if type(again) is not type(frame) or again.to_bytes() != frame.to_bytes():
         raise AssertionError(f"{frame.kind} changes on the way")

@@ -102,18 +102,15 @@ def run(
     """The table of one study. Raises ConfigError for families that it says nothing about."""
     cells = [cell for temperature in temperatures for cell in STUDIES[study](drafters, temperature)]
     if not cells:
-        raise ConfigError(
-            f"study {study} says nothing about {', '.join(drafters)}",
-            field="drafters",
-            remedy="name a family that has what it compares; see pdspec drafters",
-        )
+        raise ConfigError(f"study {study} says nothing about {', '.join(drafters)}", field="drafters",
+                          remedy="name a family that has what it compares; see pdspec drafters")
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(json.dumps(cell.changes, sort_keys=True), []).append(cell)
     table: dict[int, dict[str, Any]] = {}
     for group in groups.values():
         names = tuple(dict.fromkeys(("none", *(cell.way.drafter for cell in group))))
-        values = {"drafter": "none", **worker, "drafters": names}
+        values = {"drafter": "none", "prefix_cache": "off", **worker, "drafters": names}
         options = {**values.get("options", {}), **group[0].changes.get("options", {})}
         config = WorkerConfig.from_mapping({**values, **group[0].changes, "options": options})
         ids = prompt_ids(config, prompts, num_prompts)

@@ -63,16 +63,16 @@ def _measured(
 ) -> tuple[float, dict[int, float]]:
     target = load_target(model, threads=threads, cache_dir=cache_dir)
     try:
-        verify = _verification(target, chain + 1)
+        verify = verification(target, chain + 1)
         weights = load_weights(resolve(model, cache_dir), target.runner.dtype)
-        drafts = {size: _draft(target, weights, size) for size in sizes}
-        times = _in_turns([verify, *drafts.values()], rounds)
+        drafts = {size: draft_row(target, weights, size) for size in sizes}
+        times = in_turns([verify, *drafts.values()], rounds)
     finally:
         target.runner.ops.close()
     return times[0], dict(zip(sizes, times[1:], strict=True))
 
 
-def _in_turns(runs: Sequence[Callable[[], object]], rounds: int) -> list[float]:
+def in_turns(runs: Sequence[Callable[[], object]], rounds: int) -> list[float]:
     """Median milliseconds of each, one after the other in every round; the first round warms up."""
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds + 1):
@@ -83,14 +83,14 @@ def _in_turns(runs: Sequence[Callable[[], object]], rounds: int) -> list[float]:
     return [statistics.median(found[1:]) for found in times]
 
 
-def _verification(target: Target, rows: int) -> Callable[[], object]:
+def verification(target: Target, rows: int) -> Callable[[], object]:
     pages = pages_for(CONTEXT + rows, PAGE_SIZE)
     cache = PagedCache((target.runner.group,), pages, PAGE_SIZE)
     batch = _rows(rows, pages, np.arange(rows, dtype=np.int32))
     return lambda: target.runner.forward(batch, cache)
 
 
-def _draft(target: Target, weights: dict[str, torch.Tensor], size: int) -> Callable[[], object]:
+def draft_row(target: Target, weights: dict[str, torch.Tensor], size: int) -> Callable[[], object]:
     """One row through a head of random weights, and its best ids."""
     config = Eagle3Config.for_target(target.runner.config, size)
     dtype, ops, pages = target.runner.dtype, target.runner.ops, pages_for(CONTEXT + 1, PAGE_SIZE)

@@ -17,7 +17,7 @@ import numpy as np
 from pdspec.config import ClusterConfig
 from pdspec.errors import Overloaded
 from pdspec.transfer import frames
-from pdspec.transfer.wireformat import decode_frame
+from pdspec.transfer.wireformat import decode_message, encode_message, frame_parts
 from pdspec.types import GenerateRequest, Route, SamplingParams, TokenLogprob, UserRequest
 from pdspec.wire import pdspec_pb2 as pb
 from pdspec.wire.codec import decode_request_to_pb, user_request_to_pb
@@ -119,12 +119,13 @@ def frame_corpus() -> list[bytes]:
         frames.Done(epoch=3, bytes={"target": 96}, rows={"target": 4}, xxh3={"target": 2**64 - 1}, stats={"ms": 1.5}),
         frames.ErrorFrame.of(3, Overloaded("full", retry_after_ms=250, field="pages", remedy="wait")),
     ]  # fmt: skip
-    return [frame.to_bytes() for frame in every]
+    together = encode_message([frame_parts(*frame.pack()) for frame in every[3:7]])
+    return [*(frame.to_bytes() for frame in every), together]
 
 
 def odd_frame(pick: random.Random) -> bytes:
     """A valid frame whose header has fields of other values, types and names."""
-    header, payload = decode_frame(pick.choice(_FRAMES))
+    header, payload = pick.choice(decode_message(pick.choice(_FRAMES)))
     for _ in range(pick.randint(1, 3)):
         match pick.randrange(6):
             case 0:

@@ -45,9 +45,7 @@ DRAFTERS = ("eagle3",)
 # What each part can be about: a proposal needs a drafter, a recompute other code, a control something to know by heart,
 # and what is drafted must not depend on what was answered before.
 SUBJECTS = {
-    "proposals": NAMES[1:],
-    "draft_state": STATES,
-    "controls": CONTROLLED,
+    "proposals": NAMES[1:], "draft_state": STATES, "controls": CONTROLLED,
     "acceptance": tuple(name for name in NAMES[1:] if name not in REMEMBERING),
 }
 STATE_PROMPTS = 2  # of ``draft_state``
@@ -93,11 +91,8 @@ def run(
         if not about and not parts:
             continue
         if not about:
-            raise ConfigError(
-                f"part {name} says nothing about {', '.join(drafters)}",
-                field="parts",
-                remedy="name some of " + ", ".join(SUBJECTS[name]) + " in drafters",
-            )
+            raise ConfigError(f"part {name} says nothing about {', '.join(drafters)}", field="parts",
+                              remedy="name some of " + ", ".join(SUBJECTS[name]) + " in drafters")
         progress(f"{name}:")
         asked_for = {**worker, **ALONE, "dtype": DTYPE_OF[name]}
         config, random_heads = with_random_heads(worker_config(asked_for, drafters))
@@ -106,12 +101,10 @@ def run(
                 result[name] = proposals(config, about, asked.requests(config), progress)
             case "draft_state":
                 requests = asked.requests(config)[: 2 * STATE_PROMPTS : 2]
-                result[name] = _each(
-                    {
-                        one: draft_state(config, requests, progress, drafter=one, accepting=not _random(config, one))
-                        for one in about
-                    }
-                )
+                result[name] = _each({
+                    one: draft_state(config, requests, progress, drafter=one, accepting=not _random(config, one))
+                    for one in about
+                })
             case "controls":
                 result[name] = _each({one: control(config, one, progress) for one in about})
             case "acceptance":

@@ -30,8 +30,10 @@ def families(text: str) -> tuple[str, ...]:
 
 
 def worker_config(worker: Mapping[str, Any], names: Sequence[str]) -> WorkerConfig:
-    """``worker`` with ``none`` and the families ``names`` at hand. Raises ConfigError."""
-    return WorkerConfig.from_mapping({"drafter": "none", **worker, "drafters": tuple(dict.fromkeys(("none", *names)))})
+    """``worker`` with ``none`` and the families ``names`` at hand. Without prefix caches unless it asks for them: what
+    is asked again is handed over whole again. Raises ConfigError."""
+    drafters = tuple(dict.fromkeys(("none", *names)))
+    return WorkerConfig.from_mapping({"drafter": "none", "prefix_cache": "off", **worker, "drafters": drafters})
 
 
 def with_random_heads(config: WorkerConfig) -> tuple[WorkerConfig, tuple[str, ...]]:

@@ -129,7 +129,9 @@ class Enumeration:
             output = resources.runner.forward(engine.pack([sequence], [draft]), resources.cache)
             logits = output.logits[: 1 + draft.num_nodes]
 
-            def judge(chooser: Enumerating, draft: Draft = draft, logits: Any = logits) -> tuple[Tokens, list[int]]:
+            def judge(
+                chooser: Enumerating, draft: Draft = draft, logits: Any = logits
+            ) -> tuple[Tokens, list[int]]:
                 seen = replace(sequence, ctx=copy.copy(sequence.ctx))
                 seen.ctx.other_chooser = chooser
                 found = engine.judge(seen, draft, logits)
@@ -192,7 +194,6 @@ def _mixed(parts: Any) -> Law:
         for tail, weight in tails.items():
             law[head + tail] = law.get(head + tail, 0.0) + chance * weight
     return law
-
 
 def _key(draft: Draft) -> bytes:
     """Drafts of one key have the same nodes, drawn from the same laws."""

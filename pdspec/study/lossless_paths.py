@@ -86,24 +86,15 @@ def harmful_drafts(local: LocalGenerator, seeds: int) -> Result:
         params = MIXED[seed % len(MIXED)]
         plain: tuple[int, ...] = ()
         for position in range(len(PROMPT), len(PROMPT) + DEPTH):
-            plain += (
-                choose(
-                    row(plain), params, History.of(PROMPT, plain), seed=seed, sample=0, position=position, end_ids=()
-                ),
-            )
+            plain += (choose(row(plain), params, History.of(PROMPT, plain), seed=seed, sample=0, position=position,
+                             end_ids=()),)
         tokens: tuple[int, ...] = ()
         while len(tokens) < DEPTH:
             draft, paths = _random_tree(random, plain[len(tokens) :] if random.random() < 0.5 else ())
             reachable = [row(tokens + path) if len(tokens + path) < DEPTH else nothing for path in [(), *paths]]
             found = verify(
-                draft,
-                torch.stack(reachable),
-                params,
-                History.of(PROMPT, tokens),
-                Seeded(seed, 0),
-                end_ids=(),
-                root_position=len(PROMPT) + len(tokens) - 1,
-                max_new=DEPTH - len(tokens),
+                draft, torch.stack(reachable), params, History.of(PROMPT, tokens), Seeded(seed, 0), end_ids=(),
+                root_position=len(PROMPT) + len(tokens) - 1, max_new=DEPTH - len(tokens),
             ).verdict
             accepted += found.num_accepted
             tokens += found.output_ids
@@ -272,9 +263,7 @@ def _random_tree(random: np.random.Generator, path: Sequence[int]) -> tuple[Draf
     parents = [nodes.index(node[:-1]) - 1 for node in nodes[1:]]
     unknown = np.full(len(parents), np.nan, np.float32)
     draft = Draft(
-        token_ids=np.array([node[-1] for node in nodes[1:]], np.int32),
-        parents=np.array(parents, np.int32),
-        log_q=unknown,
-        survival=unknown,
+        token_ids=np.array([node[-1] for node in nodes[1:]], np.int32), parents=np.array(parents, np.int32),
+        log_q=unknown, survival=unknown,
     )
     return draft, nodes[1:]

@@ -33,12 +33,12 @@ def read_bandwidth(threads: int, megabytes: int = 768) -> float:
         torch.set_num_threads(before)
 
 
-def matrix_rate(threads: int, size: int = 1024) -> float:
-    """Floating point operations per second of a float32 matrix product in torch's own library."""
+def matrix_rate(threads: int, size: int = 1024, dtype: torch.dtype = torch.float32) -> float:
+    """Floating point operations per second of a matrix product in torch's own library."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        a, b = torch.randn(size, size), torch.randn(size, size)
+        a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
         return 2.0 * size**3 / best_seconds(lambda: a @ b)
     finally:
         torch.set_num_threads(before)

@@ -108,7 +108,6 @@ def _room(part: ForwardOutput, rows: int) -> ForwardOutput:
         return values.new_full((rows, *values.shape[1:]), torch.nan)
 
     return ForwardOutput(
-        logits=empty(part.logits),
-        captured=None if part.captured is None else empty(part.captured),
+        logits=empty(part.logits), captured=None if part.captured is None else empty(part.captured),
         final=None if part.final is None else empty(part.final),
     )

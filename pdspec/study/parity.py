@@ -51,14 +51,8 @@ def run(
         progress(f"{dtype}:")
         parts[dtype] = _one(config, drafters, prompts, num_prompts, max_tokens, transformers, progress)
     totals = {key: sum(part[key] for part in parts.values()) for key in ("cases", "mismatched", "ties", "unaudited")}
-    return {
-        "ok": all(part["ok"] for part in parts.values()),
-        **totals,
-        "tokens": max_tokens,
-        "dtypes": parts,
-        "drafters": list(drafters),
-        "random_heads": list(random_heads),
-    }
+    return {"ok": all(part["ok"] for part in parts.values()), **totals, "tokens": max_tokens, "dtypes": parts,
+            "drafters": list(drafters), "random_heads": list(random_heads)}
 
 
 def requests_for(config: WorkerConfig, prompts: str | None, num_prompts: int, max_tokens: int) -> list[GenerateRequest]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,13 @@ def cpu_seconds(pid: int | str) -> float:
         except (FileNotFoundError, ProcessLookupError):  # a thread that ended meanwhile
             continue
     return total / 1e9
+
+
+def pin(pid: int, cores: Collection[int]) -> None:
+    """All threads of a process onto these cores, and those that they start (Linux)."""
+    for path in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):  # a thread that ended meanwhile
+            os.sched_setaffinity(int(path.name), cores)
 
 
 @contextmanager

@@ -93,7 +93,9 @@ class Replay:
                 await asyncio.sleep(max(0.0, began + seconds * (step + 1) / steps - clock()))
             start, stop = chunk * CHUNK, min(rows, (chunk + 1) * CHUNK)
             for frame in page_frames(self.cache, self.pages, self.group.name, layer, start, stop, have={}):
-                await stream.send(frame)
+                await stream.send(frame, more=True)
+            if seconds:
+                await stream.flush()
 
     async def _raw(self, stream: PrefillStream, count: int) -> None:
         stream.ledger = Unchecked(stream.open.epoch)
@@ -104,7 +106,7 @@ class Replay:
             await stream.send(Pages(
                 epoch=0, seq=0, group="raw", layer=0, start=number, count=1, head_start=0, head_count=1,
                 payload=self.raw[at : at + size],
-            ))  # fmt: skip
+            ), more=True)  # fmt: skip
         await stream.finish()
 
 

@@ -93,7 +93,7 @@ def _prefilled(generator: LocalGenerator, ids: tuple[int, ...], tokens: int) -> 
     )
     while not prompt.finished:
         generator.prefill.step([(prompt, min(resources.config.chunk, prompt.remaining))])
-    history = prompt_history(request).extended(ctx.token_ids[-1:])
+    history = prompt_history(request, resources.grammars).extended(ctx.token_ids[-1:])
     return DecodeSequence(request=request, ctx=ctx, drafter=drafter, history=history), kept
 
 
@@ -120,10 +120,8 @@ def _turn(generator: LocalGenerator, prepared: Sequence[Prepared], drafter: str,
     written = [tuple(one.ctx.token_ids[one.ctx.prompt_len :]) for one in every]
     count = sum(len(answer) - 1 for answer in written)
     return Turn(
-        tokens_per_second=count / seconds,
-        acceptance_length=count / sum(one.verifications for one in every),
-        step_ms=1e3 * seconds / engine.steps,
-        tokens=tuple(written),
+        tokens_per_second=count / seconds, acceptance_length=count / sum(one.verifications for one in every),
+        step_ms=1e3 * seconds / engine.steps, tokens=tuple(written),
     )
 
 

@@ -52,11 +52,8 @@ def run(
     asked = STUDIES[study]
     for name in drafters:
         if name in REMEMBERING or asked.needs not in family(name).DESCRIPTION.trees:
-            raise ConfigError(
-                f"study {study} says nothing about {name}",
-                field="drafters",
-                remedy=f"name a family that drafts {asked.needs} trees and remembers no earlier answers",
-            )
+            raise ConfigError(f"study {study} says nothing about {name}", field="drafters",
+                              remedy=f"name a family that drafts {asked.needs} trees and remembers no earlier answers")
     if max_tokens < 2:
         raise ConfigError(f"{max_tokens} tokens need no verification", field="max_tokens", remedy="ask for 2 or more")
     config, random_heads = with_random_heads(worker_config(worker, drafters))
@@ -85,7 +82,9 @@ Cases = dict[tuple[Way, str], list[GenerateRequest]]
 Outcomes = dict[tuple[Way, str], tuple[Served, Counting]]
 
 
-def _in_one_process(config: WorkerConfig, asked: Study, cases: Cases, sequences: int, progress: Progress) -> Outcomes:
+def _in_one_process(
+    config: WorkerConfig, asked: Study, cases: Cases, sequences: int, progress: Progress
+) -> Outcomes:
     generator, found = LocalGenerator(config), Outcomes()
     try:
         for (way, label), requests in cases.items():

@@ -65,7 +65,9 @@ def _own_folder(config: TrainConfig, number: int) -> TrainConfig:
     return replace(config, work=folder)
 
 
-def _row(name: str, config: TrainConfig, start: Start, stores: Sequence[Any], judged: ExampleReader) -> dict[str, Any]:
+def _row(
+    name: str, config: TrainConfig, start: Start, stores: Sequence[Any], judged: ExampleReader
+) -> dict[str, Any]:
     own_outputs, variation = VARIANTS[name]
     config = config if own_outputs else replace(config, ttt=1)
     trainer = recipe("eagle3").new(start)

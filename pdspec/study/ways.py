@@ -118,9 +118,7 @@ def in_one_process(
                 answers.append(tuple(token for chunk in chunks for token in chunk.token_ids))
                 stats.append(chunks[-1].stats or GenerationStats())
             found[way] = Served(
-                answers=tuple(answers),
-                stats=tuple(stats),
-                clocks=dict(decode.clocks),
+                answers=tuple(answers), stats=tuple(stats), clocks=dict(decode.clocks),
                 decode_seconds=sum(decode.clocks.values()),
             )
             progress(f"in one process: {way}: {found[way].acceptance_length:.3f} per verification")
@@ -152,9 +150,7 @@ def behind_the_handoff(
                 seconds += (answer.total_ms - answer.ttft_ms) / 1e3
             after = _settled(clocks)
             found[way] = Served(
-                answers=tuple(answers),
-                stats=tuple(stats),
-                decode_seconds=seconds,
+                answers=tuple(answers), stats=tuple(stats), decode_seconds=seconds,
                 clocks={name: after[name] - before[name] for name in after},
             )
             progress(f"behind the handoff: {way}: {found[way].acceptance_length:.3f} per verification")

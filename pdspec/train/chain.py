@@ -94,13 +94,6 @@ class ChainTrainer:
         """Scores of one step."""
         y, output = self.scored(one.output)
         return score(
-            y,
-            output,
-            packed,
-            one.rows,
-            one.step,
-            teacher_p=teacher_p,
-            draft_ids=self.draft_ids,
-            rank=rank,
+            y, output, packed, one.rows, one.step, teacher_p=teacher_p, draft_ids=self.draft_ids, rank=rank,
             objective=self.objective,
         )

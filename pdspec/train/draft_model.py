@@ -105,10 +105,8 @@ class DraftModelTrainer:
     def about(self) -> str:
         """One sentence of its card on what it is made of."""
         config = self.config
-        return (
-            f"a decoder of {config.num_layers} layers, {config.hidden_size} wide, over the target's whole"
-            f" vocabulary, embedding and output rows in one."
-        )
+        return (f"a decoder of {config.num_layers} layers, {config.hidden_size} wide, over the target's whole"
+                f" vocabulary, embedding and output rows in one.")
 
 
 def _joined(blocks: Sequence[StepScores]) -> StepScores:

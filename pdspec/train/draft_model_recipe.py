@@ -38,11 +38,8 @@ def _geometry(start: Start) -> ModelConfig:
     target, wanted = start.files.config, start.config
     hidden = wanted.hidden or min(WIDEST, target.hidden_size // 2 // HEAD_DIM * HEAD_DIM)
     if hidden < HEAD_DIM or hidden % HEAD_DIM or wanted.layers < 1:
-        raise ConfigError(
-            f"no draft model is {hidden} wide with {wanted.layers} layers",
-            field="hidden",
-            remedy=f"choose a multiple of {HEAD_DIM}, and at least one layer",
-        )
+        raise ConfigError(f"no draft model is {hidden} wide with {wanted.layers} layers", field="hidden",
+                          remedy=f"choose a multiple of {HEAD_DIM}, and at least one layer")
     return ModelConfig(
         name="draft-model", architecture="LlamaForCausalLM", num_layers=wanted.layers, hidden_size=hidden,
         num_heads=hidden // HEAD_DIM, num_kv_heads=hidden // HEAD_DIM, head_dim=HEAD_DIM,

@@ -21,7 +21,9 @@ def new(start: Start) -> Eagle1Trainer:
     head = load_head(config.head) if config.head else None
     target_ids = start.target_ids() if head is None else head.target_ids
     if head is None:
-        geometry = Eagle1Config.for_target(start.files.config, len(target_ids), intermediate_size=config.intermediate)
+        geometry = Eagle1Config.for_target(
+            start.files.config, len(target_ids), intermediate_size=config.intermediate
+        )
         tensors = new_tensors(geometry, start.weights, start.files.config.num_layers, config.seed)
     else:
         geometry, tensors = head.config, head.tensors

@@ -30,9 +30,8 @@ def new(start: Start) -> Eagle3Trainer:
             tensors["lm_head.weight"] = move_rows(own, head.target_ids, target_ids, output_rows(weights))
     else:
         target_ids = start.target_ids()
-        geometry = Eagle3Config.for_target(
-            start.files.config, len(target_ids), intermediate_size=config.intermediate, tied_output=config.tied_output
-        )
+        geometry = Eagle3Config.for_target(start.files.config, len(target_ids),
+                                           intermediate_size=config.intermediate, tied_output=config.tied_output)
         tensors = new_tensors(geometry, weights, target_ids, start.files.config.num_layers, config.seed)
     parts = target_parts(weights, target_ids)
     return Eagle3Trainer(geometry, start.parameters(tensors), target_ids, parts, start.positions)

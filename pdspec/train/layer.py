@@ -29,11 +29,8 @@ class PackedLayer:
 
     def __init__(self, geometry: LayerGeometry, weights: Weights, prefix: str, max_positions: int) -> None:
         if not geometry.is_plain:
-            raise ConfigError(
-                "only heads of Llama's layer can be trained on, this one has more",
-                field="head",
-                remedy="start from another head, or from none",
-            )
+            raise ConfigError("only heads of Llama's layer can be trained on, this one has more", field="head",
+                              remedy="start from another head, or from none")
         self.geometry, self.weights, self.prefix = geometry, weights, prefix
         self.rope: Rope = make_rope(
             head_dim=geometry.head_dim, theta=geometry.rope_theta, max_positions=max_positions,

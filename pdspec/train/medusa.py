@@ -55,14 +55,7 @@ class MedusaTrainer:
                 output = self.parameters[f"{head}.{self.config.num_layers}.weight"]
             found.append(
                 score(
-                    x,
-                    output,
-                    packed,
-                    rows,
-                    head,
-                    teacher_p=teacher_p,
-                    draft_ids=self.draft_ids,
-                    rank=rank,
+                    x, output, packed, rows, head, teacher_p=teacher_p, draft_ids=self.draft_ids, rank=rank,
                     objective=self.objective,
                 )
             )
@@ -82,7 +75,5 @@ class MedusaTrainer:
     def about(self) -> str:
         """One sentence of its card on what it is made of."""
         config = self.config
-        return (
-            f"{config.num_heads} heads of {config.num_layers} residual blocks over the target's output rows of a"
-            f" draft vocabulary of {config.draft_vocab_size}."
-        )
+        return (f"{config.num_heads} heads of {config.num_layers} residual blocks over the target's output rows of a"
+                f" draft vocabulary of {config.draft_vocab_size}.")

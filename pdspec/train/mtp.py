@@ -90,7 +90,5 @@ class MtpTrainer:
 
     def about(self) -> str:
         """One sentence of its card on what it is made of."""
-        return (
-            f"{self.config.num_modules} modules in series over the target's output rows of a draft vocabulary of"
-            f" {self.config.draft_vocab_size}."
-        )
+        return (f"{self.config.num_modules} modules in series over the target's output rows of a draft vocabulary of"
+                f" {self.config.draft_vocab_size}.")

@@ -34,9 +34,8 @@ def has_bfloat16_units(cpuinfo: str | None = None) -> bool:
 def product_type(precision: str) -> torch.dtype:
     """What products are made in. ``auto``: bfloat16 where the hardware has it. Raises ConfigError for another name."""
     if precision not in PRECISIONS:
-        raise ConfigError(
-            f"unknown precision {precision!r}", field="precision", remedy="choose one of " + ", ".join(PRECISIONS)
-        )
+        raise ConfigError(f"unknown precision {precision!r}", field="precision",
+                          remedy="choose one of " + ", ".join(PRECISIONS))
     low = has_bfloat16_units() if precision == "auto" else precision == "bfloat16"
     return torch.bfloat16 if low else torch.float32
 
@@ -61,7 +60,9 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     return made if bias is None else made + bias
 
 
-def multiply(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, *, out: torch.dtype = torch.float32) -> torch.Tensor:
+def multiply(
+    a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, *, out: torch.dtype = torch.float32
+) -> torch.Tensor:
     """a b of matrices or stacks of them, as ``out``. Rounds what is not ``dtype`` yet."""
     with products_in(torch.float32):
         return torch.matmul(a.to(dtype), b.to(dtype)).to(out)

@@ -64,10 +64,7 @@ def score(
     loss, ranked = divergence(objective, y, output, teacher_p, where - first, weight, max(rank, 1))
     example = torch.bucketize(rows, torch.tensor(packed.bounds[1:]), right=True)
     return StepScores(
-        torch.stack((example, rows - torch.tensor(packed.bounds)[example]), 1),
-        loss,
-        ranked[:, 0] == best,
-        counted,
+        torch.stack((example, rows - torch.tensor(packed.bounds)[example]), 1), loss, ranked[:, 0] == best, counted,
         ranked if rank else None,
     )
 

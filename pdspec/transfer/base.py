@@ -18,9 +18,13 @@ class PrefillSink(Protocol):
     open: Open
     ledger: Ledger
 
-    async def send(self, frame: Frame) -> None:
-        """Send in order; waits for credit. Stamps ``epoch``, and ``seq`` on data frames. Raises PeerLost when the
-        other end takes nothing for ``stall_timeout_s``."""
+    async def send(self, frame: Frame, *, more: bool = False) -> None:
+        """Send in order; waits for credit. Stamps ``epoch``, and ``seq`` on data frames. With ``more`` to come at once
+        it may be kept to share a message with what follows, until ``flush``; what it shows must stand till then. Raises
+        PeerLost when the other end takes nothing for ``stall_timeout_s``."""
+
+    async def flush(self) -> None:
+        """Send what was kept."""
 
     async def finish(self, stats: Mapping[str, float] | None = None) -> None:
         """Send Done, made from the ledger."""
@@ -51,9 +55,13 @@ class CreditWindow:
         self._room = asyncio.Event()
         self._failure: Exception | None = None
 
+    def fits(self, count: int) -> bool:
+        """Whether ``take`` would not wait."""
+        return not self.in_flight or self.in_flight + count <= self.size
+
     async def take(self, count: int) -> None:
         """Raises PeerLost when no credit comes for ``stall_timeout_s``, or what ``fail`` was given."""
-        while self._failure is None and self.in_flight and self.in_flight + count > self.size:
+        while self._failure is None and not self.fits(count):
             self._room.clear()
             try:
                 async with asyncio.timeout(self._stall_timeout_s):  # wait_for of Python 3.11 may lose a cancel

@@ -11,6 +11,8 @@ import random
 from collections import Counter
 from collections.abc import Mapping
 
+import numpy as np
+
 from pdspec.errors import ConfigError
 from pdspec.transfer.frames import DATA_FRAMES
 from pdspec.transfer.schema import Frame
@@ -31,8 +33,9 @@ class FrameFaults:
         self._chances, self._random = dict(chances), random.Random(seed)
         self._held: dict[int, bytes] = {}  # by epoch: frames that wait to be sent behind the next one
 
-    def apply(self, frame: Frame, data: bytes) -> list[bytes]:
-        """What goes out instead of ``data``, the encoded ``frame``."""
+    def apply(self, frame: Frame, data: bytes, memory: np.ndarray | None = None) -> list[bytes]:
+        """What goes out instead of ``data``, the encoded ``frame``. ``memory`` is its payload where that lies in shared
+        memory: a bit there flips as well as one of the frame, and what is cut off is as if it had not been written."""
         epoch = getattr(frame, "epoch", 0)
         held = self._held.pop(epoch, None)
         if not isinstance(frame, DATA_FRAMES):
@@ -48,11 +51,17 @@ class FrameFaults:
             self._note(kind, frame, epoch)
         match kind:
             case "flip":
-                at = self._random.randrange(8 * len(data))
+                at = self._random.randrange(8 * (len(data) + (0 if memory is None else len(memory))))
+                if memory is not None and at >= 8 * len(data):
+                    memory[at // 8 - len(data)] ^= np.uint8(1 << at % 8)
+                    return [data]
                 damaged = bytearray(data)
                 damaged[at // 8] ^= 1 << at % 8
                 return [bytes(damaged)]
             case "truncate":
+                if memory is not None and self._random.random() < 0.5:
+                    memory[self._random.randrange(len(memory)) :] ^= np.uint8(255)
+                    return [data]
                 return [data[: self._random.randrange(len(data))]]
             case "drop":
                 return []

@@ -5,8 +5,9 @@ the prompt is computed, First as soon as it is known, DraftStart, Done last; Ali
 the rest. Every frame carries the epoch of the reservation it belongs to; frames with a payload also carry ``seq``,
 which grows by one, and are counted in a ``Ledger`` on both ends.
 
-``frame.to_bytes()`` and ``parse_frame(data)``. Headers are msgpack maps whose first key is ``kind``; what parses is
-what the dataclass says, to the type and range (``schema.py``), and everything else is TransferDamaged.
+``frame.to_bytes()`` and ``parse_frame(data)``; ``parse_message`` where a message may hold several. Headers are msgpack
+maps whose first key is ``kind``; what parses is what the dataclass says, to the type and range (``schema.py``), and
+everything else is TransferDamaged.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import xxhash
 
 from pdspec.errors import InvalidRequest, PdspecError, TransferDamaged
 from pdspec.transfer.schema import Frame, array_bytes, array_from
-from pdspec.transfer.wireformat import Payload, decode_frame, size_of
+from pdspec.transfer.wireformat import Payload, decode_frame, decode_message, size_of
 from pdspec.types import GenerateRequest, TokenLogprob
 from pdspec.wire.codec import worker_request_from_bytes, worker_request_to_bytes
 from pdspec.wire.status import error_from_dict, error_to_dict
@@ -240,6 +241,11 @@ def parse_frame(data: bytes | memoryview) -> Frame:
     """The typed frame. Payloads are views into ``data``. Raises TransferDamaged, whatever ``data`` is."""
     header, payload = decode_frame(data)
     return Frame.parse(header, payload)
+
+
+def parse_message(data: bytes | memoryview) -> list[Frame]:
+    """The typed frames of one message, which may hold several. As ``parse_frame``."""
+    return [Frame.parse(header, payload) for header, payload in decode_message(data)]
 
 
 def _digest(header: dict) -> int:

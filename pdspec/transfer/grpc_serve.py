@@ -7,12 +7,14 @@ import dataclasses
 from collections.abc import Awaitable, Callable, Mapping
 
 import grpc
+import numpy as np
 
 from pdspec.errors import PdspecError, PeerLost, TransferDamaged
 from pdspec.transfer.base import CreditWindow
 from pdspec.transfer.faults import FrameFaults
 from pdspec.transfer.frames import (
     DATA_FRAMES,
+    FRAME_BYTES,
     Alive,
     Begin,
     Credit,
@@ -26,8 +28,8 @@ from pdspec.transfer.grpc_stream import PLACE, SERVICE
 from pdspec.transfer.ledger import Ledger
 from pdspec.transfer.pace import Pace
 from pdspec.transfer.schema import Frame
-from pdspec.transfer.shm_serve import Lanes
-from pdspec.transfer.wireformat import encode_frame
+from pdspec.transfer.shm_serve import OWN, Lanes
+from pdspec.transfer.wireformat import MAX_FRAMES, encode_frame, encode_message, frame_parts
 
 MAX_UNASKED = 1024  # frames that a decode worker may send beyond four for each that it was sent
 
@@ -55,23 +57,28 @@ class PrefillStream:
         self._window = CreditWindow(opening.credit, stall_timeout_s=stall_timeout_s)
         self._write_lock = asyncio.Lock()
         self._written = self._heard = 0
+        self._batch: list[list[bytes | memoryview]] = []  # frames of the next message
+        self._batch_bytes = 0  # of their payloads
         self._pace = pace
         self._lane, self._refused = lanes.lane(opening.segment, stall_timeout_s=stall_timeout_s)
 
-    async def send(self, frame: Frame) -> None:
+    async def send(self, frame: Frame, *, more: bool = False) -> None:
         """See PrefillSink. One caller at a time."""
         if isinstance(frame, DATA_FRAMES):
             frame = dataclasses.replace(frame, epoch=self.open.epoch, seq=self.ledger.next_seq())
             size = payload_bytes(frame)
+            if self._pace.rate or not self._window.fits(size) or not (self._lane is None or self._lane.ready):
+                await self.flush()  # what it waits for may be the answer to what is kept
             await self._window.take(size)
             await self._pace.take(size)
             self.ledger.add(frame)
+            self._batch_bytes += size
         elif isinstance(frame, Begin):
             mover = "shm" if self._lane else "grpc"
             frame = dataclasses.replace(frame, epoch=self.open.epoch, mover=mover, refused=self._refused)
         elif frame.epoch != self.open.epoch:
             frame = dataclasses.replace(frame, epoch=self.open.epoch)  # type: ignore[type-var]
-        await self._write(frame)
+        await self._write(frame, more=more)
 
     async def finish(self, stats: Mapping[str, float] | None = None) -> None:
         """See PrefillSink."""
@@ -113,22 +120,43 @@ class PrefillStream:
         if self._lane:
             self._lane.close()
 
-    async def _write(self, frame: Frame) -> None:
+    async def flush(self) -> None:
+        """See PrefillSink."""
+        async with self._write_lock:
+            batch, self._batch, self._batch_bytes = self._batch, [], 0
+            if batch:
+                await self._put(encode_message(batch))
+                self._written += len(batch)
+
+    async def _write(self, frame: Frame, *, more: bool = False) -> None:
         header, payload = frame.pack()
+        place = None
         if self._lane and isinstance(frame, DATA_FRAMES):
             place = await self._lane.place(frame.seq, payload)
             if place:
                 header, payload = {**header, PLACE: place}, b""
-        data = encode_frame(header, payload)
+        if self._faults:
+            memory = self._lane.slot(place) if self._lane and place else None
+            await self._damage(self._faults, frame, encode_frame(header, payload), memory)
+            return
+        self._batch.append(frame_parts(header, payload))
+        full = self._batch_bytes >= FRAME_BYTES * (OWN if place else 1) or len(self._batch) >= MAX_FRAMES
+        if full or not more:
+            await self.flush()
+
+    async def _damage(self, faults: FrameFaults, frame: Frame, data: bytes, memory: np.ndarray | None) -> None:
         async with self._write_lock:
-            try:
-                async with asyncio.timeout(self._stall_timeout_s):  # wait_for of Python 3.11 may lose a cancel
-                    for sent in self._faults.apply(frame, data) if self._faults else (data,):
-                        await self._context.write(sent)
-            except TimeoutError:
-                message = f"the decode worker took nothing for {self._stall_timeout_s} s"
-                raise PeerLost(message, field="stall_timeout_s") from None
+            for sent in faults.apply(frame, data, memory):
+                await self._put(sent)
             self._written += 1
+
+    async def _put(self, message: bytes) -> None:
+        try:
+            async with asyncio.timeout(self._stall_timeout_s):  # wait_for of Python 3.11 may lose a cancel
+                await self._context.write(message)
+        except TimeoutError:
+            error = f"the decode worker took nothing for {self._stall_timeout_s} s"
+            raise PeerLost(error, field="stall_timeout_s") from None
 
 
 def prefill_handler(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any
@@ -37,7 +38,7 @@ from pdspec.transfer.frames import (
 from pdspec.transfer.ledger import Ledger
 from pdspec.transfer.schema import Frame
 from pdspec.transfer.shm_stream import Offer
-from pdspec.transfer.wireformat import decode_frame
+from pdspec.transfer.wireformat import decode_message
 from pdspec.wire.status import from_peer_error
 
 log = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ class PrefillCall:
         self._granted = self._unsaid = self._unsaid_bytes = 0
         self._last_landed = self._steps = -1
         self._offer, self._placed = offer, False
+        self._came: deque[tuple[dict, memoryview]] = deque()  # frames of the last message that are still to be read
         self._total_timeout_s, self._seen = total_timeout_s, set[type[Frame]]()
 
     async def __aenter__(self) -> PrefillCall:
@@ -171,6 +173,8 @@ class PrefillCall:
             await self._flush_credit()  # a quiet sender may be waiting for the last small grant
 
     async def _read(self, timeout_s: float) -> Frame:
+        if self._came:
+            return self._parse(*self._came.popleft())
         try:
             async with asyncio.timeout(max(0.0, timeout_s)):  # wait_for of Python 3.11 may lose a cancel
                 data = await self._call.read()
@@ -181,7 +185,10 @@ class PrefillCall:
             raise from_peer_error(error, peer=self._peer) from error
         if data is grpc.aio.EOF:
             raise await self._end_error()
-        header, payload = decode_frame(data)
+        self._came.extend(decode_message(data))
+        return self._parse(*self._came.popleft())
+
+    def _parse(self, header: dict, payload: memoryview) -> Frame:
         self._placed = PLACE in header
         if self._placed:
             payload = self._view(header.pop(PLACE), payload)

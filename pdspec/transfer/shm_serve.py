@@ -56,6 +56,16 @@ class Lane:
         self._slots, self._stall_timeout_s = slots, stall_timeout_s
         self._held: deque[tuple[int, int, int]] = deque()  # seq, slot, payload bytes
 
+    @property
+    def ready(self) -> bool:
+        """Whether ``place`` would not wait."""
+        return self._slots.free > 0 or len(self._held) < OWN
+
+    def slot(self, place: list[int]) -> np.ndarray:
+        """The memory of a ``place``, uint8 [length]."""
+        offset, length = place
+        return self._slots.segment.slot(offset // self._slots.segment.slot_bytes)[:length]
+
     async def place(self, seq: int, payload: Payload) -> list[int] | None:
         """Write a payload into a slot and return its place; None where it must go into the frame. Raises PeerLost when
         the decode worker frees none for ``stall_timeout_s``."""

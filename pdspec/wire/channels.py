@@ -56,7 +56,9 @@ def size_options(max_bytes: int) -> tuple[tuple[str, int], ...]:
     return (("grpc.max_send_message_length", max_bytes), ("grpc.max_receive_message_length", max_bytes))
 
 
-def make_channel(address: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES, trust: Trust = OPEN) -> grpc.aio.Channel:
+def make_channel(
+    address: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES, trust: Trust = OPEN
+) -> grpc.aio.Channel:
     """A lazy channel to ``host:port``; calls on it carry ``metadata=trust.metadata()``. The caller closes it, and
     cancels every call in ``finally``: since grpcio 1.83 an abandoned call is never cancelled (grpc#43462)."""
     options = (*_KEEPALIVE, *_CLIENT, *size_options(max_message_bytes), *trust.channel_options())
@@ -68,11 +70,22 @@ def make_channel(address: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES, tr
 
 def make_client_channel(endpoint: str, trust: Trust = OPEN) -> grpc.Channel:
     """A user's blocking channel to a router. The caller closes it."""
-    options = (*size_options(USER_MESSAGE_BYTES), *_USER, *trust.channel_options())
-    credentials = trust.channel_credentials()
+    options, credentials = _user_options(trust), trust.channel_credentials()
     if credentials is None:
         return grpc.insecure_channel(endpoint, options=options)
     return grpc.secure_channel(endpoint, credentials, options=options)
+
+
+def make_async_client_channel(endpoint: str, trust: Trust = OPEN) -> grpc.aio.Channel:
+    """The same for asyncio; within an event loop."""
+    options, credentials = _user_options(trust), trust.channel_credentials()
+    if credentials is None:
+        return grpc.aio.insecure_channel(endpoint, options=options)
+    return grpc.aio.secure_channel(endpoint, credentials, options=options)
+
+
+def _user_options(trust: Trust) -> tuple[tuple[str, int | str], ...]:
+    return (*size_options(USER_MESSAGE_BYTES), *_USER, *trust.channel_options())
 
 
 def make_server(
@@ -92,7 +105,9 @@ def make_server(
     )
 
 
-def bind(server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None = None) -> str:
+def bind(
+    server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None = None
+) -> str:
     """Listen on ``host:port`` (0: any free port), in plain text without ``credentials``. Returns the address with the
     real port. Raises ConfigError naming the port when it is taken or the host is not ours."""
     name = f"[{host}]" if ":" in host and not host.startswith("[") else host

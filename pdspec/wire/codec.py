@@ -30,11 +30,12 @@ from pdspec.wire.ids import bytes_to_ids, ids_to_bytes
 
 _SCALARS = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
-    "max_tokens", "min_tokens", "logprobs", "verify",
+    "max_tokens", "min_tokens", "logprobs", "verify", "json_schema", "regex",
 )  # fmt: skip
 _STATS = tuple(field.name for field in pb.Stats.DESCRIPTOR.fields)
 _POSITIONS = ("accepted_per_position", "reached_per_position")
-_NAMES = ("request_id", "model", "drafter", "tree", "draft_prefill", "sample", "trace", "priority")
+_NAMES = ("request_id", "model", "drafter", "tree", "draft_prefill", "sample", "trace", "priority", "cache_salt")
+_USER = (*_NAMES, "handoff", "tenant", "fit_context")
 _INFO = (
     "worker_id", "role", "address", "model", "fingerprint", "queued", "running", "free_pages", "total_pages",
     "page_size", "max_context", "vocab_size", "steps", "stepping", "draining", "seats", "overcommit",
@@ -55,6 +56,7 @@ def sampling_from_pb(message: pb.SamplingParams) -> SamplingParams:
         stop_ids=bytes_to_ids(message.stop_ids, "sampling.stop_ids"),
         stop_strings=tuple(message.stop_strings),
         ignore_eos=message.ignore_eos,
+        choice=tuple(message.choice),
     )
 
 
@@ -69,6 +71,7 @@ def sampling_to_pb(params: SamplingParams) -> pb.SamplingParams:
     try:
         message.logit_bias.extend(pb.LogitBias(token_id=token, bias=bias) for token, bias in params.logit_bias)
         message.stop_strings.extend(params.stop_strings)
+        message.choice.extend(params.choice)
     except (TypeError, ValueError) as error:
         raise InvalidRequest(str(error), field="sampling", remedy="give ids within int32 and valid Unicode") from error
     return message
@@ -92,14 +95,16 @@ def user_request_from_pb(message: pb.GenerateRequest) -> UserRequest:
         trace=message.trace,
         priority=message.priority,
         tenant=message.tenant,
+        cache_salt=message.cache_salt,
         resume_ids=bytes_to_ids(message.resume_ids, "resume_ids"),
+        fit_context=message.fit_context,
     )
 
 
 def user_request_to_pb(request: UserRequest) -> pb.GenerateRequest:
     """The message a client sends. Raises InvalidRequest for what the message cannot hold."""
     message = pb.GenerateRequest(sampling=sampling_to_pb(request.sampling))
-    for name in (*_NAMES, "handoff", "tenant"):
+    for name in _USER:
         _set(message, name, getattr(request, name))
     if request.text is not None:
         _set(message, "text", request.text)
@@ -124,6 +129,7 @@ def worker_request_from_pb(message: pb.WorkerRequest) -> GenerateRequest:
         draft_prefill=message.draft_prefill,
         sample=message.sample,
         deadline_s=message.deadline_s if message.deadline_s > 0 else None,
+        cache_salt=message.cache_salt,
         replayed=message.replayed,
         trace=message.trace,
         priority=message.priority,
@@ -220,6 +226,8 @@ def logprob_to_pb(entry: TokenLogprob) -> pb.TokenLogprob:
         logprob=entry.logprob,
         top_ids=ids_to_bytes([token for token, _ in entry.top]),
         top_logprobs=[value for _, value in entry.top],
+        text=entry.text,
+        top_texts=entry.top_texts,
     )
 
 
@@ -229,7 +237,8 @@ def logprob_from_pb(message: pb.TokenLogprob) -> TokenLogprob:
     if len(ids) != len(message.top_logprobs):
         raise InvalidRequest(f"{len(ids)} ids for {len(message.top_logprobs)} values", field="logprobs.top_ids")
     top = tuple(zip(ids, message.top_logprobs, strict=True))
-    return TokenLogprob(token_id=message.token_id, logprob=message.logprob, top=top)
+    texts = tuple(message.top_texts)
+    return TokenLogprob(token_id=message.token_id, logprob=message.logprob, top=top, text=message.text, top_texts=texts)
 
 
 def trace_to_pb(trace: DraftTrace) -> pb.DraftTrace:
@@ -243,8 +252,7 @@ def trace_from_pb(message: pb.DraftTrace) -> DraftTrace:
     """Raises InvalidRequest for a broken list."""
     return DraftTrace(
         token_ids=bytes_to_ids(message.token_ids, "trace.token_ids"),
-        parents=bytes_to_ids(message.parents, "trace.parents"),
-        accepted=message.accepted,
+        parents=bytes_to_ids(message.parents, "trace.parents"), accepted=message.accepted,
     )
 
 

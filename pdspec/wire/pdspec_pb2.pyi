@@ -29,7 +29,7 @@ class LogitBias(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., bias: _Optional[float] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
-    __slots__ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "allowed_ids", "banned_ids", "seed", "max_tokens", "min_tokens", "stop_ids", "stop_strings", "ignore_eos", "logprobs", "verify")
+    __slots__ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "allowed_ids", "banned_ids", "seed", "max_tokens", "min_tokens", "stop_ids", "stop_strings", "ignore_eos", "logprobs", "verify", "json_schema", "regex", "choice")
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +48,9 @@ class SamplingParams(_message.Message):
     IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     VERIFY_FIELD_NUMBER: _ClassVar[int]
+    JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    REGEX_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_k: int
     top_p: float
@@ -66,10 +69,13 @@ class SamplingParams(_message.Message):
     ignore_eos: bool
     logprobs: int
     verify: str
-    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Iterable[_Union[LogitBias, _Mapping]]] = ..., allowed_ids: _Optional[bytes] = ..., banned_ids: _Optional[bytes] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_ids: _Optional[bytes] = ..., stop_strings: _Optional[_Iterable[str]] = ..., ignore_eos: _Optional[bool] = ..., logprobs: _Optional[int] = ..., verify: _Optional[str] = ...) -> None: ...
+    json_schema: str
+    regex: str
+    choice: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Iterable[_Union[LogitBias, _Mapping]]] = ..., allowed_ids: _Optional[bytes] = ..., banned_ids: _Optional[bytes] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_ids: _Optional[bytes] = ..., stop_strings: _Optional[_Iterable[str]] = ..., ignore_eos: _Optional[bool] = ..., logprobs: _Optional[int] = ..., verify: _Optional[str] = ..., json_schema: _Optional[str] = ..., regex: _Optional[str] = ..., choice: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "text", "chat", "prompt_ids", "sampling", "model", "drafter", "tree", "draft_prefill", "handoff", "sample", "trace", "priority", "tenant", "resume_ids")
+    __slots__ = ("request_id", "text", "chat", "prompt_ids", "sampling", "model", "drafter", "tree", "draft_prefill", "handoff", "sample", "trace", "priority", "tenant", "resume_ids", "fit_context", "cache_salt")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +91,8 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     RESUME_IDS_FIELD_NUMBER: _ClassVar[int]
+    FIT_CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     text: str
     chat: Chat
@@ -100,7 +108,9 @@ class GenerateRequest(_message.Message):
     priority: int
     tenant: str
     resume_ids: bytes
-    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., prompt_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., model: _Optional[str] = ..., drafter: _Optional[str] = ..., tree: _Optional[str] = ..., draft_prefill: _Optional[str] = ..., handoff: _Optional[str] = ..., sample: _Optional[int] = ..., trace: _Optional[bool] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., resume_ids: _Optional[bytes] = ...) -> None: ...
+    fit_context: bool
+    cache_salt: str
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., prompt_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., model: _Optional[str] = ..., drafter: _Optional[str] = ..., tree: _Optional[str] = ..., draft_prefill: _Optional[str] = ..., handoff: _Optional[str] = ..., sample: _Optional[int] = ..., trace: _Optional[bool] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., resume_ids: _Optional[bytes] = ..., fit_context: _Optional[bool] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class DraftTrace(_message.Message):
     __slots__ = ("token_ids", "parents", "accepted")
@@ -113,19 +123,23 @@ class DraftTrace(_message.Message):
     def __init__(self, token_ids: _Optional[bytes] = ..., parents: _Optional[bytes] = ..., accepted: _Optional[int] = ...) -> None: ...
 
 class TokenLogprob(_message.Message):
-    __slots__ = ("token_id", "logprob", "top_ids", "top_logprobs")
+    __slots__ = ("token_id", "logprob", "top_ids", "top_logprobs", "text", "top_texts")
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     LOGPROB_FIELD_NUMBER: _ClassVar[int]
     TOP_IDS_FIELD_NUMBER: _ClassVar[int]
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    TOP_TEXTS_FIELD_NUMBER: _ClassVar[int]
     token_id: int
     logprob: float
     top_ids: bytes
     top_logprobs: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top_ids: _Optional[bytes] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
+    text: bytes
+    top_texts: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top_ids: _Optional[bytes] = ..., top_logprobs: _Optional[_Iterable[float]] = ..., text: _Optional[bytes] = ..., top_texts: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Stats(_message.Message):
-    __slots__ = ("prompt_tokens", "output_tokens", "verifications", "drafted_tokens", "accepted_tokens", "first_draft_accepted", "accepted_per_position", "reached_per_position", "kv_bytes", "draft_kv_bytes", "hidden_bytes", "prefill_worker", "decode_worker", "handoff", "drafter", "queue_ms", "prefill_ms", "transfer_exposed_ms", "decode_ms", "draft_rebuilds", "prefill_retries", "partial", "moves")
+    __slots__ = ("prompt_tokens", "output_tokens", "verifications", "drafted_tokens", "accepted_tokens", "first_draft_accepted", "accepted_per_position", "reached_per_position", "kv_bytes", "draft_kv_bytes", "hidden_bytes", "prefill_worker", "decode_worker", "handoff", "drafter", "queue_ms", "prefill_ms", "transfer_exposed_ms", "decode_ms", "draft_rebuilds", "prefill_retries", "partial", "moves", "cached_tokens", "prefill_cached_tokens")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     VERIFICATIONS_FIELD_NUMBER: _ClassVar[int]
@@ -149,6 +163,8 @@ class Stats(_message.Message):
     PREFILL_RETRIES_FIELD_NUMBER: _ClassVar[int]
     PARTIAL_FIELD_NUMBER: _ClassVar[int]
     MOVES_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     output_tokens: int
     verifications: int
@@ -172,7 +188,9 @@ class Stats(_message.Message):
     prefill_retries: int
     partial: bool
     moves: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., verifications: _Optional[int] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., first_draft_accepted: _Optional[int] = ..., accepted_per_position: _Optional[_Iterable[int]] = ..., reached_per_position: _Optional[_Iterable[int]] = ..., kv_bytes: _Optional[int] = ..., draft_kv_bytes: _Optional[int] = ..., hidden_bytes: _Optional[int] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., handoff: _Optional[str] = ..., drafter: _Optional[str] = ..., queue_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., transfer_exposed_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., draft_rebuilds: _Optional[int] = ..., prefill_retries: _Optional[int] = ..., partial: _Optional[bool] = ..., moves: _Optional[int] = ...) -> None: ...
+    cached_tokens: int
+    prefill_cached_tokens: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., verifications: _Optional[int] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., first_draft_accepted: _Optional[int] = ..., accepted_per_position: _Optional[_Iterable[int]] = ..., reached_per_position: _Optional[_Iterable[int]] = ..., kv_bytes: _Optional[int] = ..., draft_kv_bytes: _Optional[int] = ..., hidden_bytes: _Optional[int] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., handoff: _Optional[str] = ..., drafter: _Optional[str] = ..., queue_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., transfer_exposed_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., draft_rebuilds: _Optional[int] = ..., prefill_retries: _Optional[int] = ..., partial: _Optional[bool] = ..., moves: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., prefill_cached_tokens: _Optional[int] = ...) -> None: ...
 
 class GenerateChunk(_message.Message):
     __slots__ = ("request_id", "start", "token_ids", "text", "logprobs", "finish_reason", "stop_match", "stats", "seed", "trace")
@@ -241,7 +259,7 @@ class Route(_message.Message):
     def __init__(self, decode: _Optional[str] = ..., prefill: _Optional[_Iterable[str]] = ..., handoff: _Optional[str] = ..., relay: _Optional[str] = ...) -> None: ...
 
 class WorkerRequest(_message.Message):
-    __slots__ = ("request_id", "prompt_ids", "sampling", "model", "drafter", "tree", "draft_prefill", "sample", "deadline_s", "replayed", "trace", "priority")
+    __slots__ = ("request_id", "prompt_ids", "sampling", "model", "drafter", "tree", "draft_prefill", "sample", "deadline_s", "replayed", "trace", "priority", "cache_salt")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -254,6 +272,7 @@ class WorkerRequest(_message.Message):
     REPLAYED_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_ids: bytes
     sampling: SamplingParams
@@ -266,7 +285,8 @@ class WorkerRequest(_message.Message):
     replayed: int
     trace: bool
     priority: int
-    def __init__(self, request_id: _Optional[str] = ..., prompt_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., model: _Optional[str] = ..., drafter: _Optional[str] = ..., tree: _Optional[str] = ..., draft_prefill: _Optional[str] = ..., sample: _Optional[int] = ..., deadline_s: _Optional[float] = ..., replayed: _Optional[int] = ..., trace: _Optional[bool] = ..., priority: _Optional[int] = ...) -> None: ...
+    cache_salt: str
+    def __init__(self, request_id: _Optional[str] = ..., prompt_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., model: _Optional[str] = ..., drafter: _Optional[str] = ..., tree: _Optional[str] = ..., draft_prefill: _Optional[str] = ..., sample: _Optional[int] = ..., deadline_s: _Optional[float] = ..., replayed: _Optional[int] = ..., trace: _Optional[bool] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
     __slots__ = ("request", "route")
@@ -297,12 +317,14 @@ class DecodeChunk(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., start: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[str] = ..., stop_match: _Optional[str] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ..., trace: _Optional[_Union[DraftTrace, _Mapping]] = ...) -> None: ...
 
 class PrefillFrame(_message.Message):
-    __slots__ = ("header", "payload")
+    __slots__ = ("header", "payload", "more")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
     header: bytes
     payload: bytes
-    def __init__(self, header: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    more: _containers.RepeatedCompositeFieldContainer[PrefillFrame]
+    def __init__(self, header: _Optional[bytes] = ..., payload: _Optional[bytes] = ..., more: _Optional[_Iterable[_Union[PrefillFrame, _Mapping]]] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()

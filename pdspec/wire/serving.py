@@ -10,7 +10,10 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Generic, Protocol, TypeVar
 
-from pdspec.errors import PdspecError
+from pdspec.config import HttpConfig, RouterConfig
+from pdspec.errors import ConfigError, PdspecError
+from pdspec.telemetry import setup_logging
+from pdspec.wire.memory import keep_freed_memory
 
 
 class Service(Protocol):
@@ -22,6 +25,7 @@ class Service(Protocol):
 
 
 S = TypeVar("S", bound=Service)
+C = TypeVar("C", RouterConfig, HttpConfig)
 
 
 def run_in_foreground(make: Callable[[], AbstractAsyncContextManager[Service]], role: str) -> int:
@@ -30,6 +34,7 @@ def run_in_foreground(make: Callable[[], AbstractAsyncContextManager[Service]], 
 
     async def main() -> None:
         stop = asyncio.Event()
+        keep_freed_memory()
         for name in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(name, stop.set)
         async with make() as service:
@@ -42,6 +47,20 @@ def run_in_foreground(make: Callable[[], AbstractAsyncContextManager[Service]], 
         print(f"{role}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def serve_command(
+    argv: list[str], settings: type[C], serving: Callable[[C], AbstractAsyncContextManager[Service]], *, role: str,
+    module: str, description: str,
+) -> int:  # fmt: skip
+    """The command line ``python -m module`` of a role without Ray. Returns the exit status."""
+    try:
+        config = settings.from_args(argv, prog=f"python -m {module}", description=description)
+    except ConfigError as error:
+        print(f"{role}: {error}", file=sys.stderr)
+        return 1
+    setup_logging(config.log_level, name=role, log_format=config.log_format)
+    return run_in_foreground(lambda: serving(config), role)
 
 
 class ServiceThread(Generic[S]):

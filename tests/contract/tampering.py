@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import numpy as np
 
-from pdspec.transfer.frames import DATA_FRAMES, Done, Open, Pages, parse_frame
+from pdspec.transfer.frames import DATA_FRAMES, Done, Open, Pages, parse_frame, parse_message
 from pdspec.transfer.grpc_stream import METHOD, SERVICE
 from pdspec.transfer.ledger import Ledger
 from pdspec.transfer.schema import Frame
@@ -52,7 +52,7 @@ async def tampered(target: str, make_edit: Callable[[], Edit], *, sign: bool) ->
         edit, ledger = make_edit(), None
         try:
             while (data := await call.read()) is not grpc.aio.EOF:
-                for frame in edit(parse_frame(data)):
+                for frame in (changed for came in parse_message(data) for changed in edit(came)):
                     if isinstance(frame, bytes):
                         await context.write(frame)
                         continue

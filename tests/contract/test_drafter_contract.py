@@ -73,10 +73,8 @@ class Sequence:
             return torch.from_numpy(self.random.standard_normal((count, *shape)).astype(np.float32))
 
         return HiddenRows(
-            start=start,
-            captured=values(len(drafter.capture), TARGET.hidden_size) if drafter.capture else None,
-            final=values(TARGET.hidden_size) if drafter.want_final else None,
-            count=count,
+            start=start, captured=values(len(drafter.capture), TARGET.hidden_size) if drafter.capture else None,
+            final=values(TARGET.hidden_size) if drafter.want_final else None, count=count,
         )
 
     def accept(self, drafter, draft, node):
@@ -97,12 +95,8 @@ def begin(drafter, seed, length, temperature=0.0, tree="", cuts=()):
     """A sequence after prefill, start and resume, as an engine runs them."""
     random = np.random.default_rng(seed)
     ctx = DraftContext(
-        request_id=f"s{seed}",
-        sampling=SamplingParams(temperature=temperature),
-        noise_key=(seed, 0),
-        tree=tree,
-        token_ids=random.integers(0, ALPHABET, length).tolist(),
-        pages=list(range(20 * seed, 20 * seed + 20)),
+        request_id=f"s{seed}", sampling=SamplingParams(temperature=temperature), noise_key=(seed, 0), tree=tree,
+        token_ids=random.integers(0, ALPHABET, length).tolist(), pages=list(range(20 * seed, 20 * seed + 20)),
         prompt_len=length,
     )
     sequence = Sequence(ctx=ctx, random=random)

@@ -55,9 +55,8 @@ def law(tree: str) -> Callable[[LocalGenerator], dict[str, Any]]:
 
 
 def sampled(verify: str) -> Callable[[LocalGenerator], dict[str, Any]]:
-    return lambda local: joint(
-        local, drafter="eagle3", verify=verify, prompt=PROMPT, params=PROCESSED, seeds=200, progress=lambda _: None
-    )
+    return lambda local: joint(local, drafter="eagle3", verify=verify, prompt=PROMPT, params=PROCESSED, seeds=200,
+                               progress=lambda _: None)
 
 
 CHECKS: dict[str, Callable[[LocalGenerator], dict[str, Any]]] = {
@@ -192,11 +191,8 @@ def test_the_check_named_beside_a_bug_finds_it(bug, local, monkeypatch):
 
 
 UNSHIFTED = Bug(
-    name="MTP input unshifted by one",
-    function=MtpDrafter._committed_rows,
-    check="recomputed",
-    old="start + m : stop + m",
-    new="start + m - 1 : stop + m - 1",
+    name="MTP input unshifted by one", function=MtpDrafter._committed_rows, check="recomputed",
+    old="start + m : stop + m", new="start + m - 1 : stop + m - 1",
 )
 
 
@@ -206,15 +202,8 @@ def recomputed(local: LocalGenerator) -> bool:
     drafter, files = resources.drafter("mtp"), resources.files
     final = torch.randn(20, files.config.hidden_size, generator=torch.Generator().manual_seed(1))
     pages = resources.pool.allocate(8)
-    ctx = DraftContext(
-        request_id="r",
-        sampling=SamplingParams(temperature=0.0),
-        noise_key=(1, 0),
-        token_ids=tokens,
-        pages=pages,
-        prompt_len=20,
-        tree="chain(1)",
-    )
+    ctx = DraftContext(request_id="r", sampling=SamplingParams(temperature=0.0), noise_key=(1, 0), token_ids=tokens,
+                       pages=pages, prompt_len=20, tree="chain(1)")
     drafter.prefill(ctx, HiddenRows(start=0, captured=None, final=final))
     (draft,) = drafter.propose([ctx], [1])
     resources.pool.release(pages)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 
 import pytest
 
@@ -40,3 +41,20 @@ def test_a_stack_answers_as_one_process_does_and_ends_whole():
 def test_a_worker_that_cannot_start_says_why():
     with pytest.raises(ConfigError, match="no eagle3 head"), Stack(CONFIG.replace(heads={})):
         pass
+
+
+def test_the_second_turn_of_a_chat_goes_where_its_cache_is():
+    """Two decode workers, chats whose turns are shuffled: at least 90 % of the tokens that could be found are."""
+    possible = hit = 0
+    with Stack(CONFIG, decode=2) as stack, RouterClient(stack.endpoint) as client:
+        ask = lambda ids: client.generate(UserRequest(prompt_ids=ids, sampling=PARAMS, drafter="eagle3"))  # noqa: E731
+        prompts = [tuple((7 * i * i + 31 * chat + i) % 256 for i in range(48)) for chat in range(6)]
+        answers = [ask(ids) for ids in prompts]
+        assert len({answer.stats.decode_worker for answer in answers}) == 2, "load alone spreads the first turns"
+        time.sleep(1.0)  # heartbeats
+        for ids, answer in [*zip(prompts, answers, strict=True)][::-1]:
+            possible += (len(ids) + len(answer.token_ids)) // 16 * 16
+            second = ask((*ids, *answer.token_ids, 1, 2, 3))
+            hit += second.stats.cached_tokens
+            assert second.stats.decode_worker == answer.stats.decode_worker
+    assert hit >= 0.9 * possible, (hit, possible)

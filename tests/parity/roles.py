@@ -25,7 +25,7 @@ T = TypeVar("T")
 TINY: dict[str, Any] = {
     "model": "tiny", "drafters": ("none", "ngram", "suffix", "eagle3"),
     "heads": {"eagle3": "random:0"}, "cache_tokens": 8192, "threads": 1, "chunk": 16,
-    "poison": True,
+    "poison": True, "prefix_cache": "off",  # handoffs are whole, whatever was asked before
 }  # fmt: skip
 # Every family that can be made for the tiny model. The draft model is the target itself: much is accepted, and where
 # penalties move the target away from it much is not. The sparse view has about half of a prompt.

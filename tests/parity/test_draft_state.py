@@ -42,7 +42,9 @@ def test_draft_kv_and_next_logits_equal_a_recompute_after_every_verification(rol
     if mode == "alone":
         mode, route = "", dataclasses.replace(route, prefill=())
     asked = [
-        dataclasses.replace(request(drafter, tree, n=n, seed=n, sampling=sampling, draft_prefill=mode), request_id=tree)
+        dataclasses.replace(
+            request(drafter, tree, n=n, seed=n, sampling=sampling, draft_prefill=mode), request_id=tree
+        )
         for tree, n in (("chain(4)", 29), ("dynamic(3,3,6)", 1), ("static(3x2)", 50))
     ]
     with watching(roles.decode, VERIFICATIONS + 1) as found:

@@ -36,10 +36,8 @@ def by_transformers(model, module, token_ids: torch.Tensor, hidden: torch.Tensor
     """h^1 [R, H] of rows that read ``hidden`` and ``token_ids``, by DeepSeek's equations on transformers' own layer."""
     own = {key.removeprefix(LAYER): tensor for key, tensor in module.items()}
     layer, eps = DeepseekV3DecoderLayer(model.config, DEEPSEEK["num_hidden_layers"]).eval(), model.config.rms_norm_eps
-    experts = [
-        [own.pop(f"mlp.experts.{e}.{n}_proj.weight") for n in ("gate", "up", "down")]
-        for e in range(DEEPSEEK["n_routed_experts"])
-    ]
+    experts = [[own.pop(f"mlp.experts.{e}.{n}_proj.weight") for n in ("gate", "up", "down")]
+               for e in range(DEEPSEEK["n_routed_experts"])]
     own["mlp.experts.gate_up_proj"] = torch.stack([torch.cat((gate, up)) for gate, up, _ in experts])
     own["mlp.experts.down_proj"] = torch.stack([down for *_, down in experts])
     missing, _ = layer.load_state_dict(own, strict=False)
@@ -62,13 +60,8 @@ def by_transformers(model, module, token_ids: torch.Tensor, hidden: torch.Tensor
 def rows(token_ids: np.ndarray, start: int) -> ForwardBatch:
     slots = np.arange(start, start + len(token_ids), dtype=np.int32)
     return ForwardBatch(
-        token_ids=token_ids,
-        positions=slots,
-        sequence=np.zeros_like(slots),
-        slots=slots,
-        prefix_len=slots + 1,
-        ancestors=np.empty((len(slots), 0), np.int32),
-        page_table=np.arange(pages_for(ROWS, 8), dtype=np.int32)[None],
+        token_ids=token_ids, positions=slots, sequence=np.zeros_like(slots), slots=slots, prefix_len=slots + 1,
+        ancestors=np.empty((len(slots), 0), np.int32), page_table=np.arange(pages_for(ROWS, 8), dtype=np.int32)[None],
         logit_rows=slots[:0],
     )
 
@@ -87,13 +80,8 @@ def test_the_module_is_that_of_transformers_layer(checkpoint, tmp_path):
         assert group.row_bytes == ROW_BYTES
         for ops in (TorchOps(torch.device("cpu")), kernels):
             (ours,) = make_modules(
-                head,
-                1,
-                ops=ops,
-                embedding=ops.pack(model.model.embed_tokens.weight.data),
-                dtype="float32",
-                lm_head=ops.pack(model.lm_head.weight.data),
-                cache=PagedCache((group,), pages_for(ROWS, 8), 8),
+                head, 1, ops=ops, embedding=ops.pack(model.model.embed_tokens.weight.data), dtype="float32",
+                lm_head=ops.pack(model.lm_head.weight.data), cache=PagedCache((group,), pages_for(ROWS, 8), 8),
                 max_positions=2048,
             )
             got = [

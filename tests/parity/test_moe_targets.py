@@ -27,21 +27,13 @@ VARIANTS = {
     "deepseek": ("deepseek", {}),
     "deepseek without yarn, compressed queries or groups": (
         "deepseek",
-        {
-            "rope_parameters": DEFAULT_ROPE,
-            "q_lora_rank": None,
-            "n_group": 1,
-            "topk_group": 1,
-            "n_shared_experts": 1,
-            "rope_interleave": False,
-            "norm_topk_prob": False,
-        },
+        {"rope_parameters": DEFAULT_ROPE, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
+         "rope_interleave": False, "norm_topk_prob": False},
     ),
     "mixtral": ("mixtral", {}),
     "qwen3_moe": ("qwen3_moe", {}),
     "qwen3_moe with experts in every other layer": (
-        "qwen3_moe",
-        {"decoder_sparse_step": 2, "mlp_only_layers": [], "norm_topk_prob": False},
+        "qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [], "norm_topk_prob": False},
     ),
 }
 
@@ -58,13 +50,8 @@ def rows(token_ids: np.ndarray, start: int = 0) -> ForwardBatch:
     slots = np.arange(start, start + len(token_ids), dtype=np.int32)
     pages = np.random.default_rng(5).permutation(pages_for(PROMPT, PAGE)).astype(np.int32)
     return ForwardBatch(
-        token_ids=token_ids,
-        positions=slots,
-        sequence=np.zeros_like(slots),
-        slots=slots,
-        prefix_len=slots + 1,
-        ancestors=np.empty((len(slots), 0), np.int32),
-        page_table=pages[None],
+        token_ids=token_ids, positions=slots, sequence=np.zeros_like(slots), slots=slots, prefix_len=slots + 1,
+        ancestors=np.empty((len(slots), 0), np.int32), page_table=pages[None],
         logit_rows=np.arange(len(slots), dtype=np.int32),
     )
 
@@ -112,30 +99,20 @@ def served(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     save_moe(folder, request.param)
     with running(
-        model=str(folder),
-        dtype="float32",
-        drafters=("none", "ngram", "eagle3", "sparse"),
-        prefill={"page_size": 8},
+        model=str(folder), dtype="float32", drafters=("none", "ngram", "eagle3", "sparse"), prefill={"page_size": 8},
         options={"sparse:sink": "2", "sparse:select": "snapkv", "sparse:budget": "32", "sparse:window": "4"},
     ) as roles:
         yield request.param, roles
 
 
-@pytest.mark.parametrize(
-    ("drafter", "tree"),
-    [
-        ("ngram", "chain(5)"),
-        ("eagle3", "dynamic(3,3,6)"),
-        ("sparse", "static(2x2)"),
-    ],
-)
+@pytest.mark.parametrize(("drafter", "tree"), [
+    ("ngram", "chain(5)"), ("eagle3", "dynamic(3,3,6)"), ("sparse", "static(2x2)"),
+])
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_p": 0.95}])
 def test_handoff_and_drafts_give_plain_decodings_tokens(served, drafter, tree, sampling):
     _, roles = served
-    assert all(
-        worker.engine.host.resources.fingerprint["numerics"].startswith("exact/")
-        for worker in (roles.prefill, roles.decode)
-    )
+    assert all(worker.engine.host.resources.fingerprint["numerics"].startswith("exact/")
+               for worker in (roles.prefill, roles.decode))
     asked = request(drafter, tree, n=50, sampling={**sampling, "max_tokens": 24})
     plain = roles.ask_local(dataclasses.replace(asked, drafter="none", tree=""))
     local = roles.ask_local(asked)

@@ -25,14 +25,8 @@ def test_every_module_s_kv_and_next_logits_equal_a_recompute_after_every_verific
         for mode in ("prefill", "decode", "alone"):
             asked = [
                 dataclasses.replace(
-                    request(
-                        "mtp",
-                        tree.format("x".join("2" * modules) if "static" in tree else modules),
-                        n=n,
-                        seed=n,
-                        sampling={"max_tokens": 30 + 21 * modules},
-                        draft_prefill="" if mode == "alone" else mode,
-                    ),
+                    request("mtp", tree.format("x".join("2" * modules) if "static" in tree else modules), n=n, seed=n,
+                            sampling={"max_tokens": 30 + 21 * modules}, draft_prefill="" if mode == "alone" else mode),
                     request_id=f"{mode} {tree}",
                 )
                 for tree, n in zip(trees, (29, 1, 50), strict=True)

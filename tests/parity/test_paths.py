@@ -99,7 +99,9 @@ def test_both_handoffs_give_plain_decodings_tokens_and_the_local_proposals(roles
 
 
 def test_a_batch_in_one_process_is_as_one_at_a_time(roles):
-    many = [request(*one, n=5 + 13 * i, seed=i, sampling={"temperature": 0.6 * (i % 2)}) for i, one in enumerate(CASES)]
+    many = [
+        request(*one, n=5 + 13 * i, seed=i, sampling={"temperature": 0.6 * (i % 2)}) for i, one in enumerate(CASES)
+    ]
     together: list[list[int]] = [[] for _ in many]
     for index, chunk in roles.local.generate_batch(many):
         together[index] += chunk.token_ids

@@ -103,12 +103,9 @@ def test_every_option_of_feature_drafters_keeps_tokens_and_proposals(stable, pad
     names = {"stable_kv": stable, "first_token_padding": padding}
     options = {f"{drafter}:{name}": value for drafter in EAGLES for name, value in names.items()}
     changes = {"prefill": {"chunk": 7, "page_size": 8}, "decode": {"page_size": 16}}
-    held = {
-        **EVERY,
-        "options": {**options, "eagle2:threshold": "0.001"},
-        "drafters": ("none", *EAGLES),
-        "heads": dict.fromkeys(EAGLES, "random:0"),
-    }
+    held = {**EVERY, "options": {**options, "eagle2:threshold": "0.001"},
+            "drafters": ("none", *EAGLES),
+            "heads": dict.fromkeys(EAGLES, "random:0")}
     with running(dtype="float32", **changes, **held) as roles:
         asked = [
             request(drafter, tree, n=20 + 9 * i, seed=i, sampling={"temperature": 1.0 + i}, draft_prefill=mode)
@@ -131,8 +128,7 @@ def test_by_the_ratio_rule_both_sides_of_a_handoff_draw_the_same(roles, mode):
     sampling = {"temperature": 0.8, "top_p": 0.95, "verify": "rejection"}
     asked = [
         request(drafter, tree, n=20 + 7 * i, seed=i, sampling=sampling, draft_prefill=mode)
-        for i, (drafter, tree) in enumerate(CASES)
-        if drafter not in WITH_MEMORY
+        for i, (drafter, tree) in enumerate(CASES) if drafter not in WITH_MEMORY
     ]
     for one, answer in zip(asked, roles.ask(*asked), strict=True):
         local = roles.ask_local(one)

@@ -60,13 +60,8 @@ class Story:
         pages = np.random.default_rng(seed).permutation(np.arange(world.taken, world.taken + count))
         world.taken += count
         self.ctx = DraftContext(
-            request_id=f"story-{seed}",
-            sampling=SamplingParams(temperature=temperature, **sampling),
-            noise_key=(seed, 0),
-            token_ids=self.tokens(length),
-            pages=pages.tolist(),
-            prompt_len=length,
-            tree=tree,
+            request_id=f"story-{seed}", sampling=SamplingParams(temperature=temperature, **sampling),
+            noise_key=(seed, 0), token_ids=self.tokens(length), pages=pages.tolist(), prompt_len=length, tree=tree,
         )
 
     def tokens(self, count):
@@ -92,10 +87,8 @@ class Story:
             node = int(draft.parents[node])
         outputs = [int(draft.token_ids[node]) for node in path] + self.tokens(1)
         self.ctx.token_ids += outputs
-        return (
-            self.ctx,
-            Verdict(path=tuple(path), output_ids=tuple(outputs)),
-            HiddenRows(start=self.ctx.root_position - len(outputs), captured=None, final=None, count=len(outputs)),
+        return self.ctx, Verdict(path=tuple(path), output_ids=tuple(outputs)), HiddenRows(
+            start=self.ctx.root_position - len(outputs), captured=None, final=None, count=len(outputs)
         )
 
     def kv_rows(self):

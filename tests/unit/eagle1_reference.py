@@ -63,13 +63,8 @@ def make_world(ops: Ops, kind: str = "eagle1", *, page_size: int = 8, tree: str 
     third = isinstance(head.config, Eagle3Config)
     group = head.config.layer_group("draft/eagle3" if third else "draft/eagle1", "float32")
     cache = PagedCache((TARGET.target_group("float32"), group), 128, page_size)
-    common = {
-        "ops": ops,
-        "embedding": ops.pack(EMBEDDING),
-        "cache": cache,
-        "dtype": "float32",
-        "max_positions": TARGET.max_context,
-    }
+    common = {"ops": ops, "embedding": ops.pack(EMBEDDING), "cache": cache, "dtype": "float32",
+              "max_positions": TARGET.max_context}
     options |= {"dtype": "float32", "tree": tree}
     paper: Any
     drafter: FeatureDrafter
@@ -107,13 +102,9 @@ class Story:
         self.target = self.hidden(self.length)
         pages = self.world.pool.allocate(pages_for(160, self.world.cache.page_size))
         self.ctx = DraftContext(
-            request_id=f"story-{self.seed}",
-            noise_key=(self.seed, 0),
-            token_ids=self.tokens(self.length),
-            sampling=SamplingParams(temperature=self.temperature, verify=self.verify),
-            prompt_len=self.length,
-            tree=self.tree,
-            pages=[int(page) for page in np.random.default_rng(self.seed).permutation(pages)],
+            request_id=f"story-{self.seed}", noise_key=(self.seed, 0), token_ids=self.tokens(self.length),
+            sampling=SamplingParams(temperature=self.temperature, verify=self.verify), prompt_len=self.length,
+            tree=self.tree, pages=[int(page) for page in np.random.default_rng(self.seed).permutation(pages)],
         )
         self.used = torch.cat((torch.zeros(self.padding, TARGET.hidden_size).double(), self.fuse(self.target)))
 

@@ -23,18 +23,8 @@ from pdspec.study.eagle3_reference import PaperHead
 from pdspec.types import SamplingParams
 
 TARGET = ModelConfig(
-    name="fake",
-    architecture="LlamaForCausalLM",
-    num_layers=8,
-    hidden_size=48,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    intermediate_size=64,
-    vocab_size=200,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    max_context=256,
+    name="fake", architecture="LlamaForCausalLM", num_layers=8, hidden_size=48, num_heads=4, num_kv_heads=2,
+    head_dim=16, intermediate_size=64, vocab_size=200, rms_norm_eps=1e-5, rope_theta=10000.0, max_context=256,
     tie_embeddings=True,
 )
 CONFIG = Eagle3Config.for_target(TARGET, 60)
@@ -60,7 +50,9 @@ def eagle2_tree(
     return {path: scores[path] for path in sorted(scores, key=lambda path: -scores[path])[:nodes]}
 
 
-def child_scores(paper: PaperHead, ctx: DraftContext, captured: torch.Tensor, path: tuple[int, ...]) -> torch.Tensor:
+def child_scores(
+    paper: PaperHead, ctx: DraftContext, captured: torch.Tensor, path: tuple[int, ...]
+) -> torch.Tensor:
     """log-softmax of (log q + g) over the draft vocabulary for the children of ``path``."""
     logits, temperature = paper.log_q(ctx.token_ids, captured, path), ctx.sampling.temperature
     if temperature == 0:
@@ -81,9 +73,8 @@ class World:
 
 def make_world(ops: Ops, *, page_size: int = 8, head: Head = HEAD, tree: str = "dynamic(3,3,6)") -> World:
     cache = PagedCache((TARGET.target_group("float32"), head.config.cache_group("float32")), 128, page_size)
-    model = Eagle3Head(
-        head, ops=ops, embedding=ops.pack(EMBEDDING), cache=cache, dtype="float32", max_positions=TARGET.max_context
-    )
+    model = Eagle3Head(head, ops=ops, embedding=ops.pack(EMBEDDING), cache=cache, dtype="float32",
+                       max_positions=TARGET.max_context)
     drafter = Eagle3Drafter(head, model, cache, dtype="float32", tree=tree)
     return World(drafter=drafter, cache=cache, pool=PagePool(128, page_size))
 
@@ -108,12 +99,8 @@ class Story:
         page_size = self.world.cache.page_size
         pages = self.world.pool.allocate(pages_for(min(rows, 160), page_size))
         self.ctx = DraftContext(
-            request_id=f"story-{self.seed}",
-            sampling=SamplingParams(temperature=self.temperature),
-            noise_key=(self.seed, 0),
-            token_ids=self.tokens(self.length),
-            prompt_len=self.length,
-            tree=self.tree,
+            request_id=f"story-{self.seed}", sampling=SamplingParams(temperature=self.temperature),
+            noise_key=(self.seed, 0), token_ids=self.tokens(self.length), prompt_len=self.length, tree=self.tree,
             pages=[int(page) for page in np.random.default_rng(self.seed).permutation(pages)],
         )
 

@@ -22,18 +22,8 @@ from pdspec.spec.protocol import Draft, DraftContext, HiddenRows, Verdict
 from pdspec.types import SamplingParams
 
 TARGET = ModelConfig(
-    name="fake",
-    architecture="LlamaForCausalLM",
-    num_layers=8,
-    hidden_size=48,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    intermediate_size=64,
-    vocab_size=200,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    max_context=256,
+    name="fake", architecture="LlamaForCausalLM", num_layers=8, hidden_size=48, num_heads=4, num_kv_heads=2,
+    head_dim=16, intermediate_size=64, vocab_size=200, rms_norm_eps=1e-5, rope_theta=10000.0, max_context=256,
     tie_embeddings=False,
 )
 _RANDOM = torch.Generator().manual_seed(2)
@@ -69,16 +59,8 @@ def make_world(ops: Ops, modules: int, *, page_size: int = 8, reuse: bool = Fals
     count = 1 if reuse else modules
     groups = [head.config.cache_group(m, "float32") for m in range(1, count + 1)]
     cache = PagedCache((TARGET.target_group("float32"), *groups), 160, page_size)
-    made = make_modules(
-        head,
-        count,
-        ops=ops,
-        embedding=ops.pack(EMBEDDING),
-        lm_head=ops.pack(LM_HEAD),
-        cache=cache,
-        dtype="float32",
-        max_positions=TARGET.max_context,
-    )
+    made = make_modules(head, count, ops=ops, embedding=ops.pack(EMBEDDING), lm_head=ops.pack(LM_HEAD), cache=cache,
+                        dtype="float32", max_positions=TARGET.max_context)
     drafter = (
         ReusedModule(head, made[0], cache, dtype="float32", tree="chain(3)") if reuse
         else MtpDrafter(head, made, cache, dtype="float32")
@@ -104,12 +86,8 @@ class Story:
         self.final = self.hidden(self.length)
         pages = self.world.pool.allocate(pages_for(200, self.world.cache.page_size))
         self.ctx = DraftContext(
-            request_id=f"story-{self.seed}",
-            sampling=self.sampling,
-            noise_key=(self.seed, 0),
-            tree=self.tree,
-            token_ids=self.tokens(self.length),
-            prompt_len=self.length,
+            request_id=f"story-{self.seed}", sampling=self.sampling, noise_key=(self.seed, 0), tree=self.tree,
+            token_ids=self.tokens(self.length), prompt_len=self.length,
             pages=[int(page) for page in np.random.default_rng(self.seed).permutation(pages)],
         )
         self.poison(0)

@@ -98,12 +98,8 @@ def latent_attention(x: torch.Tensor, w: Read, c: Mapping[str, Any]) -> torch.Te
     q_turned = turn(q[..., plain:], frequency, interleaved=True)
     k_turned = turn(compressed[:, None, c["kv_lora_rank"] :], frequency, interleaved=True).expand(-1, heads, -1)
     temperature = 0.1 * rule["mscale_all_dim"] * math.log(rule["factor"]) + 1
-    mixed = causal(
-        torch.cat((q[..., :plain], q_turned), -1),
-        torch.cat((kv[..., :plain], k_turned), -1),
-        kv[..., plain:],
-        (plain + turned) ** -0.5 * temperature**2,
-    )
+    mixed = causal(torch.cat((q[..., :plain], q_turned), -1), torch.cat((kv[..., :plain], k_turned), -1),
+                   kv[..., plain:], (plain + turned) ** -0.5 * temperature**2)
     return mixed @ w("o_proj.weight").T
 
 
@@ -156,14 +152,8 @@ def eagle3(embedded: torch.Tensor, levels: torch.Tensor, w: Read, layer: Read, c
 
 
 def mtp(
-    embedded: torch.Tensor,
-    h: torch.Tensor,
-    norms: Mapping[str, torch.Tensor],
-    projection: torch.Tensor,
-    attend: Callable[[torch.Tensor], torch.Tensor],
-    mlp: Callable[[torch.Tensor], torch.Tensor],
-    eps: float,
-    *,
+    embedded: torch.Tensor, h: torch.Tensor, norms: Mapping[str, torch.Tensor], projection: torch.Tensor,
+    attend: Callable[[torch.Tensor], torch.Tensor], mlp: Callable[[torch.Tensor], torch.Tensor], eps: float, *,
     hidden_first: bool = False,
 ) -> torch.Tensor:
     """DeepSeek-V3 report, equations 21 to 23; norms: token, hidden, input, post, final."""

@@ -29,18 +29,9 @@ FILES = ModelFiles(name="tiny-0", path=None, config=TARGET, content_hash="c0", t
 H, V, HEADS, KV, D, INNER, LAYERS = 64, 272, 4, 2, 16, 128, 4
 EPS, DRAFT = 1e-5, 40
 LLAMA: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "hidden_size": H,
-    "intermediate_size": INNER,
-    "max_position_embeddings": 2048,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": KV,
-    "num_hidden_layers": 1,
-    "rms_norm_eps": EPS,
-    "vocab_size": V,
-    "torch_dtype": "float16",
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": H,
+    "intermediate_size": INNER, "max_position_embeddings": 2048, "num_attention_heads": HEADS,
+    "num_key_value_heads": KV, "num_hidden_layers": 1, "rms_norm_eps": EPS, "vocab_size": V, "torch_dtype": "float16",
 }
 PLAIN: dict[str, Any] = {"head_dim": D, "theta": 10000.0, "eps": EPS}
 Reference = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # embedded [R, H], features → hidden [R, H]
@@ -109,9 +100,8 @@ def made(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     return {name: values(name, *shape) for name, shape in shapes.items()}
 
 
-def attention_shapes(
-    prefix: str, inputs: int = H, *, bias: bool = False, norms: bool = False, gated: bool = False
-) -> dict[str, tuple[int, ...]]:
+def attention_shapes(prefix: str, inputs: int = H, *, bias: bool = False, norms: bool = False, gated: bool = False
+                     ) -> dict[str, tuple[int, ...]]:
     rows, shapes = {"q": HEADS * D * (2 if gated else 1), "k": KV * D, "v": KV * D}, dict[str, tuple[int, ...]]()
     for letter, count in rows.items():
         shapes[f"{prefix}{letter}_proj.weight"] = (count, inputs)
@@ -122,11 +112,8 @@ def attention_shapes(
 
 
 def mlp_shapes(prefix: str, inner: int = INNER) -> dict[str, tuple[int, ...]]:
-    return {
-        f"{prefix}gate_proj.weight": (inner, H),
-        f"{prefix}up_proj.weight": (inner, H),
-        f"{prefix}down_proj.weight": (H, inner),
-    }
+    return {f"{prefix}gate_proj.weight": (inner, H), f"{prefix}up_proj.weight": (inner, H),
+            f"{prefix}down_proj.weight": (H, inner)}
 
 
 def draft_vocabulary() -> dict[str, torch.Tensor]:
@@ -136,47 +123,29 @@ def draft_vocabulary() -> dict[str, torch.Tensor]:
 
 def eagle1_of(fc: str, layer: str, config: Mapping[str, Any], *, file: str, fc_bias: bool, **more: Any) -> Published:
     bias = bool(more.get("bias"))
-    weights = made(
-        {
-            f"{fc}weight": (H, 2 * H),
-            **({f"{fc}bias": (H,)} if fc_bias else {}),
-            **attention_shapes(f"{layer}self_attn.", bias=bias),
-            **mlp_shapes(f"{layer}mlp."),
-            f"{layer}post_attention_layernorm.weight": (H,),
-        }
-    )
+    weights = made({
+        f"{fc}weight": (H, 2 * H), **({f"{fc}bias": (H,)} if fc_bias else {}),
+        **attention_shapes(f"{layer}self_attn.", bias=bias), **mlp_shapes(f"{layer}mlp."),
+        f"{layer}post_attention_layernorm.weight": (H,),
+    })
     known = {**PLAIN, **more, "fc_bias": fc_bias}
     return Published(
-        family="eagle1",
-        config=config,
-        file=file,
-        weights={**weights, "embed_tokens.weight": EMBEDDING.clone()},
+        family="eagle1", config=config, file=file, weights={**weights, "embed_tokens.weight": EMBEDDING.clone()},
         hidden=lambda e, f: eq.eagle1(e, f, eq.reader(weights, fc), eq.reader(weights, layer), known),
     )
 
 
-def eagle3_of(
-    layer: str, config: Mapping[str, Any], *, file: str = "model.safetensors", own_embedding: bool = False, **more: Any
-) -> Published:
-    weights = made(
-        {
-            "fc.weight": (H, 3 * H),
-            "norm.weight": (H,),
-            "lm_head.weight": (DRAFT, H),
-            **attention_shapes(f"{layer}self_attn.", 2 * H, norms=bool(more.get("norms"))),
-            **mlp_shapes(f"{layer}mlp."),
-            **{
-                f"{layer}{name}.weight": (H,) for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm")
-            },
-            **({"input_norm.weight": (3 * H,)} if more.get("norm_before_fc") else {}),
-        }
-    )
+def eagle3_of(layer: str, config: Mapping[str, Any], *, file: str = "model.safetensors", own_embedding: bool = False,
+              **more: Any) -> Published:
+    weights = made({
+        "fc.weight": (H, 3 * H), "norm.weight": (H,), "lm_head.weight": (DRAFT, H),
+        **attention_shapes(f"{layer}self_attn.", 2 * H, norms=bool(more.get("norms"))), **mlp_shapes(f"{layer}mlp."),
+        **{f"{layer}{name}.weight": (H,) for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm")},
+        **({"input_norm.weight": (3 * H,)} if more.get("norm_before_fc") else {}),
+    })
     embedding = values("own embedding", V, H) * 8 if own_embedding else EMBEDDING
     return Published(
-        family="eagle3",
-        config=config,
-        file=file,
-        embedding=embedding,
+        family="eagle3", config=config, file=file, embedding=embedding,
         weights={**weights, **draft_vocabulary(), "embed_tokens.weight": embedding.clone()},
         hidden=lambda e, f: eq.eagle3(e, f, eq.reader(weights), eq.reader(weights, layer), {**PLAIN, **more}),
     )
@@ -205,12 +174,9 @@ def medusa_of(heads: int, blocks: int, file: str, prefix: str = "") -> Published
 
 
 SPECULATORS: dict[str, Any] = {
-    "speculators_version": "0.5.0",
-    "has_no_defaults_at_init": False,
-    "tie_word_embeddings": False,
+    "speculators_version": "0.5.0", "has_no_defaults_at_init": False, "tie_word_embeddings": False,
     "speculators_config": {
-        "default_proposal_method": "greedy",
-        "algorithm": "eagle3",
+        "default_proposal_method": "greedy", "algorithm": "eagle3",
         "verifier": {"name_or_path": "tiny", "architectures": ["LlamaForCausalLM"]},
         "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 3, "verifier_accept_k": 1}],
     },
@@ -219,14 +185,8 @@ SPECULATORS: dict[str, Any] = {
 
 def speculators(kind: str, model: str, layer: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     inside = {**LLAMA, "head_dim": D, "attention_bias": False, "mlp_bias": False, **layer}
-    return {
-        **SPECULATORS,
-        "architectures": [model],
-        "model_type": "speculator_model",
-        "speculators_model_type": kind,
-        "transformer_layer_config": inside,
-        **more,
-    }
+    return {**SPECULATORS, "architectures": [model], "model_type": "speculator_model", "speculators_model_type": kind,
+            "transformer_layer_config": inside, **more}
 
 
 EAGLES = {

@@ -37,15 +37,9 @@ DEEPSEEK = {"token": "enorm", "hidden": "hnorm", "final": "shared_head.norm", "i
 
 
 def module(
-    weights: Mapping[str, torch.Tensor],
-    prefix: str,
-    norms: Mapping[str, str],
-    projection: str,
-    attend: Callable[[torch.Tensor], torch.Tensor],
-    mlp: Callable[[torch.Tensor], torch.Tensor],
-    *,
-    centre: float = 0.0,
-    hidden_first: bool = False,
+    weights: Mapping[str, torch.Tensor], prefix: str, norms: Mapping[str, str], projection: str,
+    attend: Callable[[torch.Tensor], torch.Tensor], mlp: Callable[[torch.Tensor], torch.Tensor], *,
+    centre: float = 0.0, hidden_first: bool = False,
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     w = eq.reader(weights, prefix)
     read = {name: w(f"{key}.weight") + centre for name, key in norms.items()}
@@ -58,15 +52,8 @@ def norm_shapes(prefix: str, norms: Mapping[str, str]) -> dict[str, tuple[int, .
 
 def plain_module(weights: Mapping[str, torch.Tensor], prefix: str, *, hidden_first: bool, **known: Any):
     attend = eq.reader(weights, f"{prefix}self_attn.")
-    return module(
-        weights,
-        prefix,
-        OWN,
-        "input_proj",
-        lambda x: eq.attention(x, attend, {**PLAIN, **known}),
-        lambda x: eq.swiglu(x, eq.reader(weights, f"{prefix}mlp.")),
-        hidden_first=hidden_first,
-    )
+    return module(weights, prefix, OWN, "input_proj", lambda x: eq.attention(x, attend, {**PLAIN, **known}),
+                  lambda x: eq.swiglu(x, eq.reader(weights, f"{prefix}mlp.")), hidden_first=hidden_first)
 
 
 def mimo() -> Published:
@@ -88,23 +75,14 @@ def mimo() -> Published:
 
 def speculators_qwen3() -> Published:
     prefix = "mtp_layers.0."
-    weights = made(
-        {
-            **norm_shapes(prefix, OWN),
-            f"{prefix}input_proj.weight": (H, 2 * H),
-            **attention_shapes(f"{prefix}self_attn.", norms=True),
-            **mlp_shapes(f"{prefix}mlp."),
-        }
-    )
-    config = speculators(
-        "mtp", "MTPDraftModel", {"model_type": "qwen3", "num_hidden_layers": LAYERS}, num_nextn_predict_layers=1
-    )
-    return Published(
-        family="mtp",
-        config=config,
-        weights=weights,
-        hidden=plain_module(weights, prefix, hidden_first=False, norms=True),
-    )
+    weights = made({
+        **norm_shapes(prefix, OWN), f"{prefix}input_proj.weight": (H, 2 * H),
+        **attention_shapes(f"{prefix}self_attn.", norms=True), **mlp_shapes(f"{prefix}mlp."),
+    })
+    config = speculators("mtp", "MTPDraftModel", {"model_type": "qwen3", "num_hidden_layers": LAYERS},
+                         num_nextn_predict_layers=1)
+    return Published(family="mtp", config=config, weights=weights,
+                     hidden=plain_module(weights, prefix, hidden_first=False, norms=True))
 
 
 QWEN_NEXT: dict[str, Any] = {
@@ -129,22 +107,14 @@ def zero_centred(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tenso
 def qwen_next() -> Published:
     """Qwen3-Next-80B-A3B: ``mtp.*`` in the target's checkpoint, experts one by one."""
     layer, mlp = "mtp.layers.0.", "mtp.layers.0.mlp."
-    weights = zero_centred(
-        {
-            **norm_shapes("mtp.", MTP_QWEN),
-            "mtp.fc.weight": (H, 2 * H),
-            **router_shapes(mlp),
-            **attention_shapes(f"{layer}self_attn.", norms=True, gated=True),
-            **{name: shape for e in range(EXPERTS) for name, shape in mlp_shapes(f"{mlp}experts.{e}.", SMALL).items()},
-        }
-    )
+    weights = zero_centred({
+        **norm_shapes("mtp.", MTP_QWEN), "mtp.fc.weight": (H, 2 * H), **router_shapes(mlp),
+        **attention_shapes(f"{layer}self_attn.", norms=True, gated=True),
+        **{name: shape for e in range(EXPERTS) for name, shape in mlp_shapes(f"{mlp}experts.{e}.", SMALL).items()},
+    })
     attend, w = eq.reader(weights, f"{layer}self_attn."), eq.reader(weights, mlp)
     hidden = module(
-        weights,
-        "mtp.",
-        MTP_QWEN,
-        "fc",
-        lambda x: eq.attention(x, attend, GATED),
+        weights, "mtp.", MTP_QWEN, "fc", lambda x: eq.attention(x, attend, GATED),
         lambda x: eq.qwen_experts(x, w, lambda e: eq.reader(weights, f"{mlp}experts.{e}."), CHOSEN, EXPERTS),
         centre=1.0,
     )
@@ -154,14 +124,10 @@ def qwen_next() -> Published:
 def qwen_3_5() -> Published:
     """Qwen3.5's dense models: the text's config is inside, M-RoPE, no experts."""
     layer = "mtp.layers.0."
-    weights = zero_centred(
-        {
-            **norm_shapes("mtp.", MTP_QWEN),
-            "mtp.fc.weight": (H, 2 * H),
-            **mlp_shapes(f"{layer}mlp."),
-            **attention_shapes(f"{layer}self_attn.", norms=True, gated=True),
-        }
-    )
+    weights = zero_centred({
+        **norm_shapes("mtp.", MTP_QWEN), "mtp.fc.weight": (H, 2 * H), **mlp_shapes(f"{layer}mlp."),
+        **attention_shapes(f"{layer}self_attn.", norms=True, gated=True),
+    })
     text = {
         **LLAMA, "model_type": "qwen3_5_text", "num_hidden_layers": LAYERS, "head_dim": D, "attn_output_gate": True,
         "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False, "attention_bias": False,
@@ -171,29 +137,18 @@ def qwen_3_5() -> Published:
     config = {"architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5", "text_config": text,
               "tie_word_embeddings": False, "vision_config": {"hidden_size": 32, "depth": 2}}  # fmt: skip
     attend = eq.reader(weights, f"{layer}self_attn.")
-    hidden = module(
-        weights,
-        "mtp.",
-        MTP_QWEN,
-        "fc",
-        lambda x: eq.attention(x, attend, GATED),
-        lambda x: eq.swiglu(x, eq.reader(weights, f"{layer}mlp.")),
-        centre=1.0,
-    )
+    hidden = module(weights, "mtp.", MTP_QWEN, "fc", lambda x: eq.attention(x, attend, GATED),
+                    lambda x: eq.swiglu(x, eq.reader(weights, f"{layer}mlp.")), centre=1.0)
     return Published(family="mtp", config=config, weights=weights, hidden=hidden, inside=True)
 
 
 def speculators_qwen_next() -> Published:
     """speculators' converter: the modules alone, experts packed in two tensors."""
     prefix, mlp = "mtp_layers.0.", "mtp_layers.0.mlp."
-    weights = zero_centred(
-        {
-            **norm_shapes(prefix, OWN),
-            f"{prefix}input_proj.weight": (H, 2 * H),
-            **router_shapes(mlp),
-            **attention_shapes(f"{prefix}self_attn.", norms=True, gated=True),
-        }
-    )
+    weights = zero_centred({
+        **norm_shapes(prefix, OWN), f"{prefix}input_proj.weight": (H, 2 * H), **router_shapes(mlp),
+        **attention_shapes(f"{prefix}self_attn.", norms=True, gated=True),
+    })
     weights[f"{mlp}experts.gate_up_proj"] = values("gate_up_proj", EXPERTS, 2 * SMALL, H)
     weights[f"{mlp}experts.down_proj"] = values("down_proj", EXPERTS, H, SMALL)
 
@@ -204,15 +159,8 @@ def speculators_qwen_next() -> Published:
         return parts.__getitem__
 
     attend, w = eq.reader(weights, f"{prefix}self_attn."), eq.reader(weights, mlp)
-    hidden = module(
-        weights,
-        prefix,
-        OWN,
-        "input_proj",
-        lambda x: eq.attention(x, attend, GATED),
-        lambda x: eq.qwen_experts(x, w, expert, CHOSEN, EXPERTS),
-        centre=1.0,
-    )
+    hidden = module(weights, prefix, OWN, "input_proj", lambda x: eq.attention(x, attend, GATED),
+                    lambda x: eq.qwen_experts(x, w, expert, CHOSEN, EXPERTS), centre=1.0)
     inside = {key: value for key, value in QWEN_NEXT.items() if key not in LLAMA or QWEN_NEXT[key] != LLAMA[key]}
     config = speculators("mtp", "MTPDraftModel", inside, num_nextn_predict_layers=1)
     return Published(family="mtp", config=config, weights=weights, hidden=hidden)
@@ -248,10 +196,7 @@ def deepseek() -> Published:
                 f"{prefix}shared_head.head.weight": target_weight("lm_head.weight")}  # fmt: skip
     known = {**PLAIN, **config, "heads": HEADS}
     hidden = module(
-        weights,
-        prefix,
-        DEEPSEEK,
-        "eh_proj",
+        weights, prefix, DEEPSEEK, "eh_proj",
         lambda x: eq.latent_attention(x, eq.reader(weights, attention), known),
         lambda x: eq.deepseek_experts(x, eq.reader(weights, f"{prefix}mlp."), config),
     )

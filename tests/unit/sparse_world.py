@@ -43,13 +43,8 @@ def begin(world, seed, length, *, temperature=0.0, tree="chain(4)", **sampling):
     pages = random.permutation(np.arange(world.taken, world.taken + ROWS // PAGE)).tolist()
     world.taken += ROWS // PAGE
     ctx = DraftContext(
-        request_id=f"s{seed}",
-        sampling=SamplingParams(temperature=temperature, **sampling),
-        noise_key=(seed, 0),
-        token_ids=random.integers(0, 256, length + 1).tolist(),
-        pages=pages,
-        prompt_len=length,
-        tree=tree,
+        request_id=f"s{seed}", sampling=SamplingParams(temperature=temperature, **sampling), noise_key=(seed, 0),
+        token_ids=random.integers(0, 256, length + 1).tolist(), pages=pages, prompt_len=length, tree=tree,
     )
     extend(world, ctx, 0)
     world.drafter.resume(ctx, *world.drafter.start(ctx))
@@ -59,19 +54,11 @@ def begin(world, seed, length, *, temperature=0.0, tree="chain(4)", **sampling):
 def extend(world, ctx, start):
     """The target's rows from ``start`` up to the one before the root."""
     slots = np.arange(start, ctx.root_position, dtype=np.int32)
-    world.runner.forward(
-        ForwardBatch(
-            token_ids=np.array(ctx.token_ids[start:-1], np.int32),
-            positions=slots,
-            slots=slots,
-            prefix_len=slots + 1,
-            sequence=np.zeros(len(slots), np.int32),
-            ancestors=np.empty((len(slots), 0), np.int32),
-            page_table=np.array([ctx.pages], np.int32),
-            logit_rows=np.empty(0, np.int32),
-        ),
-        world.cache,
-    )
+    world.runner.forward(ForwardBatch(
+        token_ids=np.array(ctx.token_ids[start:-1], np.int32), positions=slots, slots=slots, prefix_len=slots + 1,
+        sequence=np.zeros(len(slots), np.int32), ancestors=np.empty((len(slots), 0), np.int32),
+        page_table=np.array([ctx.pages], np.int32), logit_rows=np.empty(0, np.int32),
+    ), world.cache)
 
 
 def sparse_logits(ctx, path, seen):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pdspec.cli.bench import _numbers
+from pdspec.cli.options import numbers
 from pdspec.config import WorkerConfig
 from pdspec.errors import InvalidRequest
 from pdspec.study import bench_handoff, bench_stream
@@ -45,9 +45,9 @@ def test_a_wish_survives_its_way_as_a_request_id():
 
 
 def test_lengths_are_numbers_or_refused_by_name():
-    assert _numbers("512, 2048", "lengths") == [512, 2048]
+    assert numbers("512, 2048", "lengths") == [512, 2048]
     with pytest.raises(InvalidRequest, match="lengths"):
-        _numbers("512,many", "lengths")
+        numbers("512,many", "lengths")
 
 
 def test_streams_over_every_path_carry_what_they_should():

@@ -24,12 +24,8 @@ def draft_of(random: np.random.Generator, nodes: int) -> Draft:
     for node, parent in enumerate(parents):
         chance = random.choice([0.1, 0.5, 0.9, 1.0])
         survival[node] = chance * (1.0 if parent < 0 else survival[parent])
-    return Draft(
-        token_ids=np.arange(nodes, dtype=np.int32),
-        parents=parents,
-        survival=survival,
-        log_q=np.zeros(nodes, np.float32),
-    )
+    return Draft(token_ids=np.arange(nodes, dtype=np.int32), parents=parents, survival=survival,
+                 log_q=np.zeros(nodes, np.float32))
 
 
 def closed_sets(draft: Draft) -> list[tuple[int, ...]]:
@@ -83,12 +79,8 @@ def test_drafting_that_costs_more_than_it_gives_is_not_done():
 
 
 def test_a_profile_is_the_survival_of_each_depth_best_first():
-    draft = Draft(
-        token_ids=np.arange(5, dtype=np.int32),
-        parents=np.array([-1, -1, 0, 1, 2], np.int32),
-        log_q=np.zeros(5, np.float32),
-        survival=np.array([0.4, 0.5, 0.1, 0.3, 0.05], np.float32),
-    )
+    draft = Draft(token_ids=np.arange(5, dtype=np.int32), parents=np.array([-1, -1, 0, 1, 2], np.int32),
+                  log_q=np.zeros(5, np.float32), survival=np.array([0.4, 0.5, 0.1, 0.3, 0.05], np.float32))
     expected = [[0.5, 0.4, 0], [0.3, 0.1, 0], [0.05, 0, 0], [0, 0, 0]]
     np.testing.assert_allclose(profile(draft, 4, 3), expected, rtol=1e-6)
     np.testing.assert_allclose(profile(draft, 1, 1), [[0.5]])

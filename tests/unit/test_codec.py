@@ -41,6 +41,9 @@ FULL = SamplingParams(
     ignore_eos=True,
     logprobs=0,
     verify="rejection",
+    json_schema='{"type": "object"}',
+    regex="[a-z]+",
+    choice=("yes", "nö"),
 )
 
 

@@ -78,15 +78,9 @@ def test_the_head_s_state_is_rebuilt_whoever_drafted(temperature):
     assert story.ctx.metrics == {"combined_suffix": sum(drafted), "combined_head": len(drafted) - sum(drafted)}
 
 
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        SamplingParams(),
-        SamplingParams(temperature=0.8),
-        SamplingParams(temperature=0.8, verify=Verify.REJECTION),
-    ],
-    ids=["greedy", "coupled", "rejection"],
-)
+@pytest.mark.parametrize("sampling", [
+    SamplingParams(), SamplingParams(temperature=0.8), SamplingParams(temperature=0.8, verify=Verify.REJECTION),
+], ids=["greedy", "coupled", "rejection"])
 def test_where_nothing_repeats_it_is_the_head_alone(sampling):
     worlds = [combined_world(), make_world(OPS, tree="chain(3)")]
     stories = [Story(world=world, seed=5, length=17) for world in worlds]
@@ -118,11 +112,8 @@ def test_the_head_runs_for_those_alone_that_need_it(monkeypatch):
             world.drafter.prefill(story.ctx, HiddenRows(start=0, captured=story.captured, final=None))
     asked = []
     propose = world.drafter.head.propose
-    monkeypatch.setattr(
-        world.drafter.head,
-        "propose",
-        lambda batch, budgets: asked.append([c.request_id for c in batch]) or propose(batch, budgets),
-    )
+    monkeypatch.setattr(world.drafter.head, "propose",
+                        lambda batch, budgets: asked.append([c.request_id for c in batch]) or propose(batch, budgets))
     drafts = world.drafter.propose([story.ctx for story in stories], [8, 8])
     assert asked == [["story-2"]]
     assert drafts[0].token_ids.tolist() == [7, 14, 21, 0, 7, 14, 21, 0] and drafts[1].num_nodes == 3
@@ -172,15 +163,8 @@ def test_a_named_tree_holds_for_both_and_is_the_head_s_to_refuse():
         drafter.depth("chain(66)")
 
 
-BASE = {
-    "model": "tiny",
-    "dtype": "float32",
-    "threads": 1,
-    "cache_tokens": 4096,
-    "poison": True,
-    "drafter": "combined",
-    "drafters": ("none", "combined"),
-}
+BASE = {"model": "tiny", "dtype": "float32", "threads": 1, "cache_tokens": 4096, "poison": True,
+        "drafter": "combined", "drafters": ("none", "combined")}
 
 
 @pytest.mark.parametrize("head", ["eagle3", "medusa", "lookahead"])
@@ -194,14 +178,8 @@ def test_any_family_may_be_the_head_and_no_token_changes(head):
     words = [11, 12, 13, 14, 15, 16, 17, 18]
     requests = [
         GenerateRequest(
-            request_id=f"r{i}",
-            prompt_ids=tuple(words * 5 + words[:i]),
-            sampling=SamplingParams(
-                temperature=0.8 * (i % 2),
-                seed=i,
-                max_tokens=40,
-                ignore_eos=True,
-                verify=Verify.COUPLED,
+            request_id=f"r{i}", prompt_ids=tuple(words * 5 + words[:i]), sampling=SamplingParams(
+                temperature=0.8 * (i % 2), seed=i, max_tokens=40, ignore_eos=True, verify=Verify.COUPLED,
                 logit_bias=tuple((token, 4.0) for token in words),
             ),
         )

@@ -198,14 +198,6 @@ def test_drawn_children_have_the_law_they_were_drawn_from(native, tree, shipped)
         assert len(law.token_ids) == (16 if cut else CONFIG.vocab_size)
         np.testing.assert_allclose(law.log_q, log_q.log_softmax(-1).numpy(), atol=1e-3)
     logits = torch.randn(1 + draft.num_nodes, CONFIG.vocab_size, generator=torch.Generator().manual_seed(1))
-    found = verify(
-        draft,
-        logits,
-        story.ctx.sampling,
-        History.of(story.ctx.token_ids),
-        Seeded(1, 0),
-        root_position=story.ctx.root_position,
-        end_ids=(),
-        max_new=10,
-    )
+    found = verify(draft, logits, story.ctx.sampling, History.of(story.ctx.token_ids), Seeded(1, 0),
+                   root_position=story.ctx.root_position, end_ids=(), max_new=10)
     assert len(found.verdict.output_ids) == found.verdict.num_accepted + 1

@@ -16,19 +16,10 @@ from tests.tiny_folder import save_tiny
 
 
 def generator(where, **changes):
-    return LocalGenerator(
-        WorkerConfig(
-            model="tiny",
-            dtype="float32",
-            drafters=("none", "draft_model"),
-            drafter="draft_model",
-            cache_tokens=2048,
-            heads={"draft_model": where},
-            threads=1,
-            chunk=16,
-            **changes,
-        )
-    )
+    return LocalGenerator(WorkerConfig(
+        model="tiny", dtype="float32", drafters=("none", "draft_model"), drafter="draft_model", cache_tokens=2048,
+        heads={"draft_model": where}, threads=1, chunk=16, **changes,
+    ))
 
 
 def answer(local, drafter, n=40, tokens=40, **sampling):
@@ -55,9 +46,8 @@ def test_the_engine_tells_n_plus_1_rows_of_each_layer_and_the_last_after_t_n(chu
     resources, n = local.resources, 20
     asked = GenerateRequest(request_id="a", prompt_ids=tuple(range(60, 60 + n)), sampling=SamplingParams(seed=1))
     ctx = new_context(resources, asked, resources.pool.allocate(8))
-    prompt = PrefillSequence(
-        request=asked, ctx=ctx, drafter=resources.drafter(""), events=told, draft_prefill=DraftPrefill.PREFILL
-    )
+    prompt = PrefillSequence(request=asked, ctx=ctx, drafter=resources.drafter(""), events=told,
+                             draft_prefill=DraftPrefill.PREFILL)
     while not prompt.finished:
         local.prefill.step([(prompt, min(chunk, prompt.remaining))])
     rows = [event for event in told.events if event[:2] == ("rows", GROUP)]

@@ -43,27 +43,14 @@ def public(tmp_path):
     folder.mkdir()
     head = random_head(Eagle1Config.for_target(TARGET, TARGET.vocab_size), 4)
     embedding = {"embed_tokens.weight": torch.zeros(TARGET.vocab_size, TARGET.hidden_size)}
-    torch.save(
-        {**{name: tensor.half() for name, tensor in head.tensors.items()}, **embedding}, folder / "pytorch_model.bin"
-    )
-    (folder / "config.json").write_text(
-        json.dumps(
-            {
-                "architectures": ["LlamaForCausalLM"],
-                "model_type": "llama",
-                "hidden_act": "silu",
-                "num_hidden_layers": 1,
-                "hidden_size": TARGET.hidden_size,
-                "num_attention_heads": TARGET.num_heads,
-                "head_dim": TARGET.head_dim,
-                "num_key_value_heads": TARGET.num_kv_heads,
-                "intermediate_size": TARGET.intermediate_size,
-                "vocab_size": TARGET.vocab_size,
-                "rms_norm_eps": TARGET.rms_norm_eps,
-                "rope_scaling": None,
-            }
-        )
-    )
+    torch.save({**{name: tensor.half() for name, tensor in head.tensors.items()}, **embedding},
+               folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "num_hidden_layers": 1,
+        "hidden_size": TARGET.hidden_size, "num_attention_heads": TARGET.num_heads, "head_dim": TARGET.head_dim,
+        "num_key_value_heads": TARGET.num_kv_heads, "intermediate_size": TARGET.intermediate_size,
+        "vocab_size": TARGET.vocab_size, "rms_norm_eps": TARGET.rms_norm_eps, "rope_scaling": None,
+    }))
     return folder, head
 
 
@@ -88,16 +75,8 @@ def test_a_float_head_comes_back_as_it_was(folder):
 
 def test_names_and_shapes_are_those_of_the_papers_authors(folder):
     stored = load_file(folder / "model.safetensors")
-    layer = [
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "self_attn.o_proj",
-        "mlp.gate_proj",
-        "mlp.up_proj",
-        "mlp.down_proj",
-        "post_attention_layernorm",
-    ]
+    layer = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
+             "mlp.up_proj", "mlp.down_proj", "post_attention_layernorm"]
     assert stored.keys() == {"fc.weight", "fc.bias", "d2t", "t2d", *(f"layers.0.{name}.weight" for name in layer)}
     assert stored["fc.weight"].shape == (TARGET.hidden_size, 2 * TARGET.hidden_size)
     assert stored["layers.0.self_attn.q_proj.weight"].shape == (64, TARGET.hidden_size)
@@ -144,49 +123,37 @@ def test_a_pickle_that_holds_more_than_tensors_is_refused(public):
         load_head(folder)
 
 
-@pytest.mark.parametrize(
-    "change, names",
-    [
-        (lambda t: t.pop("fc.bias"), r"lacks the tensor fc\.bias"),
-        (lambda t: t.update({"fc.weight": t["fc.weight"][:, :-16].contiguous()}), r"fc\.weight .*asks for"),
-        (lambda t: t["layers.0.mlp.up_proj.weight"].fill_(torch.nan), r"up_proj.*not finite"),
-        (
-            lambda t: t.update({"layers.0.input_layernorm.weight": torch.ones(48)}),
-            r"layers\.0\.input_layernorm.*no place",
-        ),
-        (lambda t: t.pop("d2t"), "d2t"),
-    ],
-)
+@pytest.mark.parametrize("change, names", [
+    (lambda t: t.pop("fc.bias"), r"lacks the tensor fc\.bias"),
+    (lambda t: t.update({"fc.weight": t["fc.weight"][:, :-16].contiguous()}), r"fc\.weight .*asks for"),
+    (lambda t: t["layers.0.mlp.up_proj.weight"].fill_(torch.nan), r"up_proj.*not finite"),
+    (lambda t: t.update({"layers.0.input_layernorm.weight": torch.ones(48)}), r"layers\.0\.input_layernorm.*no place"),
+    (lambda t: t.pop("d2t"), "d2t"),
+])
 def test_wrong_tensors_are_refused_by_name(folder, change, names):
     edit(folder, change)
     with pytest.raises(CheckpointError, match=names):
         load_head(folder)
 
 
-@pytest.mark.parametrize(
-    "values, names",
-    [
-        ({"mlp_bias": True}, "mlp_bias"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
-        ({"num_hidden_layers": 2}, "one layer"),
-        ({"num_attention_heads": 3}, "num_heads"),
-        ({"rms_norm_eps": None}, "damaged"),
-    ],
-)
+@pytest.mark.parametrize("values, names", [
+    ({"mlp_bias": True}, "mlp_bias"),
+    ({"attention_bias": True}, "attention_bias"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+    ({"num_hidden_layers": 2}, "one layer"),
+    ({"num_attention_heads": 3}, "num_heads"),
+    ({"rms_norm_eps": None}, "damaged"),
+])
 def test_what_cannot_be_run_is_refused_not_approximated(folder, values, names):
     edit_config(folder, **values)
     with pytest.raises((CheckpointError, ConfigError), match=names):
         load_head(folder)
 
 
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 500.0},
-        {"rope_scaling": None, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}},
-    ],
-)
+@pytest.mark.parametrize("rope", [
+    {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 500.0},
+    {"rope_scaling": None, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}},
+])
 def test_rope_rules_are_read_under_their_older_and_newer_keys(folder, rope):
     edit_config(folder, **rope)
     config = load_head(folder).config
@@ -218,24 +185,14 @@ def test_eagle_2_takes_the_head_of_eagle_1_unless_it_has_its_own(tmp_path, monke
 
 
 def test_options_are_set_by_family_and_refused_by_name():
-    drafter = make(
-        "eagle2",
-        {"eagle2": "random:1"},
-        **{
-            "eagle2:stable_kv": "false",
-            "eagle2:first_token_padding": "true",
-            "eagle2:threshold": "0.25",
-        },
-    )
+    drafter = make("eagle2", {"eagle2": "random:1"}, **{
+        "eagle2:stable_kv": "false", "eagle2:first_token_padding": "true", "eagle2:threshold": "0.25",
+    })
     assert not drafter.stable_kv and drafter.threshold == 0.25 and drafter.rows_at(5) == {"draft/eagle2": 6}
     default = make("eagle2", {"eagle2": "random:1"})
     assert default.stable_kv and default.threshold == 0 and default.rows_at(5) == {"draft/eagle2": 5}
-    for name, option, value in (
-        ("eagle1", "stable_kv", "no"),
-        ("eagle1", "first_token_padding", ""),
-        ("eagle2", "threshold", "2"),
-        ("eagle2", "threshold", "x"),
-    ):
+    for name, option, value in (("eagle1", "stable_kv", "no"), ("eagle1", "first_token_padding", ""),
+                                ("eagle2", "threshold", "2"), ("eagle2", "threshold", "x")):
         with pytest.raises(ConfigError, match=rf"options\.{name}:{option}"):
             make(name, {name: "random:1"}, **{f"{name}:{option}": value})
     with pytest.raises(ConfigError, match="eagle1:threshold"):

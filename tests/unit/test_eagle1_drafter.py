@@ -19,17 +19,8 @@ PAPER = PaperEagle1(HEAD, EMBEDDING, LM_HEAD)
 TREES = (("chain(4)", 13), ("static(2x2x1)", 24), ("dynamic(3,3,6)", 1))
 UNSTABLE, PADDED = {"stable_kv": False}, {"padding": True}
 VARIANTS = [
-    ("eagle1", {}),
-    ("eagle1", PADDED),
-    ("eagle1", UNSTABLE),
-    ("eagle1", {**UNSTABLE, **PADDED}),
-    ("whole", {}),
-    ("eagle3", PADDED),
-    ("eagle3", UNSTABLE),
-    ("fc_norm", {}),
-    ("norm_output", {}),
-    ("eagle3.1", {}),
-    ("tied", {}),
+    ("eagle1", {}), ("eagle1", PADDED), ("eagle1", UNSTABLE), ("eagle1", {**UNSTABLE, **PADDED}), ("whole", {}),
+    ("eagle3", PADDED), ("eagle3", UNSTABLE), ("fc_norm", {}), ("norm_output", {}), ("eagle3.1", {}), ("tied", {}),
     ("eagle3.1", {**UNSTABLE, **PADDED}),
 ]
 
@@ -151,9 +142,8 @@ def test_a_handoff_changes_no_proposal(native, temperature, options):
     rows, group = 21 + bool(options.get("padding")), here.world.group
     assert here.world.drafter.rows_at(21) == {group: rows}
     candidates, start = here.world.drafter.start(here.ctx)
-    there.world.cache.write_rows(
-        group, 0, there.ctx.pages, 0, rows, here.world.cache.read_rows(group, 0, here.ctx.pages, 0, rows)
-    )
+    there.world.cache.write_rows(group, 0, there.ctx.pages, 0, rows,
+                                 here.world.cache.read_rows(group, 0, here.ctx.pages, 0, rows))
     there.world.drafter.resume(there.ctx, candidates, {name: row.clone() for name, row in start.items()})
     for _ in range(5):
         ours = here.world.drafter.propose([here.ctx], [6])
@@ -200,10 +190,8 @@ def test_unstable_kv_is_not_what_the_target_would_have_made(native):
 
 
 def test_padding_is_part_of_the_fingerprint_and_what_stays_here_is_not(native):
-    prints = {
-        name: make_world(native, **options).drafter.fingerprint()
-        for name, options in {"": {}, "padded": PADDED, "unstable": UNSTABLE, "threshold": {"threshold": 0.1}}.items()
-    }
+    prints = {name: make_world(native, **options).drafter.fingerprint() for name, options in
+              {"": {}, "padded": PADDED, "unstable": UNSTABLE, "threshold": {"threshold": 0.1}}.items()}
     assert prints[""] == prints["unstable"] == prints["threshold"] != prints["padded"]
     assert len({make_world(native, kind).drafter.fingerprint() for kind in HEADS}) == len(HEADS)
 
@@ -258,16 +246,8 @@ def test_the_ratio_rule_over_drawn_drafts_gives_exactly_the_target_s_law(native,
         logits = torch.full((1 + draft.num_nodes, TARGET.vocab_size), -torch.inf)
         for row, token in zip(logits, [-1, *draft.token_ids.tolist()], strict=True):
             row[cells] = torch.from_numpy(np.log(target[token])).float()
-        return verify(
-            draft,
-            logits,
-            params,
-            History.of(story.ctx.token_ids, ()),
-            chooser,
-            end_ids=(),
-            max_new=2,
-            root_position=story.ctx.root_position,
-        ).verdict.output_ids
+        return verify(draft, logits, params, History.of(story.ctx.token_ids, ()), chooser, end_ids=(), max_new=2,
+                      root_position=story.ctx.root_position).verdict.output_ids
 
     for outputs, weight in outcomes_of(run):
         firsts[outputs[0]] = firsts.get(outputs[0], 0.0) + weight

@@ -110,22 +110,19 @@ def put(name, value):
     return lambda tensors: tensors.update({name: value})
 
 
-@pytest.mark.parametrize(
-    "change, names",
-    [
-        (drop("fc.weight"), "fc.weight"),
-        (drop("d2t"), "d2t"),
-        (put("norm.weight", torch.ones(47)), "norm.weight"),
-        (put("norm.weight", torch.full((48,), torch.nan)), "norm.weight"),
-        (put("fc.weight", torch.zeros(48, 144, dtype=torch.int8)), "fc.weight"),
-        (put("fc.weight_scale", torch.ones(48)), "fc.weight"),
-        (put("d2t", torch.zeros(60, dtype=torch.int64) - 1), "d2t"),
-        (put("d2t", 5 - torch.arange(60)), "d2t"),
-        (put("d2t", torch.zeros(59, dtype=torch.int64)), "d2t"),
-        (put("t2d", torch.ones(200, dtype=torch.bool)), "t2d"),
-        (put("midlayer.extra.weight", torch.ones(3)), "midlayer.extra.weight"),
-    ],
-)
+@pytest.mark.parametrize("change, names", [
+    (drop("fc.weight"), "fc.weight"),
+    (drop("d2t"), "d2t"),
+    (put("norm.weight", torch.ones(47)), "norm.weight"),
+    (put("norm.weight", torch.full((48,), torch.nan)), "norm.weight"),
+    (put("fc.weight", torch.zeros(48, 144, dtype=torch.int8)), "fc.weight"),
+    (put("fc.weight_scale", torch.ones(48)), "fc.weight"),
+    (put("d2t", torch.zeros(60, dtype=torch.int64) - 1), "d2t"),
+    (put("d2t", 5 - torch.arange(60)), "d2t"),
+    (put("d2t", torch.zeros(59, dtype=torch.int64)), "d2t"),
+    (put("t2d", torch.ones(200, dtype=torch.bool)), "t2d"),
+    (put("midlayer.extra.weight", torch.ones(3)), "midlayer.extra.weight"),
+])
 def test_wrong_tensors_are_refused_by_name(folder, change, names):
     edit(folder, change)
     with pytest.raises(CheckpointError, match=names):
@@ -148,39 +145,27 @@ def test_missing_and_garbled_files_are_refused(folder, tmp_path):
         load_head(folder)
 
 
-@pytest.mark.parametrize(
-    "values, names",
-    [
-        ({"hidden_size": 64}, r"asks for"),
-        ({"draft_vocab_size": 300}, "draft_vocab_size"),
-        ({"num_attention_heads": 3}, "num_heads"),
-        ({"num_hidden_layers": 2}, "one layer"),
-        ({"rms_norm_eps": None}, "damaged"),
-        ({"pdspec": {"format": 1, "fused_layers": [2, 2, 5]}}, "fused_layers"),
-    ],
-)
+@pytest.mark.parametrize("values, names", [
+    ({"hidden_size": 64}, r"asks for"),
+    ({"draft_vocab_size": 300}, "draft_vocab_size"),
+    ({"num_attention_heads": 3}, "num_heads"),
+    ({"num_hidden_layers": 2}, "one layer"),
+    ({"rms_norm_eps": None}, "damaged"),
+    ({"pdspec": {"format": 1, "fused_layers": [2, 2, 5]}}, "fused_layers"),
+])
 def test_a_config_that_cannot_be_is_refused(folder, values, names):
     edit_config(folder, **values)
     with pytest.raises(CheckpointError, match=names):
         load_head(folder)
 
 
-@pytest.mark.parametrize(
-    "values, names",
-    [
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
-        (
-            {
-                "pdspec": None,
-                "eagle_aux_hidden_state_layer_ids": [1, 2, 3],
-                "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]},
-            },
-            "layer_ids",
-        ),
-        ({"pdspec": {"format": 9}}, "format 9"),
-    ],
-)
+@pytest.mark.parametrize("values, names", [
+    ({"attention_bias": True}, "attention_bias"),
+    ({"mlp_bias": True}, "mlp_bias"),
+    ({"pdspec": None, "eagle_aux_hidden_state_layer_ids": [1, 2, 3],
+      "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}}, "layer_ids"),
+    ({"pdspec": {"format": 9}}, "format 9"),
+])
 def test_variants_that_are_not_built_are_refused_not_approximated(folder, values, names):
     edit_config(folder, **values)
     with pytest.raises(ConfigError, match=names):
@@ -196,9 +181,7 @@ def test_heads_of_eagle_3_1_come_back_with_their_norms(tmp_path, flags):
     save_head(tmp_path, head, int8=True)
     values = json.loads((tmp_path / "config.json").read_text())
     assert {name: values.get(name, False) for name in ("fc_norm", "norm_output")} == {
-        "fc_norm": False,
-        "norm_output": False,
-        **flags,
+        "fc_norm": False, "norm_output": False, **flags,
     }
     found = load_head(tmp_path)
     assert found.config == head.config

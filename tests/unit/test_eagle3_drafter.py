@@ -134,14 +134,8 @@ def test_a_prefill_can_begin_anew(native):
 def test_a_prefill_can_stand_behind_rows_that_are_there(native):
     whole, rest = (Story(world=make_world(native), seed=9, length=20) for _ in range(2))
     rest.ctx.token_ids += rest.tokens(1)
-    rest.world.cache.write_rows(
-        "draft/eagle3",
-        0,
-        rest.ctx.pages,
-        0,
-        8,
-        whole.prefill().world.cache.read_rows("draft/eagle3", 0, whole.ctx.pages, 0, 8),
-    )
+    rest.world.cache.write_rows("draft/eagle3", 0, rest.ctx.pages, 0, 8,
+                                whole.prefill().world.cache.read_rows("draft/eagle3", 0, whole.ctx.pages, 0, 8))
     rest.world.drafter.prefill(rest.ctx, HiddenRows(start=8, captured=rest.captured[8:], final=None))
     assert torch.equal(rest.kv_rows(), whole.kv_rows())
     assert torch.equal(rest.ctx.state.feature, whole.ctx.state.feature)

@@ -25,20 +25,10 @@ DEAR = VerifyTimes(rows=np.arange(1, 99), seconds=np.arange(1, 99.0))  # a row c
 @pytest.fixture(scope="module")
 def local() -> Iterator[LocalGenerator]:
     heads = {name: "random:3" for name in NAMES if name != "none"} | {"draft_model": "tiny"}
-    generator = LocalGenerator(
-        WorkerConfig(
-            model="tiny",
-            heads=heads,
-            drafters=NAMES,
-            drafter="none",
-            cache_tokens=16384,
-            threads=1,
-            poison=True,
-            options={"mtp:modules": "3", "sparse:window": "4096"},
-            dtype="float32",
-            draft_queue=30,
-        )
-    )
+    generator = LocalGenerator(WorkerConfig(
+        model="tiny", heads=heads, drafters=NAMES, drafter="none", cache_tokens=16384, threads=1, poison=True,
+        options={"mtp:modules": "3", "sparse:window": "4096"}, dtype="float32", draft_queue=30,
+    ))
     yield generator
     generator.resources.pool.check_integrity([])
     generator.resources.close()
@@ -58,14 +48,8 @@ def run(local: LocalGenerator, budget: type[FixedBudget], params: SamplingParams
     engine = local.decode
     engine.budget = budget(local.resources, **options)
     requests = [
-        GenerateRequest(
-            request_id=str(i),
-            drafter=name,
-            tree=tree,
-            trace=True,
-            sampling=replace(params, seed=i),
-            prompt_ids=tuple((5 * j * j + 3 * i + j) % 256 for j in range(12 + i)),
-        )
+        GenerateRequest(request_id=str(i), drafter=name, tree=tree, trace=True, sampling=replace(params, seed=i),
+                        prompt_ids=tuple((5 * j * j + 3 * i + j) % 256 for j in range(12 + i)))
         for i, name in enumerate(names)
     ]
     tokens = [[] for _ in requests]
@@ -77,9 +61,8 @@ def run(local: LocalGenerator, budget: type[FixedBudget], params: SamplingParams
     return tokens, traces
 
 
-@pytest.mark.parametrize(
-    "params", [GREEDY, SAMPLED, replace(SAMPLED, verify="rejection")], ids=["greedy", "sampled", "rejection"]
-)
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED, replace(SAMPLED, verify="rejection")],
+                         ids=["greedy", "sampled", "rejection"])
 def test_answers_are_those_of_plain_decoding_whatever_the_budget_decides(local, params):
     names = [name for name in NAMES if name != "none"]
     if params.verify == "rejection":  # no answer is the same as plain decoding's: each must still come to its end
@@ -115,15 +98,8 @@ def test_no_budget_runs_no_drafter_but_probes(local):
     names = ["eagle3"] * 3
     metrics = local.resources.metrics
     before = dict(metrics)
-    _tokens, _traces = run(
-        local,
-        GoodputBudget,
-        replace(GREEDY, max_tokens=120),
-        names,
-        verify_times=DEAR,
-        frozen=True,
-        draft_times={"eagle3": DraftTimes.none().corrected(1, 3, 5.0)},
-    )
+    _tokens, _traces = run(local, GoodputBudget, replace(GREEDY, max_tokens=120), names, verify_times=DEAR, frozen=True,
+                         draft_times={"eagle3": DraftTimes.none().corrected(1, 3, 5.0)})
     drafted = metrics["budget_nodes_drafted"] - before.get("budget_nodes_drafted", 0)
     assert metrics["budget_nodes_verified"] == before.get("budget_nodes_verified", 0)
     assert metrics["budget_plain_steps"] - before.get("budget_plain_steps", 0) > 100

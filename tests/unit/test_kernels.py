@@ -137,14 +137,8 @@ def test_thousands_of_ancestors_have_the_bits_of_a_prefix_and_may_skip_rows(ops,
     zeros, none = np.zeros(4, np.int32), np.empty((4, 0), np.int32)
     pages = rng.permutation(400).astype(np.int32).reshape(2, 200)
     dense = ForwardBatch(
-        token_ids=zeros,
-        positions=zeros,
-        slots=zeros,
-        sequence=np.array([0, 0, 0, 1], np.int32),
-        page_table=pages,
-        prefix_len=np.array([keys, keys, keys - 7, keys], np.int32),
-        ancestors=none,
-        logit_rows=zeros[:0],
+        token_ids=zeros, positions=zeros, slots=zeros, sequence=np.array([0, 0, 0, 1], np.int32), page_table=pages,
+        prefix_len=np.array([keys, keys, keys - 7, keys], np.int32), ancestors=none, logit_rows=zeros[:0],
     )
     named = np.full((4, keys - 4), -1, np.int32)
     for row, length in enumerate(dense.prefix_len):

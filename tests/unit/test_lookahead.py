@@ -41,8 +41,7 @@ def test_the_window_is_the_paper_s():
         columns = sorted(grid[-1])
         expected = {
             (depth, i): [*text, *(grid[0][j] for j in range(1, i + 1)), *(grid[d][i] for d in range(1, depth + 1))]
-            for depth in range(len(grid))
-            for i in grid[depth]
+            for depth in range(len(grid)) for i in grid[depth]
         }
         assert contexts == [expected[depth, i] for depth in range(len(grid)) for i in sorted(grid[depth])]
         assert branch.asked.tolist() == list(range(len(contexts) - len(columns), len(contexts)))
@@ -80,15 +79,8 @@ def test_no_branch_is_larger_than_stated(size):
 
 
 def context(tokens=PROMPT, tree="") -> DraftContext:
-    return DraftContext(
-        request_id="r",
-        sampling=SamplingParams(),
-        noise_key=(1 << 63, 2),
-        token_ids=list(tokens),
-        pages=[],
-        prompt_len=len(tokens) - 1,
-        tree=tree,
-    )
+    return DraftContext(request_id="r", sampling=SamplingParams(), noise_key=(1 << 63, 2), token_ids=list(tokens),
+                        pages=[], prompt_len=len(tokens) - 1, tree=tree)
 
 
 def answer(drafter, ctx, draft: Draft, *outputs: int, path=()) -> None:
@@ -155,10 +147,8 @@ def test_trees_and_options_that_do_not_fit_are_refused():
         with pytest.raises(InvalidRequest, match=r"depth in 1\.\.4.*at most 28 nodes"):
             drafter.depth(tree)
     for options, names in (
-        ({"lookahead:level": "2"}, "lookahead:level"),
-        ({"lookahead:window": "x"}, "lookahead:window"),
-        ({"lookahead:guesses": "64", "lookahead:level": "9"}, "256"),
-        ({"lookahead:text": "maybe"}, "on nor off"),
+        ({"lookahead:level": "2"}, "lookahead:level"), ({"lookahead:window": "x"}, "lookahead:window"),
+        ({"lookahead:guesses": "64", "lookahead:level": "9"}, "256"), ({"lookahead:text": "maybe"}, "on nor off"),
         ({"lookahead:breadth": "3"}, "lookahead:breadth"),
     ):
         with pytest.raises(ConfigError, match=names):
@@ -166,12 +156,7 @@ def test_trees_and_options_that_do_not_fit_are_refused():
 
 
 BASE = {
-    "model": "tiny",
-    "dtype": "float32",
-    "threads": 1,
-    "cache_tokens": 4096,
-    "poison": True,
-    "drafter": "lookahead",
+    "model": "tiny", "dtype": "float32", "threads": 1, "cache_tokens": 4096, "poison": True, "drafter": "lookahead",
     "drafters": ("none", "lookahead"),
 }
 

@@ -58,13 +58,8 @@ class Story:
         self.random = np.random.default_rng(self.seed)
         self.final = self.hidden(self.length)
         self.ctx = DraftContext(
-            request_id=f"story-{self.seed}",
-            sampling=self.sampling,
-            noise_key=(self.seed, 0),
-            pages=[],
-            token_ids=self.tokens(self.length),
-            prompt_len=self.length,
-            tree=self.tree,
+            request_id=f"story-{self.seed}", sampling=self.sampling, noise_key=(self.seed, 0), pages=[],
+            token_ids=self.tokens(self.length), prompt_len=self.length, tree=self.tree,
         )
 
     def tokens(self, count: int) -> list[int]:
@@ -93,10 +88,8 @@ class Story:
         hidden, start = self.hidden(len(outputs)), self.ctx.root_position
         self.final = torch.cat((self.final, hidden))
         self.ctx.token_ids += outputs
-        return (
-            self.ctx,
-            Verdict(path=tuple(path), output_ids=tuple(outputs)),
-            HiddenRows(start=start, captured=None, final=hidden),
+        return self.ctx, Verdict(path=tuple(path), output_ids=tuple(outputs)), HiddenRows(
+            start=start, captured=None, final=hidden
         )
 
     def scores(self, depth: int, heads: Heads = SHARED) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,11 +161,8 @@ def test_a_dynamic_tree_has_the_likeliest_products(ops, temperature, shape):
     for _ in range(4):
         draft = story.propose()
         levels = [best(story, d, top_k) for d in range(1, depth + 1)]
-        scores = {
-            tuple(t for t, _ in path): sum(s for _, s in path)
-            for d in range(1, depth + 1)
-            for path in product(*levels[:d])
-        }
+        scores = {tuple(t for t, _ in path): sum(s for _, s in path)
+                  for d in range(1, depth + 1) for path in product(*levels[:d])}
         expected = sorted(scores, key=lambda path: -scores[path])[:nodes]
         found = dict(zip(paths(draft), draft.survival.tolist(), strict=True))
         assert found == pytest.approx({path: float(np.exp(scores[path])) for path in expected}, abs=1e-4)
@@ -202,15 +192,9 @@ def test_bits_do_not_depend_on_the_batch(native, temperature):
         together.observe([story.verdict(draft) for story, draft in zip(batch, drafts, strict=True)])
 
 
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        SamplingParams(),
-        SamplingParams(temperature=0.8),
-        SamplingParams(temperature=0.8, verify=Verify.REJECTION),
-    ],
-    ids=["greedy", "coupled", "rejection"],
-)
+@pytest.mark.parametrize("sampling", [
+    SamplingParams(), SamplingParams(temperature=0.8), SamplingParams(temperature=0.8, verify=Verify.REJECTION),
+], ids=["greedy", "coupled", "rejection"])
 def test_a_handoff_changes_no_proposal(native, sampling):
     here, there = (
         Story(drafter=make(native), seed=10, length=21, tree="static(3x2)", sampling=sampling) for _ in range(2)
@@ -242,15 +226,8 @@ def test_what_was_drawn_has_a_law_at_every_inner_node_and_verification_keeps_the
     final = torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(7))
     counts, runs, accepted = np.zeros((6, 6)), 3000, 0
     for seed in range(runs):
-        ctx = DraftContext(
-            request_id="r",
-            sampling=sampling,
-            noise_key=(seed, 0),
-            token_ids=[1, 0],
-            pages=[],
-            prompt_len=1,
-            tree="static(2x2)",
-        )
+        ctx = DraftContext(request_id="r", sampling=sampling, noise_key=(seed, 0), token_ids=[1, 0], pages=[],
+                           prompt_len=1, tree="static(2x2)")
         drafter.prefill(ctx, HiddenRows(start=0, captured=None, final=final))
         if seed % 2:
             drafter.resume(ctx, *drafter.start(ctx))
@@ -263,9 +240,8 @@ def test_what_was_drawn_has_a_law_at_every_inner_node_and_verification_keeps_the
             assert len(set(children)) == 2 and set(children) <= set(draft.laws[node].token_ids.tolist())
         logits = torch.stack([table[6], *(table[int(token)] for token in draft.token_ids)])
         # a token more than the tree decides is drawn from the node's own row, as an engine's next step would
-        found = verify(
-            draft, logits, sampling, History.of([1, 0], []), Seeded(seed, 0), root_position=1, end_ids=(), max_new=2
-        ).verdict
+        found = verify(draft, logits, sampling, History.of([1, 0], []), Seeded(seed, 0), root_position=1, end_ids=(),
+                       max_new=2).verdict
         accepted += found.num_accepted
         first = found.output_ids[0]
         if len(found.output_ids) == 2:

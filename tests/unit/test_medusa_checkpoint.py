@@ -40,9 +40,9 @@ def publish(folder, prefix="", name="medusa_lm_head.safetensors"):
     """As FasterDecoding does: a config that tells little, here too few heads, and tensors without a map."""
     tensors = {prefix + name: tensor for name, tensor in random_heads(PUBLIC, 2).tensors.items()}
     save_file({name: tensor.half() for name, tensor in tensors.items()}, folder / name)
-    (folder / "config.json").write_text(
-        json.dumps({"medusa_num_heads": 2, "medusa_num_layers": 1, "base_model_name_or_path": "lmsys/vicuna-7b-v1.3"})
-    )
+    (folder / "config.json").write_text(json.dumps(
+        {"medusa_num_heads": 2, "medusa_num_layers": 1, "base_model_name_or_path": "lmsys/vicuna-7b-v1.3"}
+    ))
 
 
 def make(folder, strict=False):
@@ -108,32 +108,26 @@ def edit(folder, change) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-@pytest.mark.parametrize(
-    "change, names",
-    [
-        (lambda tensors: tensors.pop("1.0.linear.bias"), "1.0.linear.bias"),
-        (lambda tensors: tensors.pop("d2t"), "d2t"),
-        (lambda tensors: tensors.update({"0.0.linear.weight": torch.ones(64, 63)}), "0.0.linear.weight"),
-        (lambda tensors: tensors.update({"0.0.linear.bias": torch.full((64,), torch.nan)}), "not finite"),
-        (lambda tensors: tensors.update({"3.0.linear.bias": torch.ones(64)}), "3.0.linear.bias"),
-    ],
-)
+@pytest.mark.parametrize("change, names", [
+    (lambda tensors: tensors.pop("1.0.linear.bias"), "1.0.linear.bias"),
+    (lambda tensors: tensors.pop("d2t"), "d2t"),
+    (lambda tensors: tensors.update({"0.0.linear.weight": torch.ones(64, 63)}), "0.0.linear.weight"),
+    (lambda tensors: tensors.update({"0.0.linear.bias": torch.full((64,), torch.nan)}), "not finite"),
+    (lambda tensors: tensors.update({"3.0.linear.bias": torch.ones(64)}), "3.0.linear.bias"),
+])
 def test_damaged_tensors_are_refused_by_name(folder, change, names):
     edit(folder, change)
     with pytest.raises(CheckpointError, match=names):
         load_heads(folder)
 
 
-@pytest.mark.parametrize(
-    "values, names",
-    [
-        ({"medusa_num_heads": 0}, "medusa_num_heads=0"),
-        ({"medusa_num_heads": "many"}, "many"),
-        ({"hidden_size": 7}, "hidden_size=7"),
-        ({"draft_vocab_size": 1000}, "draft_vocab_size=1000"),
-        ({"medusa_num_layers": -1}, "medusa_num_layers=-1"),
-    ],
-)
+@pytest.mark.parametrize("values, names", [
+    ({"medusa_num_heads": 0}, "medusa_num_heads=0"),
+    ({"medusa_num_heads": "many"}, "many"),
+    ({"hidden_size": 7}, "hidden_size=7"),
+    ({"draft_vocab_size": 1000}, "draft_vocab_size=1000"),
+    ({"medusa_num_layers": -1}, "medusa_num_layers=-1"),
+])
 def test_senseless_geometry_is_refused(folder, values, names):
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))

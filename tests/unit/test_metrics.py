@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pdspec.errors import ConfigError, Overloaded
-from pdspec.metrics import DecodeMetrics, PrefillMetrics, RelayMetrics, RouterMetrics, exposed
+from pdspec.metrics import DecodeMetrics, HttpMetrics, PrefillMetrics, RelayMetrics, RouterMetrics, exposed
 from pdspec.types import GenerationStats
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
@@ -28,6 +28,7 @@ def sets() -> dict[str, object]:
         "prefill": PrefillMetrics(**READS),
         "decode": decode(),
         "relay": RelayMetrics(running=int),
+        "http": HttpMetrics(),
     }
 
 

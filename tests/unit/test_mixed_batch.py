@@ -58,14 +58,9 @@ class Foretold:
             tokens = self.answers[ctx.request_id][len(ctx.token_ids) - ctx.prompt_len :][:K]
             chain = np.array(tokens, np.int32)
             chain[ctx.state % (K + 1) :] ^= 1
-            drafts.append(
-                Draft(
-                    token_ids=chain,
-                    parents=np.arange(-1, len(chain) - 1, dtype=np.int32),
-                    log_q=np.full(len(chain), np.nan, np.float32),
-                    survival=np.ones(len(chain), np.float32),
-                )
-            )
+            drafts.append(Draft(token_ids=chain, parents=np.arange(-1, len(chain) - 1, dtype=np.int32),
+                                log_q=np.full(len(chain), np.nan, np.float32),
+                                survival=np.ones(len(chain), np.float32)))
         return drafts
 
     def observe(self, batch: list[Any]) -> None:
@@ -89,14 +84,8 @@ def local() -> Iterator[LocalGenerator]:
 
 def ask(number: int, params: SamplingParams, drafter: str, tree: str = "") -> GenerateRequest:
     ids = tuple((7 * i * i + 11 * number + i) % 256 for i in range(9 + 3 * number))
-    return GenerateRequest(
-        request_id=str(number),
-        prompt_ids=ids,
-        drafter=drafter,
-        tree=tree,
-        trace=True,
-        sampling=replace(params, seed=50 + number),
-    )
+    return GenerateRequest(request_id=str(number), prompt_ids=ids, drafter=drafter, tree=tree, trace=True,
+                           sampling=replace(params, seed=50 + number))
 
 
 def run(local: LocalGenerator, requests: list[GenerateRequest]) -> list[list[TokenChunk]]:

@@ -19,85 +19,30 @@ from pdspec.types import CacheGroup
 
 BASE: dict[str, Any] = {"rms_norm_eps": 1e-6, "vocab_size": 1000, "tie_word_embeddings": False}
 DEEPSEEK_V3: dict[str, Any] = {
-    **BASE,
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "hidden_size": 7168,
-    "num_hidden_layers": 61,
-    "num_attention_heads": 128,
-    "num_key_value_heads": 128,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
-    "kv_lora_rank": 512,
-    "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 8,
-    "n_group": 8,
-    "topk_group": 4,
-    "first_k_dense_replace": 3,
-    "moe_layer_freq": 1,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "num_nextn_predict_layers": 1,
-    "rope_theta": 10000,
+    **BASE, "architectures": ["DeepseekV3ForCausalLM"], "hidden_size": 7168, "num_hidden_layers": 61,
+    "num_attention_heads": 128, "num_key_value_heads": 128, "intermediate_size": 18432, "moe_intermediate_size": 2048,
+    "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4,
+    "first_k_dense_replace": 3, "moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+    "norm_topk_prob": True, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1, "rope_theta": 10000,
     "max_position_embeddings": 163840,
-    "rope_scaling": {
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "factor": 40,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 4096,
-        "type": "yarn",
-    },
+    "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+                     "original_max_position_embeddings": 4096, "type": "yarn"},
 }
 MIXTRAL_8X7B: dict[str, Any] = {
-    **BASE,
-    "architectures": ["MixtralForCausalLM"],
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 14336,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "rope_theta": 1e6,
-    "max_position_embeddings": 32768,
-    "sliding_window": None,
+    **BASE, "architectures": ["MixtralForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "num_local_experts": 8,
+    "num_experts_per_tok": 2, "rope_theta": 1e6, "max_position_embeddings": 32768, "sliding_window": None,
 }
 QWEN3_30B: dict[str, Any] = {
-    **BASE,
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "hidden_size": 2048,
-    "num_hidden_layers": 48,
-    "head_dim": 128,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "intermediate_size": 6144,
-    "moe_intermediate_size": 768,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "rope_theta": 1e6,
-    "max_position_embeddings": 40960,
+    **BASE, "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048, "num_hidden_layers": 48, "head_dim": 128,
+    "num_attention_heads": 32, "num_key_value_heads": 4, "intermediate_size": 6144, "moe_intermediate_size": 768,
+    "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1,
+    "mlp_only_layers": [], "rope_theta": 1e6, "max_position_embeddings": 40960,
 }
 GROUPED = Moe(
-    num_experts=16,
-    experts_per_token=4,
-    expert_size=16,
-    dense_layers=(),
-    scoring="sigmoid",
-    scaling=2.5,
-    bias=True,
-    groups=4,
-    groups_per_token=2,
+    num_experts=16, experts_per_token=4, expert_size=16, dense_layers=(), scoring="sigmoid", scaling=2.5, bias=True,
+    groups=4, groups_per_token=2,
 )
 PLAIN = Moe(num_experts=60, experts_per_token=4, expert_size=16, dense_layers=(), normalise=False)
 
@@ -109,14 +54,10 @@ def ops(request):
     ops.close()
 
 
-@pytest.mark.parametrize(
-    ("values", "per_token", "parameters"),
-    [
-        (DEEPSEEK_V3, 61 * (512 + 64) * 2, 671.0e9),
-        (MIXTRAL_8X7B, 32 * 2 * 8 * 128 * 2, 46.7e9),
-        (QWEN3_30B, 48 * 2 * 4 * 128 * 2, 30.5e9),
-    ],
-)
+@pytest.mark.parametrize(("values", "per_token", "parameters"), [
+    (DEEPSEEK_V3, 61 * (512 + 64) * 2, 671.0e9), (MIXTRAL_8X7B, 32 * 2 * 8 * 128 * 2, 46.7e9),
+    (QWEN3_30B, 48 * 2 * 4 * 128 * 2, 30.5e9),
+])
 def test_public_configs_have_their_known_sizes(values, per_token, parameters):
     vocabulary = {"DeepseekV3ForCausalLM": 129280, "MixtralForCausalLM": 32000, "Qwen3MoeForCausalLM": 151936}
     config = parse_config({**values, "vocab_size": vocabulary[values["architectures"][0]]}, "m")
@@ -125,21 +66,13 @@ def test_public_configs_have_their_known_sizes(values, per_token, parameters):
     assert sum(np.prod(shape) for shape in weight_shapes(config).values()) == pytest.approx(parameters, rel=2e-3)
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"scoring_func": "softmax"}, "scoring_func to 'softmax'"),
-        ({"topk_method": "greedy"}, "topk_method to 'greedy'"),
-        ({"moe_layer_freq": 2}, "moe_layer_freq"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"n_group": 7}, "256 experts in 7 groups"),
-        ({"topk_group": 9}, "topk_group=9 of n_group=8"),
-        ({"num_experts_per_tok": 129}, "num_experts_per_tok=129 of 128"),
-        ({"qk_rope_head_dim": 63}, "qk_rope_head_dim=63 is odd"),
-        ({"kv_lora_rank": 0}, "kv_lora_rank=0"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "named"), [
+    ({"scoring_func": "softmax"}, "scoring_func to 'softmax'"), ({"topk_method": "greedy"}, "topk_method to 'greedy'"),
+    ({"moe_layer_freq": 2}, "moe_layer_freq"), ({"quantization_config": {"quant_method": "fp8"}}, "quantization_"),
+    ({"attention_bias": True}, "attention_bias"), ({"n_group": 7}, "256 experts in 7 groups"),
+    ({"topk_group": 9}, "topk_group=9 of n_group=8"), ({"num_experts_per_tok": 129}, "num_experts_per_tok=129 of 128"),
+    ({"qk_rope_head_dim": 63}, "qk_rope_head_dim=63 is odd"), ({"kv_lora_rank": 0}, "kv_lora_rank=0"),
+])
 def test_what_cannot_be_run_is_named(changes, named):
     with pytest.raises((ConfigError, CheckpointError), match=named):
         parse_config({**DEEPSEEK_V3, **changes}, "m")
@@ -182,24 +115,17 @@ def test_attention_over_latent_rows_is_torchs_and_a_row_ignores_its_neighbours(o
         assert torch.equal(ops.attend(q[rows].contiguous(), pick(batch, rows), layer), whole[rows])
 
 
-@pytest.mark.parametrize(
-    "rule",
-    [
-        {},
-        {"mscale": 1.0, "mscale_all_dim": 0.7},
-        {"attention_factor": 1.3, "beta_fast": 16, "beta_slow": 2},
-        {"truncate": False},
-    ],
-)
+@pytest.mark.parametrize("rule", [
+    {}, {"mscale": 1.0, "mscale_all_dim": 0.7}, {"attention_factor": 1.3, "beta_fast": 16, "beta_slow": 2},
+    {"truncate": False},
+])
 def test_yarn_is_that_of_transformers(rule):
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     scaling = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, **rule}
     config = LlamaConfig(
-        hidden_size=256,
-        num_attention_heads=4,
-        max_position_embeddings=512,
+        hidden_size=256, num_attention_heads=4, max_position_embeddings=512,
         rope_parameters={"rope_theta": 5000.0, **scaling},
     )
     inverse, factor = ROPE_INIT_FUNCTIONS["yarn"](config, device="cpu")

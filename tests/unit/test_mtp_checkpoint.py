@@ -79,43 +79,31 @@ def test_the_seed_names_the_head():
     assert random_head(config, 5).fingerprint() != random_head(config, 6).fingerprint()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t.pop("model.layers.9.eh_proj.weight"), "lacks the tensor model.layers.9.eh_proj.weight"),
-        (lambda t: t.update({"model.layers.8.enorm.weight": torch.ones(7)}), "model.layers.8.enorm.weight .* is"),
-        (
-            lambda t: t.update({"model.layers.8.hnorm.weight": torch.full((48,), torch.nan)}),
-            "hnorm.weight .* not finite",
-        ),
-        (
-            lambda t: t.update({"model.layers.10.enorm.weight": torch.ones(48)}),
-            "model.layers.10.enorm.weight .* no place",
-        ),
-        (lambda t: t.update({"model.layers.8.self_attn.q_norm.weight": torch.ones(16)}), "q_norm.weight .* no place"),
-        (lambda t: t.update({"model.layers.8.embed_tokens.weight": torch.ones(3, 48)}), "embed_tokens.weight .* is"),
-        (lambda t: t.pop("d2t"), "no d2t"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda t: t.pop("model.layers.9.eh_proj.weight"), "lacks the tensor model.layers.9.eh_proj.weight"),
+    (lambda t: t.update({"model.layers.8.enorm.weight": torch.ones(7)}), "model.layers.8.enorm.weight .* is"),
+    (lambda t: t.update({"model.layers.8.hnorm.weight": torch.full((48,), torch.nan)}), "hnorm.weight .* not finite"),
+    (lambda t: t.update({"model.layers.10.enorm.weight": torch.ones(48)}), "model.layers.10.enorm.weight .* no place"),
+    (lambda t: t.update({"model.layers.8.self_attn.q_norm.weight": torch.ones(16)}), "q_norm.weight .* no place"),
+    (lambda t: t.update({"model.layers.8.embed_tokens.weight": torch.ones(3, 48)}), "embed_tokens.weight .* is"),
+    (lambda t: t.pop("d2t"), "no d2t"),
+])
 def test_damaged_tensors_are_named(folder, change, message):
     edit(folder, change)
     with pytest.raises(CheckpointError, match=message):
         load_head(folder)
 
 
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"kv_lora_rank": 512}, CheckpointError, "qk_nope_head_dim"),
-        ({"n_routed_experts": 256}, CheckpointError, "moe_intermediate_size"),
-        ({"n_routed_experts": 256, "topk_method": "greedy"}, ConfigError, "topk_method to 'greedy'"),
-        ({"quantization_config": {"quant_method": "fp8"}}, ConfigError, "quantization_config"),
-        ({"attention_bias": True}, ConfigError, "attention_bias"),
-        ({"num_nextn_predict_layers": 0}, CheckpointError, "num_nextn_predict_layers=0"),
-        ({"num_nextn_predict_layers": None}, CheckpointError, "damaged"),
-        ({"hidden_size": 40}, CheckpointError, "hidden_size=40"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "error", "message"), [
+    ({"kv_lora_rank": 512}, CheckpointError, "qk_nope_head_dim"),
+    ({"n_routed_experts": 256}, CheckpointError, "moe_intermediate_size"),
+    ({"n_routed_experts": 256, "topk_method": "greedy"}, ConfigError, "topk_method to 'greedy'"),
+    ({"quantization_config": {"quant_method": "fp8"}}, ConfigError, "quantization_config"),
+    ({"attention_bias": True}, ConfigError, "attention_bias"),
+    ({"num_nextn_predict_layers": 0}, CheckpointError, "num_nextn_predict_layers=0"),
+    ({"num_nextn_predict_layers": None}, CheckpointError, "damaged"),
+    ({"hidden_size": 40}, CheckpointError, "hidden_size=40"),
+])
 def test_what_is_no_such_module_is_refused(folder, changes, error, message):
     edit_config(folder, **changes)
     with pytest.raises(error, match=message):
@@ -125,24 +113,13 @@ def test_what_is_no_such_module_is_refused(folder, changes, error, message):
 def modules_of(head):
     ops = TorchOps(torch.device("cpu"))
     groups = [head.config.cache_group(m, "float32") for m in (1, 2)]
-    return make_modules(
-        head,
-        2,
-        ops=ops,
-        embedding=ops.pack(EMBEDDING),
-        lm_head=ops.pack(LM_HEAD),
-        cache=PagedCache(tuple(groups), 4, 8),
-        dtype="float32",
-        max_positions=64,
-    )
+    return make_modules(head, 2, ops=ops, embedding=ops.pack(EMBEDDING), lm_head=ops.pack(LM_HEAD),
+                        cache=PagedCache(tuple(groups), 4, 8), dtype="float32", max_positions=64)
 
 
 def test_what_modules_share_with_the_target_may_be_repeated_but_not_differ(folder):
-    shared = {
-        "model.layers.8.embed_tokens.weight": EMBEDDING,
-        "model.layers.8.shared_head.head.weight": LM_HEAD,
-        "model.layers.9.shared_head.head.weight": LM_HEAD,
-    }
+    shared = {"model.layers.8.embed_tokens.weight": EMBEDDING, "model.layers.8.shared_head.head.weight": LM_HEAD,
+              "model.layers.9.shared_head.head.weight": LM_HEAD}
     edit(folder, lambda tensors: tensors.update({name: tensor.clone() for name, tensor in shared.items()}))
     assert len(modules_of(load_head(folder))) == 2
     for name, tensor in shared.items():
@@ -183,13 +160,5 @@ def test_the_head_of_another_cache_is_refused():
     ops = TorchOps(torch.device("cpu"))
     cache = PagedCache(tuple(head.config.cache_group(m, "float32") for m in (1, 2)), 4, 8)
     with pytest.raises(ValueError, match="where the module needs"):
-        make_modules(
-            other,
-            2,
-            ops=ops,
-            embedding=ops.pack(EMBEDDING),
-            lm_head=ops.pack(LM_HEAD),
-            cache=cache,
-            dtype="float32",
-            max_positions=64,
-        )
+        make_modules(other, 2, ops=ops, embedding=ops.pack(EMBEDDING), lm_head=ops.pack(LM_HEAD), cache=cache,
+                     dtype="float32", max_positions=64)

@@ -14,13 +14,8 @@ NO_ROWS = HiddenRows(start=0, captured=None, final=None)
 
 def context(tokens, tree="") -> DraftContext:
     return DraftContext(
-        request_id="r",
-        sampling=SamplingParams(),
-        noise_key=(0, 0),
-        token_ids=list(tokens),
-        pages=[],
-        prompt_len=len(tokens),
-        tree=tree,
+        request_id="r", sampling=SamplingParams(), noise_key=(0, 0), token_ids=list(tokens), pages=[],
+        prompt_len=len(tokens), tree=tree,
     )
 
 
@@ -43,17 +38,14 @@ def searched(tokens, length, longest=4) -> list[int]:
     return []
 
 
-@pytest.mark.parametrize(
-    ("tokens", "expected"),
-    [
-        ([1, 2, 3, 4, 9, 8, 1, 2, 3], [4, 9, 8, 1, 2, 3, 4]),
-        ([5, 1, 2, 7, 2, 8, 1, 2], [7, 2, 8, 1, 2, 7, 2]),  # two tokens match before one, though one matched later
-        ([3, 1, 3, 2, 3], [2, 3, 2, 3, 2, 3, 2]),  # the latest occurrence
-        ([4, 4], [4] * 7),
-        ([1, 2, 3], []),
-        ([1], []),
-    ],
-)
+@pytest.mark.parametrize(("tokens", "expected"), [
+    ([1, 2, 3, 4, 9, 8, 1, 2, 3], [4, 9, 8, 1, 2, 3, 4]),
+    ([5, 1, 2, 7, 2, 8, 1, 2], [7, 2, 8, 1, 2, 7, 2]),  # two tokens match before one, though one matched later
+    ([3, 1, 3, 2, 3], [2, 3, 2, 3, 2, 3, 2]),  # the latest occurrence
+    ([4, 4], [4] * 7),
+    ([1, 2, 3], []),
+    ([1], []),
+])
 def test_proposes_what_followed_last_time(tokens, expected):
     assert proposal(tokens) == expected
 

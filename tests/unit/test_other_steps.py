@@ -85,12 +85,8 @@ def test_sequences_that_accept_different_counts_are_held_back(local):
 def test_paths_lead_from_the_root_to_each_leaf():
     def draft(*parents: int) -> Draft:
         count = len(parents)
-        return Draft(
-            token_ids=np.arange(count, dtype=np.int32),
-            parents=np.array(parents, np.int32),
-            log_q=np.zeros(count, np.float32),
-            survival=np.ones(count, np.float32),
-        )
+        return Draft(token_ids=np.arange(count, dtype=np.int32), parents=np.array(parents, np.int32),
+                     log_q=np.zeros(count, np.float32), survival=np.ones(count, np.float32))
 
     assert leaf_paths(draft()) == [[]]
     assert leaf_paths(draft(-1, 0, 1)) == [[0, 1, 2]]

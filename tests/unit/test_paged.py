@@ -45,9 +45,7 @@ def test_groups_need_distinct_names():
 
 @settings(max_examples=80, deadline=None)
 @given(
-    st.permutations(range(6)),
-    st.integers(1, 6),
-    st.data(),
+    st.permutations(range(6)), st.integers(1, 6), st.data(),
     st.sampled_from([("target", 2, 4), ("draft/0", 0, 2)]),
 )
 def test_read_and_write_follow_the_pages(order, count, data, where):
@@ -79,17 +77,14 @@ def test_page_sizes_may_differ_between_the_ends():
     assert target.read_rows("target", 1, [2, 1], 1, 11) == rows
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda cache: cache.read_rows("target", 0, [0], 0, 5),
-        lambda cache: cache.read_rows("target", 0, [0], -1, 2),
-        lambda cache: cache.read_rows("target", 0, [6], 0, 1),
-        lambda cache: cache.read_rows("target", 0, [0], 0, 1, 3, 2),
-        lambda cache: cache.copy_rows("target", [0], [4], [0]),
-        lambda cache: cache.poison("target", [0], 2, 5),
-    ],
-)
+@pytest.mark.parametrize("call", [
+    lambda cache: cache.read_rows("target", 0, [0], 0, 5),
+    lambda cache: cache.read_rows("target", 0, [0], -1, 2),
+    lambda cache: cache.read_rows("target", 0, [6], 0, 1),
+    lambda cache: cache.read_rows("target", 0, [0], 0, 1, 3, 2),
+    lambda cache: cache.copy_rows("target", [0], [4], [0]),
+    lambda cache: cache.poison("target", [0], 2, 5),
+])
 def test_rows_heads_and_pages_that_are_not_there(call):
     with pytest.raises(IndexError):
         call(filled())

@@ -52,15 +52,12 @@ def test_claims_find_a_release_on_behalf_of_another_owner():
         pool.check_integrity(claims=[pages])
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda pool, page: pool._free.append(page), "both free and held"),
-        (lambda pool, page: pool._free.append(pool._free[0]), "twice in the free list"),
-        (lambda pool, page: pool._free.pop(), "not 4"),
-        (lambda pool, page: pool._owners.__setitem__(page, -1), "negative"),
-    ],
-)
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda pool, page: pool._free.append(page), "both free and held"),
+    (lambda pool, page: pool._free.append(pool._free[0]), "twice in the free list"),
+    (lambda pool, page: pool._free.pop(), "not 4"),
+    (lambda pool, page: pool._owners.__setitem__(page, -1), "negative"),
+])
 def test_integrity_names_each_damage(damage, message):
     pool = PagePool(4, 16)
     (page,) = pool.allocate(1)

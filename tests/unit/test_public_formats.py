@@ -67,11 +67,8 @@ def test_all_modules_of_a_series_are_read(tmp_path, native):
     published = MTPS["MiMo"]
     model = make(published.setting(published.write(tmp_path)), native).model
     assert len(model.modules) == 2
-    swapped = {
-        name.replace("mtp_layers.1.", "mtp_layers.0."): tensor
-        for name, tensor in published.weights.items()
-        if "mtp_layers.1." in name
-    }
+    swapped = {name.replace("mtp_layers.1.", "mtp_layers.0."): tensor
+               for name, tensor in published.weights.items() if "mtp_layers.1." in name}
     other = make(published.setting(published.write(tmp_path / "other", **swapped)), native).model
     tokens = np.arange(ROWS, dtype=np.int32)
     features = torch.randn(ROWS, H, generator=torch.Generator().manual_seed(1))
@@ -141,16 +138,8 @@ def answers(local: LocalGenerator, drafters) -> dict[str, tuple[tuple[int, ...],
 @pytest.mark.parametrize("dtype", ["float32"])
 def test_drafting_with_published_heads_changes_no_token(tmp_path, bundle, dtype):
     heads = {PUBLISHED[name].family: str(PUBLISHED[name].write(tmp_path / name)) for name in bundle}
-    config = WorkerConfig(
-        model="tiny",
-        dtype=dtype,
-        drafter="none",
-        drafters=("none", *heads),
-        heads=heads,
-        cache_tokens=2048,
-        threads=1,
-        chunk=16,
-    )
+    config = WorkerConfig(model="tiny", dtype=dtype, drafter="none", drafters=("none", *heads), heads=heads,
+                          cache_tokens=2048, threads=1, chunk=16)
     local = LocalGenerator(config)
     found = answers(local, ("none", *heads))
     local.resources.close()
@@ -169,15 +158,8 @@ def test_a_target_with_modules_inside_serves_and_drafts_with_them(tmp_path):
     whole = {**load_file(tmp_path / "model.safetensors"), **biases, **published.weights}
     save_file(whole, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(published.config))
-    config = WorkerConfig(
-        model=str(tmp_path),
-        dtype="float32",
-        drafter="none",
-        drafters=("none", "mtp"),
-        heads={"mtp": str(tmp_path)},
-        cache_tokens=2048,
-        threads=1,
-    )
+    config = WorkerConfig(model=str(tmp_path), dtype="float32", drafter="none", drafters=("none", "mtp"),
+                          heads={"mtp": str(tmp_path)}, cache_tokens=2048, threads=1)
     local = LocalGenerator(config)
     found = answers(local, ("none", "mtp"))
     local.resources.close()
@@ -199,6 +181,5 @@ def test_every_format_is_tested_and_told_of(tmp_path):
 
 
 def test_the_tiny_target_s_output_head_is_what_deepseek_repeats():
-    assert torch.equal(
-        MTPS["DeepSeek-V3"].weights["model.layers.4.shared_head.head.weight"], target_weight("lm_head.weight")
-    )
+    assert torch.equal(MTPS["DeepSeek-V3"].weights["model.layers.4.shared_head.head.weight"],
+                       target_weight("lm_head.weight"))

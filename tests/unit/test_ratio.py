@@ -44,11 +44,8 @@ def grown(chooser, shape, tokens, drawn=True):
         level = below
     count = len(paths)
     return Draft(
-        token_ids=np.array([path[-1] for path in paths], np.int32),
-        parents=np.array(parents, np.int32),
-        log_q=np.zeros(count, np.float32),
-        survival=np.zeros(count, np.float32),
-        laws=laws if drawn else {},
+        token_ids=np.array([path[-1] for path in paths], np.int32), parents=np.array(parents, np.int32),
+        log_q=np.zeros(count, np.float32), survival=np.zeros(count, np.float32), laws=laws if drawn else {},
     ), paths
 
 
@@ -58,7 +55,6 @@ def plain_law(params, length, tokens=()):
         return {tokens: 1.0}
     law = {}
     from pdspec.sampling import support
-
     allowed = support(torch.from_numpy(row(*PROMPT, *tokens)), params, History.of(PROMPT, tokens), end_ids=())
     mass = np.exp(allowed.scores.astype(np.float64) - allowed.scores.max())
     for index, chance in enumerate(mass / mass.sum()):
@@ -76,14 +72,8 @@ def served_law(params, shape, length, drawn):
             draft, paths = grown(chooser, shape[: length - len(tokens) - 1], tokens, drawn)
             logits = np.stack([row(*PROMPT, *tokens, *path) for path in [(), *paths]])
             tokens += verify(
-                draft,
-                torch.from_numpy(logits),
-                params,
-                History.of(PROMPT, tokens),
-                chooser,
-                root_position=len(PROMPT) + len(tokens) - 1,
-                end_ids=(),
-                max_new=length - len(tokens),
+                draft, torch.from_numpy(logits), params, History.of(PROMPT, tokens), chooser,
+                root_position=len(PROMPT) + len(tokens) - 1, end_ids=(), max_new=length - len(tokens),
             ).verdict.output_ids
         return tokens
 
@@ -118,11 +108,8 @@ def test_a_block_accepts_no_less_than_one_node_at_a_time():
         def run(chooser, params=params):
             draft, paths = grown(chooser, (1, 1, 1), ())
             logits = torch.from_numpy(np.stack([row(*PROMPT, *path) for path in [(), *paths]]))
-            return (
-                verify(
-                    draft, logits, params, History.of(PROMPT), chooser, root_position=1, end_ids=(), max_new=9
-                ).verdict.num_accepted,
-            )
+            return (verify(draft, logits, params, History.of(PROMPT), chooser, root_position=1, end_ids=(),
+                           max_new=9).verdict.num_accepted,)
 
         accepted[verifies] = sum(count * chance for (count,), chance in law_of(outcomes_of(run)).items())
     assert accepted["block"] > accepted["rejection"] + 1e-3
@@ -132,32 +119,22 @@ def test_temperature_0_is_the_greedy_walk_whatever_the_rule():
     draft, paths = grown(None, (2, 1), (), drawn=False)
     logits = torch.from_numpy(np.stack([row(*PROMPT, *path) for path in [(), *paths]]))
     found = {
-        verify(
-            draft, logits, SamplingParams(verify=rule), History.of(PROMPT), None, root_position=1, end_ids=(), max_new=9
-        ).verdict
+        verify(draft, logits, SamplingParams(verify=rule), History.of(PROMPT), None, root_position=1, end_ids=(),
+               max_new=9).verdict
         for rule in ("coupled", "rejection", "block", "greedy")
     }
     assert len(found) == 1 and next(iter(found)).output_ids[0] == int(row(*PROMPT).argmax())
 
 
 def test_a_stop_token_inside_a_block_ends_the_answer():
-    laws = {
-        node: Law(token_ids=np.arange(4), log_q=np.log(np.array([1e-9, 1e-9, 1.0, 1e-9]), dtype=np.float32))
-        for node in (-1, 0)
-    }
-    draft = Draft(
-        token_ids=np.array([2, 2], np.int32),
-        parents=np.array([-1, 0], np.int32),
-        laws=laws,
-        log_q=np.zeros(2, np.float32),
-        survival=np.zeros(2, np.float32),
-    )
+    laws = {node: Law(token_ids=np.arange(4), log_q=np.log(np.array([1e-9, 1e-9, 1.0, 1e-9]), dtype=np.float32))
+            for node in (-1, 0)}
+    draft = Draft(token_ids=np.array([2, 2], np.int32), parents=np.array([-1, 0], np.int32), laws=laws,
+                  log_q=np.zeros(2, np.float32), survival=np.zeros(2, np.float32))
     logits = torch.full((3, 4), -30.0)
     logits[:, 2] = 30.0
     params = SamplingParams(temperature=1.0, verify="block", stop_ids=(2,))
     from pdspec.spec.chooser import Seeded
-
-    verdict = verify(
-        draft, logits, params, History.of(PROMPT), Seeded(1, 0), root_position=1, end_ids=(), max_new=9
-    ).verdict
+    verdict = verify(draft, logits, params, History.of(PROMPT), Seeded(1, 0), root_position=1, end_ids=(),
+                     max_new=9).verdict
     assert (verdict.path, verdict.output_ids) == ((), (2,))

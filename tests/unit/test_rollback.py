@@ -34,11 +34,8 @@ from pdspec.types import CacheGroup, GenerateRequest, SamplingParams
 VOCABULARY, PAGE, PAGES = 5, 4, 40
 SCRATCH = 11  # of chain(8): see DecodeEngine.scratch_rows, and the root's row
 TARGET = CacheGroup(name="target", num_layers=1, num_kv_heads=1, head_dim=1, dtype="float32")
-PARAMS = (
-    SamplingParams(),
-    SamplingParams(temperature=1.0, repetition_penalty=1.4),
-    SamplingParams(temperature=0.8, top_p=0.9),
-)
+PARAMS = (SamplingParams(), SamplingParams(temperature=1.0, repetition_penalty=1.4),
+          SamplingParams(temperature=0.8, top_p=0.9))
 
 
 @lru_cache(maxsize=100_000)
@@ -101,9 +98,7 @@ class RandomDrafter:
                 nodes.append(node)
         unknown = np.full(len(nodes) - 1, np.nan, np.float32)
         return Draft(
-            token_ids=np.array([node[-1] for node in nodes[1:]], np.int32),
-            log_q=unknown,
-            survival=unknown,
+            token_ids=np.array([node[-1] for node in nodes[1:]], np.int32), log_q=unknown, survival=unknown,
             parents=np.array([nodes.index(node[:-1]) - 1 for node in nodes[1:]], np.int32),
         )
 
@@ -185,10 +180,7 @@ class World:
         tokens = (2 + number % 11) * self.longer
         drafter = self.resources.drafters["random"]
         request = GenerateRequest(
-            request_id=str(self.count),
-            prompt_ids=ids,
-            drafter="random",
-            tree="chain(8)",
+            request_id=str(self.count), prompt_ids=ids, drafter="random", tree="chain(8)",
             sampling=SamplingParams(**{**vars(params), "seed": self.count, "max_tokens": tokens}),
         )
         rows = self.engine.rows_needed(request, drafter, request.tree)
@@ -204,19 +196,12 @@ class World:
             rows[item.pages[slot // PAGE] * PAGE + slot % PAGE] = token, slot
         first = item.expected[len(request.prompt_ids)]
         ctx = DraftContext(
-            request_id=request.request_id,
-            sampling=request.sampling,
-            noise_key=(request.sampling.seed or 0, 0),
-            token_ids=[*request.prompt_ids, first],
-            pages=item.pages,
-            prompt_len=len(request.prompt_ids),
-            tree=request.tree,
-            state=item.expected,
+            request_id=request.request_id, sampling=request.sampling, noise_key=(request.sampling.seed or 0, 0),
+            token_ids=[*request.prompt_ids, first], pages=item.pages, prompt_len=len(request.prompt_ids),
+            tree=request.tree, state=item.expected,
         )
         item.sequence = DecodeSequence(
-            request=request,
-            ctx=ctx,
-            drafter=self.resources.drafters["random"],
+            request=request, ctx=ctx, drafter=self.resources.drafters["random"],
             history=History.of(request.prompt_ids, [first]),
         )
         self.scheduler.join(item)
@@ -250,24 +235,14 @@ def plain(request: GenerateRequest) -> list[int]:
     tokens, params = list(request.prompt_ids), request.sampling
     while len(tokens) < len(request.prompt_ids) + params.max_tokens:
         history = History.of(request.prompt_ids, tokens[len(request.prompt_ids) :])
-        tokens.append(
-            choose(
-                scores(tuple(tokens)),
-                params,
-                history,
-                seed=params.seed or 0,
-                sample=0,
-                position=len(tokens),
-                end_ids=(),
-            )
-        )
+        tokens.append(choose(scores(tuple(tokens)), params, history, seed=params.seed or 0, sample=0,
+                             position=len(tokens), end_ids=()))
     return tokens
 
 
 ACTIONS = st.lists(
     st.tuples(st.sampled_from(["add", "land", "step", "step", "step", "abort"]), st.integers(0, 98)),
-    min_size=200,
-    max_size=200,
+    min_size=200, max_size=200,
 )
 DONE: Counter[str] = Counter()
 

@@ -12,6 +12,7 @@ from pdspec.errors import InvalidRequest, Overloaded, PeerLost
 from pdspec.types import Handoff, Route, WorkerInfo
 from router.fleet import Ticket, Worker
 from router.policy import WorkerState, WorkerView, choose, reference_fingerprint
+from router.prefixes import BLOCK, PrefixMap
 
 
 def worker(
@@ -180,3 +181,29 @@ def test_links_through_a_relay_fail_apart_from_direct_ones() -> None:
     decode = cut_off("a", "r>p1")
     assert route(decode, *prefill).prefill == ("p1", "p2")
     assert route(decode, *prefill, handoff=Handoff.RELAY, relay="r").prefill == ("p2", "p1")
+
+
+def holding(view: WorkerView) -> WorkerView:
+    assert view.info is not None
+    return dataclasses.replace(view, info=dataclasses.replace(view.info, metrics={"prefix_cached_pages": 5.0}))
+
+
+def test_a_cached_beginning_is_worth_some_load_and_not_more() -> None:
+    cached = {"a": 0.75, "p": 1.0}
+    for running, chosen in ((2, "a"), (4, "b")):
+        views = (holding(worker("a", running=running)), worker("b"))
+        assert route(*views, cached=cached, cache_weight=4.0).decode == chosen
+    assert route(worker("a", running=2), worker("b"), cached=cached, cache_weight=4.0).decode == "b", "it reports none"
+    views = (worker("o", "prefill"), holding(worker("p", "prefill", running=3)), worker("d"))
+    assert route(*views, cached=cached, cache_weight=4.0).prefill == ("p", "o")
+    assert route(*views, cached=cached).prefill == ("o", "p")
+
+
+def test_the_map_knows_the_longest_beginning_by_worker_and_forgets_the_oldest() -> None:
+    known, chat = PrefixMap(capacity=6), list(range(5 * BLOCK))
+    known.note(known.keys(chat[: 2 * BLOCK]), "a")
+    known.note(known.keys(chat), "b")
+    assert known.cached(known.keys([*chat[: 4 * BLOCK], *range(BLOCK)])) == {"a": 2 * BLOCK, "b": 4 * BLOCK}
+    assert known.cached(known.keys(chat, "another salt")) == {} and known.cached(known.keys(chat[1:])) == {}
+    known.note(known.keys(list(range(100, 100 + 3 * BLOCK))), "c")
+    assert known.cached(known.keys(chat)) == {}, "the first blocks were the oldest"

@@ -28,29 +28,20 @@ def kept(logits, **params):
 # ---------------------------------------------------------------- noise
 
 
-@pytest.mark.parametrize(
-    ("counter", "key", "words"),
-    [  # Random123 1.14.0, kat_vectors, "philox4x32 10"
-        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        ((ONES,) * 4, (ONES, ONES), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-        (
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-            (0xA4093822, 0x299F31D0),
-            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-        ),
-    ],
-)
+@pytest.mark.parametrize(("counter", "key", "words"), [  # Random123 1.14.0, kat_vectors, "philox4x32 10"
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((ONES,) * 4, (ONES, ONES), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
+     (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+])
 def test_philox_known_answers(counter, key, words):
     assert noise.philox4x32(counter, key) == words
 
 
-@pytest.mark.parametrize(
-    ("seed", "sample", "position", "words"),
-    [
-        (0, 0, 0, [3697691182, 1201009183, 196094153, 3954516304, 3261050477]),
-        (0x0123456789ABCDEF, 3, 40_000, [2984830170, 1356759125, 2728883662, 4108981160, 26202213]),
-    ],
-)
+@pytest.mark.parametrize(("seed", "sample", "position", "words"), [
+    (0, 0, 0, [3697691182, 1201009183, 196094153, 3954516304, 3261050477]),
+    (0x0123456789ABCDEF, 3, 40_000, [2984830170, 1356759125, 2728883662, 4108981160, 26202213]),
+])
 def test_integer_noise_vectors(seed, sample, position, words):
     ids = np.array([0, 1, 2, 49_151, 151_935])
     assert noise.token_words(seed, sample, position, ids).tolist() == words
@@ -124,9 +115,7 @@ def test_penalties_count_prompt_and_output_as_documented():
     logits = [1.0, 2.0, -2.0, 4.0]
     raw = support(
         torch.tensor(logits),
-        SamplingParams(repetition_penalty=2.0, frequency_penalty=0.5, presence_penalty=0.25),
-        history,
-        end_ids=(),
+        SamplingParams(repetition_penalty=2.0, frequency_penalty=0.5, presence_penalty=0.25), history, end_ids=(),
     ).scores
     assert raw.tolist() == [1.0, 1.0, -4.0 - 0.5 - 0.25, 2.0 - 1.0 - 0.25]
 
@@ -154,20 +143,17 @@ def test_allowed_banned_and_early_ends(temperature):
     assert kept(logits, **early, history=NONE.extended((1, 1))) == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(
-    ("params", "ids"),
-    [
-        ({"top_k": 2}, [0, 3]),  # 0 and 1 tie: the lower id stays
-        ({"top_k": 3}, [0, 1, 3]),
-        ({"top_p": 0.5}, [3]),
-        ({"top_p": 0.51}, [0, 3]),
-        ({"top_p": 1e-9}, [3]),
-        ({"min_p": 0.5}, [0, 1, 3]),
-        ({"min_p": 0.51}, [3]),
-        ({"top_k": 3, "top_p": 0.74}, [0, 3]),  # of what top-k left: 1/2, 1/4, 1/4
-        ({"top_k": 3, "top_p": 0.76}, [0, 1, 3]),
-    ],
-)
+@pytest.mark.parametrize(("params", "ids"), [
+    ({"top_k": 2}, [0, 3]),  # 0 and 1 tie: the lower id stays
+    ({"top_k": 3}, [0, 1, 3]),
+    ({"top_p": 0.5}, [3]),
+    ({"top_p": 0.51}, [0, 3]),
+    ({"top_p": 1e-9}, [3]),
+    ({"min_p": 0.5}, [0, 1, 3]),
+    ({"min_p": 0.51}, [3]),
+    ({"top_k": 3, "top_p": 0.74}, [0, 3]),  # of what top-k left: 1/2, 1/4, 1/4
+    ({"top_k": 3, "top_p": 0.76}, [0, 1, 3]),
+])
 def test_truncation(params, ids):
     p = [0.25, 0.25, 0.0, 0.5]
     assert kept([math.log(x) if x else -50.0 for x in p], temperature=1.0, **params) == ids

@@ -37,21 +37,15 @@ def test_what_a_view_sees(changes, committed, selected, prefix, behind):
 
 @pytest.mark.parametrize(
     ("values", "field"),
-    [
-        (("x", "1", "window", "99"), "sink"),
-        (("1", "-1", "window", "99"), "window"),
-        (("1", "1", "all", "99"), "select"),
-        (("1", "1", "snapkv", "31"), "budget"),
-        (("1", "9999999", "window", "99"), "window"),
-    ],
+    [(("x", "1", "window", "99"), "sink"), (("1", "-1", "window", "99"), "window"), (("1", "1", "all", "99"), "select"),
+     (("1", "1", "snapkv", "31"), "budget"), (("1", "9999999", "window", "99"), "window")],
 )
 def test_options_that_make_no_sense_are_refused(values, field):
     with pytest.raises(ConfigError, match=rf"options\.sparse:{field}"):
         View.parse(*values)
     with pytest.raises(ConfigError, match=r"options\.sparse:window"):
-        LocalGenerator(
-            WorkerConfig(model="tiny", drafters=("sparse",), drafter="sparse", options={"sparse:window": "many"})
-        )
+        LocalGenerator(WorkerConfig(model="tiny", drafters=("sparse",), drafter="sparse",
+                                    options={"sparse:window": "many"}))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
@@ -123,19 +117,10 @@ def test_drawn_children_have_the_law_they_were_drawn_from(native):
 @pytest.fixture(scope="module", params=["window", "snapkv"])
 def local(request):
     options = {"sparse:sink": "2", "sparse:window": "6", "sparse:select": request.param, "sparse:budget": "32"}
-    generator = LocalGenerator(
-        WorkerConfig(
-            model="tiny-1",
-            dtype="float32",
-            drafters=("none", "sparse"),
-            drafter="sparse",
-            options=options,
-            threads=1,
-            cache_tokens=2048,
-            chunk=16,
-            poison=True,
-        )
-    )
+    generator = LocalGenerator(WorkerConfig(
+        model="tiny-1", dtype="float32", drafters=("none", "sparse"), drafter="sparse", options=options, threads=1,
+        cache_tokens=2048, chunk=16, poison=True,
+    ))
     yield generator
     generator.resources.close()
 

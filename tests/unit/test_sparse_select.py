@@ -62,14 +62,8 @@ def test_chosen_rows_are_shipped_seen_and_checked(native):
     seen = {*range(3), *selected[0].int().tolist(), *range(85, 90)}
     assert int(draft.token_ids[0]) == int(sparse_logits(ctx, (), seen).argmax())
     shuffled, beyond, broken = selected.flip(1), selected + 1, selected + 0.5
-    for damaged in (
-        {},
-        {"selected": selected[:, 1:]},
-        {"selected": shuffled},
-        {"selected": beyond},
-        {"selected": broken},
-        {"selected": selected * torch.nan},
-    ):
+    for damaged in ({}, {"selected": selected[:, 1:]}, {"selected": shuffled}, {"selected": beyond},
+                    {"selected": broken}, {"selected": selected * torch.nan}):
         with pytest.raises(TransferDamaged, match="draft_start"):
             world.drafter.resume(ctx, None, damaged)
 

@@ -11,24 +11,14 @@ def test_trees_of_a_comparison_have_equal_nodes():
     for cell in cells:
         assert cell.label.endswith(f", {parse_tree(cell.way.tree).max_nodes} nodes")
     labels = [cell.label for cell in cells if cell.way.drafter == "eagle3"]
-    assert labels == [
-        f"{kind}, {nodes} nodes"
-        for nodes in NODES
-        for kind in ("chain", "static", "dynamic", "dynamic by online", "dynamic by q")
-    ]
+    assert labels == [f"{kind}, {nodes} nodes" for nodes in NODES
+                      for kind in ("chain", "static", "dynamic", "dynamic by online", "dynamic by q")]
 
 
 def test_orders_say_what_holds():
     def rows(**lengths: float) -> list[dict]:
-        return [
-            {
-                "setting": f"{kind.replace('_', ' ')}, 4 nodes",
-                "drafter": "eagle3",
-                "temperature": 1.0,
-                "acceptance_length": length,
-            }
-            for kind, length in lengths.items()
-        ]
+        return [{"setting": f"{kind.replace('_', ' ')}, 4 nodes", "drafter": "eagle3", "temperature": 1.0,
+                 "acceptance_length": length} for kind, length in lengths.items()]
 
     (order,) = tree_orders(rows(chain=1.4, static=1.5, dynamic=1.6, dynamic_by_online=1.6, dynamic_by_q=1.5))
     assert order["dynamic_static_chain"] and order["survival_over_q"]

@@ -63,9 +63,8 @@ def test_calibration_converges_to_the_chances_that_hold(true):
         features = features_of(*scored(random, 1), depth=int(random.integers(1, 5)))[0]
         said = random.random(len(features)) < np.exp(holds.log_chance(features))
         sure = sure.updated(features, said)
-    features = np.concatenate(
-        [features_of(*scored(random, 500), depth=depth).reshape(-1, len(FEATURES)) for depth in (1, 2, 3)]
-    )
+    features = np.concatenate([features_of(*scored(random, 500), depth=depth).reshape(-1, len(FEATURES))
+                               for depth in (1, 2, 3)])
     chance, learned = np.exp(holds.log_chance(features)), np.exp(sure.log_chance(features))
     said = random.random(len(chance)) < chance
     prior = np.exp(Calibration.prior(SAMPLED, has_q=True).log_chance(features))
@@ -83,17 +82,11 @@ def test_an_estimate_that_was_far_too_sure_does_not_leap():
 
 def test_every_child_of_a_reached_node_is_judged_and_no_other():
     forecast = Forecast(
-        kind=GREEDY,
-        root=9,
-        token_ids=np.array([5, 6, 7, 8, 9, 7], np.int32),
-        parents=np.array([-1, -1, 0, 0, 1, 3], np.int32),
-        features=np.zeros((6, len(FEATURES)), np.float32),
+        kind=GREEDY, root=9, token_ids=np.array([5, 6, 7, 8, 9, 7], np.int32),
+        parents=np.array([-1, -1, 0, 0, 1, 3], np.int32), features=np.zeros((6, len(FEATURES)), np.float32),
     )
     for said, nodes, right in (
-        ((5, 8, 1), [0, 1, 2, 3, 5], [0, 3]),
-        ((6, 1), [0, 1, 4], [1]),
-        ((1,), [0, 1], []),
-        ((5,), [0, 1], [0]),
+        ((5, 8, 1), [0, 1, 2, 3, 5], [0, 3]), ((6, 1), [0, 1, 4], [1]), ((1,), [0, 1], []), ((5,), [0, 1], [0]),
     ):
         judged, accepted = forecast.judged(said)
         assert (judged.tolist(), judged[accepted].tolist()) == (nodes, right)
@@ -109,9 +102,8 @@ def grown(calibration: Calibration | None, *, drawn: bool) -> Draft:
         noise = Drawing(chooser, 0) if drawn else torch.from_numpy(random.gumbel(size=64).astype(np.float32))
         return rank_children(logits, 1.0, noise, ids, 4, drawn=drawn)
 
-    growth = Growth(
-        parse_tree("static(4x2x1)" if drawn else "dynamic(4,4,9)"), 9, children(1), 9, calibration=calibration
-    )
+    growth = Growth(parse_tree("static(4x2x1)" if drawn else "dynamic(4,4,9)"), 9, children(1), 9,
+                    calibration=calibration)
     while frontier := growth.frontier():
         growth.add(frontier, children(len(frontier)))
     return growth.draft()
@@ -141,12 +133,8 @@ def test_what_is_drawn_is_the_same_tree_under_any_calibration():
 
 
 def test_a_draft_without_q_keeps_its_survival_until_something_is_learned():
-    draft = Draft(
-        token_ids=np.arange(4, dtype=np.int32),
-        parents=np.array([-1, 0, 0, 2], np.int32),
-        log_q=np.full(4, np.nan, np.float32),
-        survival=np.array([0.9, 0.6, 0.2, 0.1], np.float32),
-    )
+    draft = Draft(token_ids=np.arange(4, dtype=np.int32), parents=np.array([-1, 0, 0, 2], np.int32),
+                  log_q=np.full(4, np.nan, np.float32), survival=np.array([0.9, 0.6, 0.2, 0.1], np.float32))
     features = _of_draft(draft, matched=7)
     chances = np.exp(Calibration.prior(SAMPLED, has_q=False).log_chance(features))
     np.testing.assert_allclose(chances, [0.9, 0.6 / 0.9, 0.2 / 0.9, 0.5], rtol=1e-4)
@@ -157,25 +145,16 @@ def test_a_draft_without_q_keeps_its_survival_until_something_is_learned():
 def test_a_worker_learns_only_where_it_is_told_to_and_answers_stay_the_same(temperature):
     answers, chances = {}, {}
     for mode in ("q", "fixed", "online"):
-        generator = LocalGenerator(
-            WorkerConfig(
-                model="tiny",
-                drafters=("none", "draft_model", "suffix"),
-                drafter="draft_model",
-                survival=mode,
-                heads={"draft_model": "tiny"},
-                cache_tokens=2048,
-                threads=1,
-                dtype="float32",
-            )
-        )
+        generator = LocalGenerator(WorkerConfig(
+            model="tiny", drafters=("none", "draft_model", "suffix"), drafter="draft_model", survival=mode,
+            heads={"draft_model": "tiny"}, cache_tokens=2048, threads=1, dtype="float32",
+        ))
         kind = Kind.of(SamplingParams(temperature=temperature))
         try:
             for name, tree in (("none", ""), ("suffix", ""), ("draft_model", "dynamic(3,3,6)")):
                 params = SamplingParams(max_tokens=32, ignore_eos=True, seed=3, temperature=temperature)
-                request = GenerateRequest(
-                    request_id="a", prompt_ids=tuple(range(20)), sampling=params, drafter=name, tree=tree
-                )
+                request = GenerateRequest(request_id="a", prompt_ids=tuple(range(20)), sampling=params, drafter=name,
+                                          tree=tree)
                 chunks = list(generator.generate(request))
                 answers[mode, name] = [token for chunk in chunks for token in chunk.token_ids]
             found = generator.resources.drafters["draft_model"].survival.calibration(kind)

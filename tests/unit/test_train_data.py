@@ -142,7 +142,9 @@ def test_sampling_follows_the_softmax_and_its_limits() -> None:
     assert set(sample_tokens(logits[:3].clone(), [0.0] * 3, [0.0] * 3, [0.0, 0.5, 0.999])[0]) == {2}
 
 
-def test_answers_end_where_the_context_does(tmp_path: Path, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_end_where_the_context_does(
+    tmp_path: Path, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(target.tokenizer, "eos_ids", ())
     limit = target.runner.config.max_context
     config = data_config(tmp_path, sources=(("file", PROMPTS[:1]),), tokens=limit, max_answer=2 * limit)

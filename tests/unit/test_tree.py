@@ -22,18 +22,15 @@ from pdspec.spec.tree import (
     tree_rows,
 )
 
-parents_of_any_tree = (
-    st.integers(0, 24)
-    .flatmap(lambda size: st.tuples(*[st.integers(-1, node - 1) for node in range(size)]))
-    .map(lambda parents: np.array(parents, np.int32))
-)
+parents_of_any_tree = st.integers(0, 24).flatmap(
+    lambda size: st.tuples(*[st.integers(-1, node - 1) for node in range(size)])
+).map(lambda parents: np.array(parents, np.int32))
 
 
 def draft_of(parents, survival=None) -> Draft:
     size = len(parents)
     return Draft(
-        token_ids=np.arange(100, 100 + size, dtype=np.int32),
-        parents=np.array(parents, np.int32),
+        token_ids=np.arange(100, 100 + size, dtype=np.int32), parents=np.array(parents, np.int32),
         log_q=np.linspace(-1, 0, size, dtype=np.float32),
         survival=np.ones(size, np.float32) if survival is None else np.array(survival, np.float32),
     )
@@ -113,34 +110,31 @@ def test_files_that_hold_no_tree_are_named(tmp_path, content):
             read_shapes({taken: str(tmp_path / "bad")})
 
 
-@pytest.mark.parametrize(
-    ("text", "error", "hint"),
-    [
-        ("", InvalidRequest, "use chain"),
-        ("chain", InvalidRequest, "use chain"),
-        ("chain()", InvalidRequest, "whole numbers k"),
-        ("chain(-1)", InvalidRequest, "whole numbers k"),
-        ("chain(1,2)", InvalidRequest, "whole numbers k"),
-        ("chain(0)", InvalidRequest, "keep k in 1..256"),
-        ("chain(257)", InvalidRequest, "keep k in 1..256"),
-        ("chain(4) x", InvalidRequest, "use chain"),
-        ("dynamic(4,4)", InvalidRequest, "depth, top_k, nodes"),
-        ("dynamic(4,65,8)", InvalidRequest, "keep top_k in 1..64"),
-        ("bush(3)", UnknownName, "use chain"),
-        ("static(oak)", UnknownName, "mc_sim_7b_63"),
-        ("static()", UnknownName, "mc_sim_7b_63"),
-        ("static(4,2)", UnknownName, "4x2x1"),
-        ("static(4x0)", InvalidRequest, "at least 1 child"),
-        ("static(9999x9999)", InvalidRequest, "at most 256 nodes"),
-        ("static(0 1 1)", InvalidRequest, "each of at most 256 nodes once"),
-        ("static(0 2)", InvalidRequest, "no tree at 2"),
-        ("static(0 1.0)", InvalidRequest, "no tree at 1.0"),
-        ("static(0 1.0.1)", InvalidRequest, "no tree at 1.0.1"),
-        ("static(0 .1)", UnknownName, "4x2x1"),
-        ("static(0 1..0)", UnknownName, "4x2x1"),
-        ("static(@/etc/passwd)", UnknownName, "4x2x1"),
-    ],
-)
+@pytest.mark.parametrize(("text", "error", "hint"), [
+    ("", InvalidRequest, "use chain"),
+    ("chain", InvalidRequest, "use chain"),
+    ("chain()", InvalidRequest, "whole numbers k"),
+    ("chain(-1)", InvalidRequest, "whole numbers k"),
+    ("chain(1,2)", InvalidRequest, "whole numbers k"),
+    ("chain(0)", InvalidRequest, "keep k in 1..256"),
+    ("chain(257)", InvalidRequest, "keep k in 1..256"),
+    ("chain(4) x", InvalidRequest, "use chain"),
+    ("dynamic(4,4)", InvalidRequest, "depth, top_k, nodes"),
+    ("dynamic(4,65,8)", InvalidRequest, "keep top_k in 1..64"),
+    ("bush(3)", UnknownName, "use chain"),
+    ("static(oak)", UnknownName, "mc_sim_7b_63"),
+    ("static()", UnknownName, "mc_sim_7b_63"),
+    ("static(4,2)", UnknownName, "4x2x1"),
+    ("static(4x0)", InvalidRequest, "at least 1 child"),
+    ("static(9999x9999)", InvalidRequest, "at most 256 nodes"),
+    ("static(0 1 1)", InvalidRequest, "each of at most 256 nodes once"),
+    ("static(0 2)", InvalidRequest, "no tree at 2"),
+    ("static(0 1.0)", InvalidRequest, "no tree at 1.0"),
+    ("static(0 1.0.1)", InvalidRequest, "no tree at 1.0.1"),
+    ("static(0 .1)", UnknownName, "4x2x1"),
+    ("static(0 1..0)", UnknownName, "4x2x1"),
+    ("static(@/etc/passwd)", UnknownName, "4x2x1"),
+])
 def test_bad_trees_name_the_field_and_the_remedy(text, error, hint):
     with pytest.raises(error, match=r"^tree: ") as caught:
         parse_tree(text)

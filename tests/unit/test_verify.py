@@ -32,17 +32,10 @@ class Toy:
         """One token at a time, without any draft."""
         tokens: list[int] = []
         for _ in range(length):
-            tokens.append(
-                choose(
-                    torch.from_numpy(self.row((*PROMPT, *tokens))),
-                    params,
-                    History.of(PROMPT, tokens),
-                    seed=seed,
-                    sample=0,
-                    position=len(PROMPT) + len(tokens),
-                    end_ids=(),
-                )
-            )
+            tokens.append(choose(
+                torch.from_numpy(self.row((*PROMPT, *tokens))), params, History.of(PROMPT, tokens),
+                seed=seed, sample=0, position=len(PROMPT) + len(tokens), end_ids=(),
+            ))
         return tokens
 
     def logits(self, tokens: list[int], draft: Draft) -> torch.Tensor:
@@ -74,15 +67,8 @@ GREEDY = SamplingParams()
 
 def run(logits, draft, params=GREEDY, *, history=None, seed=0, end_ids=(), max_new=99, logprobs=None):
     return verify(
-        draft,
-        logits,
-        params,
-        history or History.of(PROMPT),
-        Seeded(seed, 0),
-        root_position=len(PROMPT) - 1,
-        end_ids=end_ids,
-        max_new=max_new,
-        logprobs=logprobs,
+        draft, logits, params, history or History.of(PROMPT), Seeded(seed, 0), root_position=len(PROMPT) - 1,
+        end_ids=end_ids, max_new=max_new, logprobs=logprobs,
     )
 
 
@@ -106,14 +92,8 @@ def test_any_tree_yields_the_tokens_of_plain_decoding(params):
         while len(tokens) < length:
             draft = random_tree(rng, int(rng.integers(0, 9)))
             result = verify(
-                draft,
-                toy.logits(tokens, draft),
-                params,
-                History.of(PROMPT, tokens),
-                Seeded(seed, 0),
-                root_position=len(PROMPT) + len(tokens) - 1,
-                end_ids=(),
-                max_new=length - len(tokens),
+                draft, toy.logits(tokens, draft), params, History.of(PROMPT, tokens), Seeded(seed, 0),
+                root_position=len(PROMPT) + len(tokens) - 1, end_ids=(), max_new=length - len(tokens),
             ).verdict
             assert len(result.output_ids) == len(result.path) + 1
             assert draft.token_ids[list(result.path)].tolist() == list(result.output_ids[:-1])
@@ -146,15 +126,12 @@ def test_siblings_and_a_deeper_branch():
     assert (verdict.path, verdict.output_ids) == ((1, 3, 4), (2, 3, 0, 4))
 
 
-@pytest.mark.parametrize(
-    ("params", "end_ids", "output"),
-    [
-        (SamplingParams(), (2,), (1, 2)),
-        (SamplingParams(stop_ids=(1,)), (), (1,)),
-        (SamplingParams(ignore_eos=True), (2,), (1, 2, 3)),
-        (SamplingParams(ignore_eos=True, stop_ids=(2,)), (1,), (1, 2)),
-    ],
-)
+@pytest.mark.parametrize(("params", "end_ids", "output"), [
+    (SamplingParams(), (2,), (1, 2)),
+    (SamplingParams(stop_ids=(1,)), (), (1,)),
+    (SamplingParams(ignore_eos=True), (2,), (1, 2, 3)),
+    (SamplingParams(ignore_eos=True, stop_ids=(2,)), (1,), (1, 2)),
+])
 def test_nothing_follows_an_end(params, end_ids, output):
     verdict = run(greedy_rows(1, 2, 3), tree((1, -1), (2, 0)), params, end_ids=end_ids).verdict
     assert verdict.output_ids == output
@@ -195,14 +172,11 @@ def test_rows_that_the_walk_does_not_visit_are_not_read():
     assert run(rows, tree((4, -1), (2, 0))).verdict.output_ids == (1,)
 
 
-@pytest.mark.parametrize(
-    ("draft", "rows", "message"),
-    [
-        (tree((1, -1), (2, 0)), 2, "2 logit rows for a draft of 2 nodes"),
-        (tree((1, -1), (1, -1)), 3, "same child"),
-        (tree((1, 1), (2, -1)), 3, "before its parent"),
-    ],
-)
+@pytest.mark.parametrize(("draft", "rows", "message"), [
+    (tree((1, -1), (2, 0)), 2, "2 logit rows for a draft of 2 nodes"),
+    (tree((1, -1), (1, -1)), 3, "same child"),
+    (tree((1, 1), (2, -1)), 3, "before its parent"),
+])
 def test_malformed_drafts(draft, rows, message):
     with pytest.raises(ValueError, match=message):
         run(torch.zeros(rows, VOCABULARY), draft)

@@ -24,7 +24,7 @@ void pd_pack(const void *weight, int N, int K, int bf16, void *out) {
             }
 }
 
-#define PART 96
+#define PART 32
 #define DOT_ROWS 12 /* of two blocks, twice as many of one */
 
 INLINE void put(const Linear *t, int r, int b0, const vf *found, const int blocks) {

@@ -60,6 +60,7 @@ class CombinedDrafter:
         self.head, self.suffix = head, suffix
         self.groups: tuple[CacheGroup, ...] = head.groups
         self.capture, self.want_final = head.capture, head.want_final
+        self.ahead, self.carry, self.stable_kv = head.ahead, head.carry, head.stable_kv
         self.max_nodes = max(head.max_nodes, suffix.max_nodes)
         self.default_tree = tree
         self.target_matches = bool(getattr(head, "target_matches", True))

@@ -15,14 +15,10 @@ if TYPE_CHECKING:
     from pdspec.spec.protocol import Drafter
 
 DESCRIPTION = Description(
-    name="combined",
-    summary="suffix where a match is credible, a learned head otherwise, at every verification",
+    name="combined", summary="suffix where a match is credible, a learned head otherwise, at every verification",
     needs="the head of the family that combined:head names (heads.combined, or what serves that family)",
-    ships="what the head ships",
-    trees=("chain", "static", "dynamic"),
-    default_tree="dynamic(8,4,8)",
-    source="Oliaro et al. 2024, SuffixDecoding, arXiv 2411.04975: its hybrid with a head",
-    options={"head": "eagle3"},
+    ships="what the head ships", trees=("chain", "static", "dynamic"), default_tree="dynamic(8,4,8)",
+    source="Oliaro et al. 2024, SuffixDecoding, arXiv 2411.04975: its hybrid with a head", options={"head": "eagle3"},
 )
 _NO_HEADS = ("none", "suffix", DESCRIPTION.name)
 
@@ -48,17 +44,13 @@ def _head(setting: Setting) -> tuple[Family, Setting]:
     that keeps rows of its own drafts: accepted tokens may be of a draft that it never made."""
     name = setting.option(DESCRIPTION, "head")
     if name not in registry.NAMES or name in _NO_HEADS:
-        raise ConfigError(
-            f"{name!r} is no head to combine suffix with",
-            field="options.combined:head",
-            remedy="use one of " + ", ".join(one for one in registry.NAMES if one not in _NO_HEADS),
-        )
+        raise ConfigError(f"{name!r} is no head to combine suffix with", field="options.combined:head",
+                          remedy="use one of " + ", ".join(one for one in registry.NAMES if one not in _NO_HEADS))
     family = registry.family(name)
     if "stable_kv" in family.DESCRIPTION.options and not flag(setting, family.DESCRIPTION, "stable_kv"):
         raise ConfigError(
             f"combined cannot use {name} with {name}:stable_kv=false: it rebuilds the rows of accepted tokens",
-            field=f"options.{name}:stable_kv",
-            remedy="set it to true, or leave combined out",
+            field=f"options.{name}:stable_kv", remedy="set it to true, or leave combined out",
         )
     heads = dict(setting.heads)
     if own := heads.pop(DESCRIPTION.name, ""):

@@ -50,11 +50,8 @@ def _open_trained(setting: Setting, folder: Path) -> DraftModel:
     config, tensors, made_for = load_trained(folder)
     ours, theirs = setting.identity.tokenizer_hash, made_for.tokenizer_hash
     if ours != theirs:
-        raise Incompatible(
-            f"the draft model in {folder} has the tokenizer {theirs}, the target {ours}",
-            field="heads.draft_model",
-            remedy="choose a draft model made for this target",
-        )
+        raise Incompatible(f"the draft model in {folder} has the tokenizer {theirs}, the target {ours}",
+                           field="heads.draft_model", remedy="choose a draft model made for this target")
     weights = {key: tensor.to(torch_dtype(setting.dtype)) for key, tensor in tensors.items()}
     return DraftModel(config=config, weights=weights, content_hash=trained_hash(config, tensors))
 
@@ -74,8 +71,7 @@ def check_vocabularies(target: Mapping[int, str], draft: Mapping[int, str], targ
         if ours != theirs:
             raise Incompatible(
                 f"token {token_id} is {_shown(ours)} in {target_name} and {_shown(theirs)} in {draft_name}",
-                field="heads.draft_model",
-                remedy="choose a draft model with the target's tokenizer",
+                field="heads.draft_model", remedy="choose a draft model with the target's tokenizer",
             )
 
 

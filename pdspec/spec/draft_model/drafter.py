@@ -54,16 +54,12 @@ class ModelDrafter(TreeDrafter):
     only the target's padding has is read as the draft model's last."""
 
     capture: tuple[int, ...] = ()
+    ahead = carry = 0
+    stable_kv = True
     want_final = False
 
     def __init__(
-        self,
-        runner: Runner,
-        cache: PagedCache,
-        *,
-        vocab_size: int,
-        content_hash: str,
-        tree: str = "chain(4)",
+        self, runner: Runner, cache: PagedCache, *, vocab_size: int, content_hash: str, tree: str = "chain(4)",
         max_nodes: int = 64,
     ) -> None:
         super().__init__("draft_model", target_ids=torch.arange(vocab_size), tree=tree, max_nodes=max_nodes)
@@ -117,11 +113,8 @@ class ModelDrafter(TreeDrafter):
         due = 0 if self._beyond(ctx) else self._width(spec)
         found = 0 if candidates is None else len(candidates.token_ids)
         if found != due:
-            raise TransferDamaged(
-                f"{found} first draft tokens, {due} are expected",
-                field="draft_start",
-                remedy="let the decode worker rebuild the draft state",
-            )
+            raise TransferDamaged(f"{found} first draft tokens, {due} are expected", field="draft_start",
+                                  remedy="let the decode worker rebuild the draft state")
         have = min(ctx.root_position + 1, self.max_positions)
         ctx.state = ModelState(spec=spec, rows=have, candidates=candidates)
 
@@ -208,14 +201,8 @@ class ModelDrafter(TreeDrafter):
         tokens = [growth.token(node) for node in nodes]
         for token, path in zip(tokens, paths, strict=True):
             state.expanded[path[-2] if len(path) > 1 else -1, token] = path[-1]
-        return DraftRows(
-            ctx=ctx,
-            token_ids=tokens,
-            positions=[ctx.root_position + depth] * len(nodes),
-            slots=[path[-1] for path in paths],
-            prefix=[state.rows] * len(nodes),
-            paths=paths,
-        )
+        return DraftRows(ctx=ctx, token_ids=tokens, positions=[ctx.root_position + depth] * len(nodes),
+                         slots=[path[-1] for path in paths], prefix=[state.rows] * len(nodes), paths=paths)
 
     def _forward(self, rows: Sequence[DraftRows], wanted: Sequence[int] | np.ndarray) -> torch.Tensor:
         """One forward over the rows of several sequences; logits [len(wanted), vocabulary] of the rows ``wanted``."""

@@ -16,14 +16,11 @@ if TYPE_CHECKING:
 _TREE, _TREE_GPU = "chain(4)", "dynamic(5,4,8)"
 
 DESCRIPTION = Description(
-    name="draft_model",
-    summary="a smaller decoder with the target's tokenizer, over a KV cache of its own",
+    name="draft_model", summary="a smaller decoder with the target's tokenizer, over a KV cache of its own",
     needs="heads.draft_model: an alias, hub id or folder of a model with the same tokenizer (or random:SEED),"
     " where none is shipped for the target",
     ships="its KV of the prompt and the first token, first draft tokens with log q",
-    trees=("chain", "static", "dynamic"),
-    default_tree=_TREE,
-    default_tree_gpu=_TREE_GPU,
+    trees=("chain", "static", "dynamic"), default_tree=_TREE, default_tree_gpu=_TREE_GPU,
     source="Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318",
 )
 

@@ -36,9 +36,8 @@ def load_trained(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], Ta
     """Geometry, float32 weights by Hugging Face key, and the target. Raises CheckpointError and ConfigError."""
     target, _ = read_section(read_head_json(folder), folder)
     if target is None:
-        raise CheckpointError(
-            f"{folder / 'config.json'} names no target", field="heads.draft_model", remedy=HEAD_REMEDY
-        )
+        raise CheckpointError(f"{folder / 'config.json'} names no target", field="heads.draft_model",
+                              remedy=HEAD_REMEDY)
     config = read_config(folder, str(folder))
     stored = read_stored(folder, _OURS, {})
     tensors = stored.take(weight_shapes(config))

@@ -37,10 +37,8 @@ class Eagle1Config(LayerGeometry):
         hidden = self.hidden_size
         biases: dict[str, tuple[int, ...]] = {"fc.bias": (hidden,)} if self.bias else {}
         return {
-            "fc.weight": (hidden, 2 * hidden),
-            **self.layer_shapes("layers.0", hidden),
-            "layers.0.post_attention_layernorm.weight": (hidden,),
-            **biases,
+            "fc.weight": (hidden, 2 * hidden), **self.layer_shapes("layers.0", hidden),
+            "layers.0.post_attention_layernorm.weight": (hidden,), **biases,
         }
 
 
@@ -50,21 +48,19 @@ def head_json(config: Eagle1Config, target: TargetIdentity | None, card: Mapping
     return {**values, "pdspec": section(target, card)}
 
 
-def parse_head(values: Mapping[str, Any], where: Path) -> tuple[Eagle1Config, TargetIdentity | None, dict[str, Any]]:
+def parse_head(
+    values: Mapping[str, Any], where: Path
+) -> tuple[Eagle1Config, TargetIdentity | None, dict[str, Any]]:
     """(config, target it was made for, card) out of ``config.json`` of any format; without the key ``bias`` there is
     one, as in SafeAILab's code. Raises CheckpointError for a missing or senseless field, ConfigError for a variant that
     cannot be run."""
     values = settings(values, FAMILY, where)
     if refused := [name for name in _UNSUPPORTED if values.get(name)]:
-        raise ConfigError(
-            f"the head in {where} uses {', '.join(refused)}, which pdspec cannot run",
-            field="heads",
-            remedy="choose a head of SafeAILab's EAGLE-1 architecture",
-        )
+        raise ConfigError(f"the head in {where} uses {', '.join(refused)}, which pdspec cannot run", field="heads",
+                          remedy="choose a head of SafeAILab's EAGLE-1 architecture")
     target, card = read_section(values, where)
     try:
         return Eagle1Config(**parse_geometry(values, where), bias=bool(values.get("bias", True))), target, card
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"config.json of the head in {where} is damaged: {error!r}", field="heads", remedy=HEAD_REMEDY
-        ) from error
+        raise CheckpointError(f"config.json of the head in {where} is damaged: {error!r}", field="heads",
+                              remedy=HEAD_REMEDY) from error

@@ -21,15 +21,11 @@ if TYPE_CHECKING:
 _RANDOM_DRAFT_VOCABULARY = 4096
 
 DESCRIPTION = Description(
-    name="eagle1",
-    summary="one decoder layer over the target's last hidden states and the next token",
+    name="eagle1", summary="one decoder layer over the target's last hidden states and the next token",
     needs="a head trained for the target (heads.eagle1: FOLDER or random:SEED)",
     ships="draft KV of the prompt, first draft tokens with log q, one hidden row",
-    trees=("chain", "static", "dynamic"),
-    default_tree="chain(2)",
-    default_tree_gpu="static(mc_sim_7b_63)",
-    source="Li et al. 2024, EAGLE, arXiv 2401.15077",
-    options=FEATURE_OPTIONS,
+    trees=("chain", "static", "dynamic"), default_tree="chain(2)", default_tree_gpu="static(mc_sim_7b_63)",
+    source="Li et al. 2024, EAGLE, arXiv 2401.15077", options=FEATURE_OPTIONS,
     formats=readable(FAMILY),
 )
 
@@ -54,7 +50,9 @@ def layer_groups(family: Description, where: str, setting: Setting) -> tuple[Cac
     return (config.layer_group(group_name(family), setting.dtype),)
 
 
-def make_drafter(family: Description, where: str, setting: Setting, parts: Parts, *, threshold: float = 0.0) -> Drafter:
+def make_drafter(
+    family: Description, where: str, setting: Setting, parts: Parts, *, threshold: float = 0.0
+) -> Drafter:
     """A drafter of ``family`` over the head at ``where``."""
     from pdspec.spec.eagle1.drafter import Eagle1Drafter
 
@@ -63,16 +61,9 @@ def make_drafter(family: Description, where: str, setting: Setting, parts: Parts
     model = model.over(parts.cache, group)
     gpu = parts.ops.device.type != "cpu" and family.default_tree_gpu
     return Eagle1Drafter(
-        family.name,
-        head,
-        model,
-        parts.cache,
-        group=group,
-        dtype=setting.dtype,
-        tree=family.default_tree_gpu if gpu else family.default_tree,
-        target_matches=matches,
-        stable_kv=flag(setting, family, "stable_kv"),
-        padding=flag(setting, family, "first_token_padding"),
+        family.name, head, model, parts.cache, group=group, dtype=setting.dtype,
+        tree=family.default_tree_gpu if gpu else family.default_tree, target_matches=matches,
+        stable_kv=flag(setting, family, "stable_kv"), padding=flag(setting, family, "first_token_padding"),
         threshold=threshold,
     )
 
@@ -85,14 +76,8 @@ def _load(where: str, group: str, setting: Setting, parts: Parts) -> tuple[Head,
     head = open_head(where, setting)
     matches = check_target(head, setting.identity, where, strict=setting.strict)
     model = Eagle1Head(
-        head,
-        ops=parts.ops,
-        embedding=parts.runner.embedding,
-        lm_head=parts.runner.lm_head,
-        cache=parts.cache,
-        group=group,
-        dtype=setting.dtype,
-        max_positions=setting.target.config.max_context,
+        head, ops=parts.ops, embedding=parts.runner.embedding, lm_head=parts.runner.lm_head, cache=parts.cache,
+        group=group, dtype=setting.dtype, max_positions=setting.target.config.max_context,
     )
     return head, matches, model
 

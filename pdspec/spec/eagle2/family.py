@@ -15,14 +15,10 @@ if TYPE_CHECKING:
     from pdspec.spec.protocol import Drafter
 
 DESCRIPTION = Description(
-    name="eagle2",
-    summary="EAGLE-1's head with a dynamic tree: expanded and pruned by cumulative score",
+    name="eagle2", summary="EAGLE-1's head with a dynamic tree: expanded and pruned by cumulative score",
     needs="an EAGLE-1 head trained for the target (heads.eagle2 or heads.eagle1: FOLDER or random:SEED)",
-    ships=EAGLE1.ships,
-    trees=EAGLE1.trees,
-    default_tree="dynamic(4,4,8)",
-    source="Li et al. 2024, EAGLE-2, arXiv 2406.16858",
-    options={**FEATURE_OPTIONS, "threshold": "0"},
+    ships=EAGLE1.ships, trees=EAGLE1.trees, default_tree="dynamic(4,4,8)",
+    source="Li et al. 2024, EAGLE-2, arXiv 2406.16858", options={**FEATURE_OPTIONS, "threshold": "0"},
     formats=EAGLE1.formats,
 )
 

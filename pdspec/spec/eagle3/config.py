@@ -26,11 +26,8 @@ def default_fused_layers(num_layers: int) -> tuple[int, int, int]:
     """The layers whose *inputs* are fused: 2, L//2, L-3 as SafeAILab's code has it; the last three of a toy target
     where these would coincide. Raises ConfigError below three layers."""
     if num_layers < 3:
-        raise ConfigError(
-            f"a target of {num_layers} layers has no three levels to fuse",
-            field="model",
-            remedy="use drafter ngram or none",
-        )
+        raise ConfigError(f"a target of {num_layers} layers has no three levels to fuse", field="model",
+                          remedy="use drafter ngram or none")
     return (2, num_layers // 2, num_layers - 3) if num_layers >= 7 else (num_layers - 3, num_layers - 2, num_layers - 1)
 
 
@@ -65,23 +62,13 @@ class Eagle3Config(LayerGeometry):
 
     @classmethod
     def for_target(
-        cls,
-        target: ModelConfig,
-        draft_vocab_size: int,
-        *,
-        intermediate_size: int = 0,
-        fused_layers: tuple[int, ...] = (),
-        fc_norm: bool = False,
-        norm_output: bool = False,
-        tied_output: bool = False,
+        cls, target: ModelConfig, draft_vocab_size: int, *, intermediate_size: int = 0,
+        fused_layers: tuple[int, ...] = (), fc_norm: bool = False, norm_output: bool = False, tied_output: bool = False,
     ) -> Eagle3Config:
         """A head with the target's own attention geometry and RoPE (0 and () take the target's and the default)."""
         return cls(
-            **target_geometry(target, draft_vocab_size, intermediate_size),
-            fc_norm=fc_norm,
-            norm_output=norm_output,
-            tied_output=tied_output,
-            fused_layers=fused_layers or default_fused_layers(target.num_layers),
+            **target_geometry(target, draft_vocab_size, intermediate_size), fc_norm=fc_norm, norm_output=norm_output,
+            tied_output=tied_output, fused_layers=fused_layers or default_fused_layers(target.num_layers),
         )
 
     def cache_group(self, dtype: str) -> CacheGroup:
@@ -93,8 +80,7 @@ class Eagle3Config(LayerGeometry):
         output = {} if self.tied_output else {"lm_head.weight": (self.draft_vocab_size, self.hidden_size)}
         return {
             "fc.weight": (self.hidden_size, len(self.fused_layers) * self.hidden_size),
-            **self.layer_shapes("midlayer", 2 * self.hidden_size),
-            **output,
+            **self.layer_shapes("midlayer", 2 * self.hidden_size), **output,
         }
 
     def norm_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -124,17 +110,13 @@ def parse_head(
     """
     values = settings(values, FAMILY, where)
     if refused := [name for name in _UNSUPPORTED if values.get(name)]:
-        raise ConfigError(
-            f"the head in {where} uses {', '.join(refused)}, which pdspec cannot run",
-            field="heads",
-            remedy="choose a head of SafeAILab's EAGLE-3 architecture",
-        )
+        raise ConfigError(f"the head in {where} uses {', '.join(refused)}, which pdspec cannot run", field="heads",
+                          remedy="choose a head of SafeAILab's EAGLE-3 architecture")
     target, card = read_section(values, where)
     try:
         fused = tuple(int(n) for n in values.get("fused_layers") or default_fused_layers(target_layers))
         flags: dict[str, Any] = {name: bool(values.get(name)) for name in _FLAGS}
         return Eagle3Config(**parse_geometry(values, where), fused_layers=fused, **flags), target, card
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"config.json of the head in {where} is damaged: {error!r}", field="heads", remedy=HEAD_REMEDY
-        ) from error
+        raise CheckpointError(f"config.json of the head in {where} is damaged: {error!r}", field="heads",
+                              remedy=HEAD_REMEDY) from error

@@ -17,26 +17,11 @@ class Eagle3Drafter(FeatureDrafter):
     """``head`` over the pages of ``cache``. ``options`` are ``FeatureDrafter``'s."""
 
     def __init__(
-        self,
-        head: Head,
-        model: Eagle3Head,
-        cache: PagedCache,
-        *,
-        dtype: str,
-        tree: str = "chain(2)",
-        padding: bool = False,
-        **options: Any,
+        self, head: Head, model: Eagle3Head, cache: PagedCache, *, dtype: str, tree: str = "chain(2)",
+        padding: bool = False, **options: Any,
     ) -> None:
         geometry = f"eagle3/1 {head.fingerprint()} {dtype} {'first-token' if padding else 'no'} padding"
         super().__init__(
-            "eagle3",
-            model,
-            cache,
-            group=GROUP,
-            target_ids=head.target_ids,
-            capture=head.config.fused_layers,
-            fingerprint=xxhash.xxh3_128_hexdigest(geometry.encode()),
-            tree=tree,
-            padding=padding,
-            **options,
+            "eagle3", model, cache, group=GROUP, target_ids=head.target_ids, capture=head.config.fused_layers,
+            fingerprint=xxhash.xxh3_128_hexdigest(geometry.encode()), tree=tree, padding=padding, **options,
         )

@@ -24,15 +24,11 @@ _TREE, _TREE_GPU = "chain(2)", "dynamic(4,4,8)"
 _RANDOM_DRAFT_VOCABULARY = 4096
 
 DESCRIPTION = Description(
-    name="eagle3",
-    summary="one decoder layer over three fused levels of the target, with a draft vocabulary",
+    name="eagle3", summary="one decoder layer over three fused levels of the target, with a draft vocabulary",
     needs="a head trained for the target (shipped for smollm2-135m; else heads.eagle3: FOLDER or random:SEED)",
     ships="draft KV of the prompt, first draft tokens with log q, one hidden row",
-    trees=("chain", "static", "dynamic"),
-    default_tree=_TREE,
-    default_tree_gpu=_TREE_GPU,
-    source="Li et al. 2025, EAGLE-3, arXiv 2503.01840; trees: EAGLE-2, arXiv 2406.16858",
-    options=FEATURE_OPTIONS,
+    trees=("chain", "static", "dynamic"), default_tree=_TREE, default_tree_gpu=_TREE_GPU,
+    source="Li et al. 2025, EAGLE-3, arXiv 2503.01840; trees: EAGLE-2, arXiv 2406.16858", options=FEATURE_OPTIONS,
     formats=readable(FAMILY),
 )
 
@@ -54,14 +50,8 @@ def make(setting: Setting, parts: Parts) -> Drafter:
     head, matches, model = parts.once(DESCRIPTION.name, where, lambda: _load(where, setting, parts))
     tree = _TREE if parts.ops.device.type == "cpu" else _TREE_GPU
     return Eagle3Drafter(
-        head,
-        model,
-        parts.cache,
-        dtype=setting.dtype,
-        tree=tree,
-        target_matches=matches,
-        stable_kv=flag(setting, DESCRIPTION, "stable_kv"),
-        padding=flag(setting, DESCRIPTION, "first_token_padding"),
+        head, model, parts.cache, dtype=setting.dtype, tree=tree, target_matches=matches,
+        stable_kv=flag(setting, DESCRIPTION, "stable_kv"), padding=flag(setting, DESCRIPTION, "first_token_padding"),
     )
 
 
@@ -75,18 +65,10 @@ def _load(where: str, setting: Setting, parts: Parts) -> tuple[Head, bool, Eagle
     if max(head.config.fused_layers) >= target.num_layers:
         raise CheckpointError(
             f"the head in {where} fuses layers {head.config.fused_layers}, the target has {target.num_layers}",
-            field="fused_layers",
-            remedy="choose the head made for this target",
+            field="fused_layers", remedy="choose the head made for this target",
         )
-    model = Eagle3Head(
-        head,
-        ops=parts.ops,
-        embedding=parts.runner.embedding,
-        lm_head=parts.runner.lm_head,
-        cache=parts.cache,
-        dtype=setting.dtype,
-        max_positions=target.max_context,
-    )
+    model = Eagle3Head(head, ops=parts.ops, embedding=parts.runner.embedding, lm_head=parts.runner.lm_head,
+                       cache=parts.cache, dtype=setting.dtype, max_positions=target.max_context)
     return head, matches, model
 
 

@@ -40,14 +40,7 @@ class Eagle3Head:
     output rows of its own reads no ``lm_head``."""
 
     def __init__(
-        self,
-        head: Head,
-        *,
-        ops: Ops,
-        embedding: Any,
-        cache: PagedCache,
-        dtype: str,
-        max_positions: int,
+        self, head: Head, *, ops: Ops, embedding: Any, cache: PagedCache, dtype: str, max_positions: int,
         lm_head: Any = None,
     ) -> None:
         self.ops, self.config = ops, head.config
@@ -90,10 +83,8 @@ class Eagle3Head:
             return ops.pack(torch.cat([head.tensors[f"midlayer.{name}.weight"] for name in names]).to(DTYPES[dtype]))
 
         weights = {
-            "embedding": self.embedding,
-            "qkv": pack(*(f"self_attn.{letter}_proj" for letter in "qkv")),
-            "o": pack("self_attn.o_proj"),
-            "gate_up": pack("mlp.gate_proj", "mlp.up_proj"),
+            "embedding": self.embedding, "qkv": pack(*(f"self_attn.{letter}_proj" for letter in "qkv")),
+            "o": pack("self_attn.o_proj"), "gate_up": pack("mlp.gate_proj", "mlp.up_proj"),
             "down": pack("mlp.down_proj"),
         }
         norms = {"input_norm": self._input_norm, "hidden_norm": self._hidden_norm, "post_norm": self._post_norm}
@@ -145,3 +136,4 @@ class Eagle3Head:
 
     def _normed(self, outputs: torch.Tensor) -> torch.Tensor:
         return self.ops.rms_norm(outputs, self._norm, self.config.rms_norm_eps)
+

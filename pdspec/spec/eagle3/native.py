@@ -32,28 +32,15 @@ class NativeLayer:
     """Pointers into ``weights`` and ``norms``, by the names of the C structure; both are kept alive."""
 
     def __init__(
-        self,
-        ops: NativeOps,
-        config: Eagle3Config,
-        rope: Rope,
-        pages: torch.Tensor,
-        weights: dict[str, Packed],
+        self, ops: NativeOps, config: Eagle3Config, rope: Rope, pages: torch.Tensor, weights: dict[str, Packed],
         norms: dict[str, torch.Tensor],
     ) -> None:
         self.ops, self.hidden = ops, config.hidden_size
         self._kept = rope, pages, weights, norms
         self._struct = Eagle3Struct(
-            config.hidden_size,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            config.intermediate_size,
-            int(weights["qkv"].bf16),
-            config.rms_norm_eps,
-            rope.cos.data_ptr(),
-            rope.sin.data_ptr(),
-            *(weights[name].data.data_ptr() for name in _WEIGHTS),
-            *(norms[name].data_ptr() for name in _NORMS),
+            config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.intermediate_size,
+            int(weights["qkv"].bf16), config.rms_norm_eps, rope.cos.data_ptr(), rope.sin.data_ptr(),
+            *(weights[name].data.data_ptr() for name in _WEIGHTS), *(norms[name].data_ptr() for name in _NORMS),
         )
         self._cache = cache_struct(pages)
         self._vocab = weights["embedding"].rows
@@ -68,15 +55,9 @@ class NativeLayer:
         features, rows = features.contiguous(), rows_struct(batch)
         out = torch.empty(len(wanted), self.hidden)
         status = self.ops.lib.pd_eagle3(
-            self.ops.pool,
-            c.byref(self._struct),
-            c.byref(rows),
-            c.byref(self._cache),
-            c.c_void_p(tokens.ctypes.data),
-            c.c_void_p(features.data_ptr()),
-            c.c_void_p(wanted.ctypes.data),
-            len(wanted),
-            c.c_void_p(out.data_ptr()),
+            self.ops.pool, c.byref(self._struct), c.byref(rows), c.byref(self._cache),
+            c.c_void_p(tokens.ctypes.data), c.c_void_p(features.data_ptr()), c.c_void_p(wanted.ctypes.data),
+            len(wanted), c.c_void_p(out.data_ptr()),
         )
         if status:
             raise MemoryError("draft layer")

@@ -49,6 +49,8 @@ class LookaheadDrafter(Calibrated):
     groups: tuple[CacheGroup, ...] = ()
     capture: tuple[int, ...] = ()
     want_final = False
+    ahead = carry = 0
+    stable_kv = True
     has_q = False
 
     def __init__(
@@ -105,10 +107,8 @@ class LookaheadDrafter(Calibrated):
         spec = parse_tree(tree or self.default_tree)
         fits = isinstance(spec, ChainTree | DynamicTree) and spec.depth < self.level
         if not fits or spec.max_nodes > self.draft_nodes:
-            remedy = (
-                f"use chain(k) or dynamic(depth,top_k,nodes), depth in 1..{self.level - 1}, one below the"
-                f" n-gram's length, and at most {self.draft_nodes} nodes"
-            )
+            remedy = (f"use chain(k) or dynamic(depth,top_k,nodes), depth in 1..{self.level - 1}, one below the"
+                      f" n-gram's length, and at most {self.draft_nodes} nodes")
             raise InvalidRequest(f"drafter {self.name} cannot draft {tree}", field="tree", remedy=remedy)
         assert isinstance(spec, ChainTree | DynamicTree)
         return spec
@@ -150,11 +150,8 @@ class LookaheadDrafter(Calibrated):
         tokens, parents, survival = _tree(ngrams, state.spec, budget, state.accepted / state.tried)
         state.proposed = bool(tokens)
         draft = Draft(
-            token_ids=np.array(tokens, np.int32),
-            parents=np.array(parents, np.int32),
-            branch=branch,
-            log_q=np.full(len(tokens), np.nan, np.float32),
-            survival=np.array(survival, np.float32),
+            token_ids=np.array(tokens, np.int32), parents=np.array(parents, np.int32), branch=branch,
+            log_q=np.full(len(tokens), np.nan, np.float32), survival=np.array(survival, np.float32),
         )
         return self._calibrate(ctx, draft, self.level - 1)
 

@@ -12,12 +12,8 @@ if TYPE_CHECKING:
     from pdspec.spec.protocol import Drafter
 
 DESCRIPTION = Description(
-    name="lookahead",
-    summary="n-grams of the target's own guesses at the tokens ahead, made in the same forwards",
-    needs="",
-    ships="",
-    trees=("chain", "dynamic"),
-    default_tree="dynamic(4,7,28)",
+    name="lookahead", summary="n-grams of the target's own guesses at the tokens ahead, made in the same forwards",
+    needs="", ships="", trees=("chain", "dynamic"), default_tree="dynamic(4,7,28)",
     source="Fu et al. 2024, Lookahead Decoding, arXiv 2402.02057",
     options={"window": "7", "level": "5", "guesses": "7", "text": "on"},
 )
@@ -36,10 +32,7 @@ def make(setting: Setting, parts: Parts) -> Drafter:
 
     window, level, guesses = _numbers(setting)
     return LookaheadDrafter(
-        window=window,
-        level=level,
-        guesses=guesses,
-        text=setting.option(DESCRIPTION, "text") == "on",
+        window=window, level=level, guesses=guesses, text=setting.option(DESCRIPTION, "text") == "on",
         max_positions=setting.target.config.max_context,
     )
 
@@ -49,19 +42,13 @@ def _numbers(setting: Setting) -> tuple[int, int, int]:
     for name, (low, high) in _LIMITS.items():
         text = setting.option(DESCRIPTION, name)
         if not text.isdecimal() or not low <= int(text) <= high:
-            raise ConfigError(
-                f"{text!r} is no number in {low}..{high}",
-                field=f"options.lookahead:{name}",
-                remedy="see pdspec drafters",
-            )
+            raise ConfigError(f"{text!r} is no number in {low}..{high}", field=f"options.lookahead:{name}",
+                              remedy="see pdspec drafters")
         found.append(int(text))
     if (text := setting.option(DESCRIPTION, "text")) not in ("on", "off"):
         raise ConfigError(f"{text!r} is neither on nor off", field="options.lookahead:text", remedy="use on or off")
     window, level, guesses = found
     if (level - 1) * (window + guesses) > 256:
-        raise ConfigError(
-            f"{(level - 1) * (window + guesses)} rows in one forward",
-            field="options.lookahead:window",
-            remedy="keep (level - 1) * (window + guesses) at 256 or below",
-        )
+        raise ConfigError(f"{(level - 1) * (window + guesses)} rows in one forward", field="options.lookahead:window",
+                          remedy="keep (level - 1) * (window + guesses) at 256 or below")
     return window, level, guesses

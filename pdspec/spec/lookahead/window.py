@@ -44,9 +44,8 @@ class JacobiWindow:
             above = list(range(len(tokens), len(tokens) + len(level)))
             tokens += level
         asked = [row for row in above if row >= 0]
-        return Branch(
-            token_ids=np.array(tokens, np.int32), parents=np.array(parents, np.int32), asked=np.array(asked, np.int32)
-        )
+        return Branch(token_ids=np.array(tokens, np.int32), parents=np.array(parents, np.int32),
+                      asked=np.array(asked, np.int32))
 
     def advance(self, root: int, branch_ids: np.ndarray) -> list[Ngram]:
         """The N-grams that ``branch_ids``, the target's best tokens after the rows that ``branch()`` asked about,

@@ -48,11 +48,8 @@ class MedusaConfig:
     ) -> MedusaConfig:
         """Heads over the target's own output rows."""
         return cls(
-            hidden_size=target.hidden_size,
-            vocab_size=target.vocab_size,
-            draft_vocab_size=draft_vocab_size,
-            num_heads=num_heads,
-            num_layers=num_layers,
+            hidden_size=target.hidden_size, vocab_size=target.vocab_size, draft_vocab_size=draft_vocab_size,
+            num_heads=num_heads, num_layers=num_layers,
         )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -70,12 +67,8 @@ class MedusaConfig:
 def head_json(config: MedusaConfig, target: TargetIdentity | None, card: Mapping[str, Any]) -> dict[str, Any]:
     """``config.json``: the keys of published heads, the rest under ``pdspec``."""
     values = {
-        "architectures": ["MedusaModel"],
-        "medusa_num_heads": config.num_heads,
-        "medusa_num_layers": config.num_layers,
-        "hidden_size": config.hidden_size,
-        "vocab_size": config.vocab_size,
-        "draft_vocab_size": config.draft_vocab_size,
+        "architectures": ["MedusaModel"], "medusa_num_heads": config.num_heads, "medusa_num_layers": config.num_layers,
+        "hidden_size": config.hidden_size, "vocab_size": config.vocab_size, "draft_vocab_size": config.draft_vocab_size,
     }
     return {**values, "pdspec": section(target, card, own_lm_heads=config.own_lm_heads)}
 
@@ -93,20 +86,16 @@ def parse_head(
     try:
         if ours:
             config = MedusaConfig(
-                hidden_size=int(values["hidden_size"]),
-                vocab_size=int(values["vocab_size"]),
-                draft_vocab_size=int(values["draft_vocab_size"]),
-                num_heads=int(values["medusa_num_heads"]),
-                num_layers=int(values["medusa_num_layers"]),
-                own_lm_heads=bool(ours["own_lm_heads"]),
+                hidden_size=int(values["hidden_size"]), vocab_size=int(values["vocab_size"]),
+                draft_vocab_size=int(values["draft_vocab_size"]), num_heads=int(values["medusa_num_heads"]),
+                num_layers=int(values["medusa_num_layers"]), own_lm_heads=bool(ours["own_lm_heads"]),
             )
         else:
             config = _counted(stored)
         return config, target, card
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"the Medusa heads in {where} are damaged: {error!r}", field="heads", remedy=HEAD_REMEDY
-        ) from error
+        raise CheckpointError(f"the Medusa heads in {where} are damaged: {error!r}", field="heads",
+                              remedy=HEAD_REMEDY) from error
 
 
 def _counted(stored: Mapping[str, tuple[int, ...]]) -> MedusaConfig:
@@ -116,11 +105,5 @@ def _counted(stored: Mapping[str, tuple[int, ...]]) -> MedusaConfig:
         raise ValueError("tensors 0.0.linear.weight … 0.1.weight, 1.0.linear.weight … are expected")
     (layers,) = outputs
     vocabulary, hidden = stored[f"0.{layers}.weight"]
-    return MedusaConfig(
-        hidden_size=hidden,
-        vocab_size=vocabulary,
-        draft_vocab_size=vocabulary,
-        num_heads=max(heads) + 1,
-        num_layers=layers,
-        own_lm_heads=True,
-    )
+    return MedusaConfig(hidden_size=hidden, vocab_size=vocabulary, draft_vocab_size=vocabulary,
+                        num_heads=max(heads) + 1, num_layers=layers, own_lm_heads=True)

@@ -43,16 +43,12 @@ class MedusaDrafter(TreeDrafter):
 
     groups: tuple[CacheGroup, ...] = ()
     capture: tuple[int, ...] = ()
+    ahead = carry = 0
+    stable_kv = True
     want_final = True
 
     def __init__(
-        self,
-        heads: Heads,
-        model: MedusaHeads,
-        *,
-        dtype: str,
-        tree: str = "chain(2)",
-        max_nodes: int = 64,
+        self, heads: Heads, model: MedusaHeads, *, dtype: str, tree: str = "chain(2)", max_nodes: int = 64,
         target_matches: bool = True,
     ) -> None:
         self.model, self.target_matches = model, target_matches
@@ -96,8 +92,7 @@ class MedusaDrafter(TreeDrafter):
             shape = None if hidden is None else list(hidden.shape)
             raise TransferDamaged(
                 f"{found} first draft tokens and a hidden row of shape {shape}; {self._width(spec)} and"
-                f" {list(expected)} are expected",
-                field="draft_start",
+                f" {list(expected)} are expected", field="draft_start",
                 remedy="let the decode worker rebuild the draft state",
             )
         hidden = hidden.to(self.model.ops.device, torch.float32).contiguous()
@@ -112,7 +107,9 @@ class MedusaDrafter(TreeDrafter):
         ]
         with torch.inference_mode():
             levels = self._levels(batch, [hidden for _, hidden in found], depths)
-            return [self._grow(ctx, budget, ranked) for ctx, budget, ranked in zip(batch, budgets, levels, strict=True)]
+            return [
+                self._grow(ctx, budget, ranked) for ctx, budget, ranked in zip(batch, budgets, levels, strict=True)
+            ]
 
     def observe(self, batch: Sequence[tuple[DraftContext, Verdict, HiddenRows]]) -> None:
         """Keeps the hidden state that the new root came from. Raises ValueError when ``hidden`` is not of the root and
@@ -121,10 +118,8 @@ class MedusaDrafter(TreeDrafter):
             state, count = ctx.state, verdict.num_accepted + 1
             rows = (hidden.start, hidden.num_rows, state.rows + count)
             if hidden.final is None or rows != (state.rows, count, ctx.root_position):
-                raise ValueError(
-                    f"hidden rows {hidden.start}..+{hidden.num_rows} after {verdict.num_accepted}"
-                    f" accepted, {state.rows} seen, root at {ctx.root_position}"
-                )
+                raise ValueError(f"hidden rows {hidden.start}..+{hidden.num_rows} after {verdict.num_accepted}"
+                                 f" accepted, {state.rows} seen, root at {ctx.root_position}")
             self._see(state, hidden.final, count)
         self._learn(batch)
 
@@ -132,8 +127,7 @@ class MedusaDrafter(TreeDrafter):
         spec = parse_tree(tree or self.default_tree)
         if spec.depth > self.num_heads or spec.max_nodes > self.max_nodes:
             raise InvalidRequest(
-                f"drafter {self.name} cannot draft {tree}: {spec.depth} levels, {spec.max_nodes} nodes",
-                field="tree",
+                f"drafter {self.name} cannot draft {tree}: {spec.depth} levels, {spec.max_nodes} nodes", field="tree",
                 remedy=f"keep to {self.num_heads} levels, one for each head, and {self.max_nodes} nodes",
             )
         return spec
@@ -176,13 +170,8 @@ class MedusaDrafter(TreeDrafter):
 
     def _grow(self, ctx: DraftContext, budget: int, levels: Sequence[Ranked]) -> Draft:
         """The product of the levels, as far as the tree's shape and the budget go."""
-        growth = Growth(
-            ctx.state.spec,
-            budget,
-            levels[0] if levels else NO_CHILDREN,
-            len(levels),
-            calibration=self.survival.calibration(Kind.of(ctx.sampling)),
-        )
+        growth = Growth(ctx.state.spec, budget, levels[0] if levels else NO_CHILDREN, len(levels),
+                        calibration=self.survival.calibration(Kind.of(ctx.sampling)))
         for level in levels[1:]:
             if not (nodes := growth.frontier()):
                 break
@@ -192,8 +181,6 @@ class MedusaDrafter(TreeDrafter):
 
 def _repeated(level: Ranked, count: int) -> Ranked:
     return Ranked(
-        token_ids=np.repeat(level.token_ids, count, 0),
-        log_q=np.repeat(level.log_q, count, 0),
-        score=np.repeat(level.score, count, 0),
-        laws=level.laws * count,
+        token_ids=np.repeat(level.token_ids, count, 0), log_q=np.repeat(level.log_q, count, 0),
+        score=np.repeat(level.score, count, 0), laws=level.laws * count,
     )

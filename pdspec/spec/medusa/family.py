@@ -21,14 +21,10 @@ _TREE, _TREE_GPU = "chain(2)", "dynamic(3,4,8)"
 _RANDOM_DRAFT_VOCABULARY = 4096
 
 DESCRIPTION = Description(
-    name="medusa",
-    summary="one head per token ahead on the target's last hidden state; trees are their products",
+    name="medusa", summary="one head per token ahead on the target's last hidden state; trees are their products",
     needs="heads trained for the target (heads.medusa: FOLDER or random:SEED)",
-    ships="first draft tokens with log q, one hidden row",
-    trees=("chain", "static", "dynamic"),
-    default_tree=_TREE,
-    default_tree_gpu=_TREE_GPU,
-    source="Cai et al. 2024, Medusa, arXiv 2401.10774",
+    ships="first draft tokens with log q, one hidden row", trees=("chain", "static", "dynamic"), default_tree=_TREE,
+    default_tree_gpu=_TREE_GPU, source="Cai et al. 2024, Medusa, arXiv 2401.10774",
     formats=readable(FAMILY),
 )
 

@@ -58,8 +58,7 @@ class MtpConfig(LayerGeometry):
     ) -> MtpConfig:
         """Modules with the target's own layer geometry and RoPE (0: its intermediate size, too)."""
         return cls(
-            **target_geometry(target, draft_vocab_size, intermediate_size),
-            num_modules=num_modules,
+            **target_geometry(target, draft_vocab_size, intermediate_size), num_modules=num_modules,
             target_layers=target.num_layers,
         )
 
@@ -82,9 +81,7 @@ class MtpConfig(LayerGeometry):
         if self.moe is not None:
             mlp = _below(prefix, self.moe.shapes(hidden))
         return {
-            f"{prefix}.eh_proj.weight": (hidden, 2 * hidden),
-            **attention,
-            **mlp,
+            f"{prefix}.eh_proj.weight": (hidden, 2 * hidden), **attention, **mlp,
             **{f"{prefix}.{name}.weight": (hidden,) for name in _MODULE_NORMS},
         }
 
@@ -106,7 +103,9 @@ def head_json(config: MtpConfig, target: TargetIdentity | None, card: Mapping[st
     return {**values, "pdspec": section(target, card)}
 
 
-def parse_head(values: Mapping[str, Any], where: Path) -> tuple[MtpConfig, TargetIdentity | None, dict[str, Any]]:
+def parse_head(
+    values: Mapping[str, Any], where: Path
+) -> tuple[MtpConfig, TargetIdentity | None, dict[str, Any]]:
     """(config, target the modules were made for, card) out of ``config.json`` of any format, which may be a target's.
     Raises CheckpointError for a missing or senseless field, ConfigError for a variant that cannot be run."""
     values = settings(values, FAMILY, where)
@@ -114,11 +113,8 @@ def parse_head(values: Mapping[str, Any], where: Path) -> tuple[MtpConfig, Targe
     if values.get("sliding_window") and values.get("use_sliding_window", True):
         refused.append("sliding_window")
     if refused:
-        raise ConfigError(
-            f"the modules in {where} use {', '.join(refused)}, which pdspec cannot run",
-            field="heads",
-            remedy="choose unquantised MTP modules with full attention and no other biases than q, k, v",
-        )
+        raise ConfigError(f"the modules in {where} use {', '.join(refused)}, which pdspec cannot run", field="heads",
+                          remedy="choose unquantised MTP modules with full attention and no other biases than q, k, v")
     target, card = read_section(values, where)
     try:
         mla, moe = parse_variants(values, where)
@@ -126,14 +122,10 @@ def parse_head(values: Mapping[str, Any], where: Path) -> tuple[MtpConfig, Targe
         if mla is not None:  # the config's own head_dim and KV heads are of something else
             geometry |= {"head_dim": mla.nope_head_dim + mla.rope_head_dim, "num_kv_heads": geometry["num_heads"]}
         config = MtpConfig(
-            **geometry,
-            target_layers=int(values["num_hidden_layers"]),
-            mla=mla,
-            moe=moe,
+            **geometry, target_layers=int(values["num_hidden_layers"]), mla=mla, moe=moe,
             num_modules=int(values["num_nextn_predict_layers"]),
         )
         return config, target, card
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"config.json of the modules in {where} is damaged: {error!r}", field="heads", remedy=HEAD_REMEDY
-        ) from error
+        raise CheckpointError(f"config.json of the modules in {where} is damaged: {error!r}", field="heads",
+                              remedy=HEAD_REMEDY) from error

@@ -68,27 +68,12 @@ class ReusedModule(FeatureDrafter):
     """Module 1 for every depth: its own output is the next row's h, as engines serve DeepSeek-V3's single module."""
 
     def __init__(
-        self,
-        head: Head,
-        module: MtpModule,
-        cache: PagedCache,
-        *,
-        dtype: str,
-        tree: str,
-        max_nodes: int = 64,
+        self, head: Head, module: MtpModule, cache: PagedCache, *, dtype: str, tree: str, max_nodes: int = 64,
         target_matches: bool = True,
     ) -> None:
         super().__init__(
-            "mtp",
-            module,
-            cache,
-            group=group_name(1),
-            target_ids=head.target_ids,
-            want_final=True,
-            tree=tree,
-            fingerprint=fingerprint_of(head, dtype, 1, reuse=True),
-            max_nodes=max_nodes,
-            target_matches=target_matches,
+            "mtp", module, cache, group=group_name(1), target_ids=head.target_ids, want_final=True, tree=tree,
+            fingerprint=fingerprint_of(head, dtype, 1, reuse=True), max_nodes=max_nodes, target_matches=target_matches,
         )
 
 
@@ -97,30 +82,17 @@ class MtpDrafter(FeatureDrafter):
     root left: h^m_{n-m} at index m-1, NaN where there is none or nobody reads it."""
 
     def __init__(
-        self,
-        head: Head,
-        modules: Sequence[MtpModule],
-        cache: PagedCache,
-        *,
-        dtype: str,
-        tree: str = "",
-        max_nodes: int = 64,
-        target_matches: bool = True,
+        self, head: Head, modules: Sequence[MtpModule], cache: PagedCache, *, dtype: str, tree: str = "",
+        max_nodes: int = 64, target_matches: bool = True,
     ) -> None:
         self._modules, count = tuple(modules), len(modules)
         super().__init__(
-            "mtp",
-            MtpSeries(modules),
-            cache,
-            group=group_name(1),
-            target_ids=head.target_ids,
-            want_final=True,
-            fingerprint=fingerprint_of(head, dtype, count, reuse=False),
-            tree=tree or f"chain({count})",
-            max_nodes=max_nodes,
-            target_matches=target_matches,
+            "mtp", MtpSeries(modules), cache, group=group_name(1), target_ids=head.target_ids, want_final=True,
+            fingerprint=fingerprint_of(head, dtype, count, reuse=False), tree=tree or f"chain({count})",
+            max_nodes=max_nodes, target_matches=target_matches,
         )
         self.groups = tuple(cache.layout(group_name(m)) for m in range(1, count + 1))
+        self.carry = self.ahead = count
 
     def rows_at(self, num_tokens: int) -> dict[str, int]:
         """n+1-m rows of module m."""
@@ -128,19 +100,18 @@ class MtpDrafter(FeatureDrafter):
 
     def prefill(self, ctx: DraftContext, hidden: HiddenRows) -> None:
         """Writes the rows of the tokens t_1.. up to the one that follows the last hidden row, t_n where it is known. A
-        chunk at 0 begins anew. Raises ValueError for chunks out of order: rows of module 2 need what stood before."""
+        chunk at 0 begins anew; a first chunk elsewhere, N rows before what is new at least, stands behind rows that are
+        in the pages already. Raises ValueError for chunks out of order: rows of module 2 need what stood before."""
         state = ctx.state
-        if hidden.start == 0:
-            state = ctx.state = FeatureState(spec=self._spec(ctx.tree), rows=0)
+        if state is None or hidden.start == 0:
+            state = ctx.state = FeatureState(spec=self._spec(ctx.tree), rows=hidden.start, origin=hidden.start)
         with torch.inference_mode():
             features, made = self.model.features(hidden), -1 if state is None else state.rows
             held = 0 if state is None or state.waiting is None else len(state.waiting)
             known = min(made + held + len(features), ctx.root_position) - made
             if state is None or hidden.start != made + held or not 0 <= held + len(features) - known <= 1:
-                raise ValueError(
-                    f"hidden rows {hidden.start}.. when rows of {made} tokens are made, {held} waits and"
-                    f" the root is at {ctx.root_position}"
-                )
+                raise ValueError(f"hidden rows {hidden.start}.. when rows of {made} tokens are made, {held} waits and"
+                                 f" the root is at {ctx.root_position}")
             if state.waiting is not None:
                 features = torch.cat((state.waiting, features))
             state.waiting = features[known:].clone() if len(features) > known else None
@@ -163,9 +134,7 @@ class MtpDrafter(FeatureDrafter):
         if candidates is None or found != self._width(spec) or came != due:
             raise TransferDamaged(
                 f"{found} first draft tokens and hidden rows of shape {came}; {self._width(spec)} and {due} are"
-                " expected",
-                field="draft_start",
-                remedy="let the decode worker rebuild the draft state",
+                " expected", field="draft_start", remedy="let the decode worker rebuild the draft state",
             )
         stack = self._nothing(1, len(self._modules))
         if hidden is not None:
@@ -178,10 +147,8 @@ class MtpDrafter(FeatureDrafter):
         for ctx, verdict, hidden in batch:
             made, count = ctx.state.rows, verdict.num_accepted + 1
             if hidden.start != made or hidden.num_rows != count or made + count != ctx.root_position:
-                raise ValueError(
-                    f"hidden rows {hidden.start}..+{hidden.num_rows} after {verdict.num_accepted}"
-                    f" accepted, rows of {made} tokens, root at {ctx.root_position}"
-                )
+                raise ValueError(f"hidden rows {hidden.start}..+{hidden.num_rows} after {verdict.num_accepted}"
+                                 f" accepted, rows of {made} tokens, root at {ctx.root_position}")
         if batch:
             self._learn(batch)
             with torch.inference_mode():
@@ -200,18 +167,14 @@ class MtpDrafter(FeatureDrafter):
             active = [i for i, one in enumerate(rows) if one.slots]
             if not active:
                 break  # the modules after it have no rows either
-            output = self._run(
-                module,
-                [rows[i] for i in active],
-                torch.cat([read[i] for i in active]),
-                self._wanted([rows[i] for i in active], m),
-            )
+            output = self._run(module, [rows[i] for i in active], torch.cat([read[i] for i in active]),
+                               self._wanted([rows[i] for i in active], m))
             sizes = [len(rows[i].slots) if m < len(self._modules) else int(m == 1) for i in active]
             for i, made in zip(active, output.split(sizes), strict=True):
                 if len(made):
                     stacks[i][0, m - 1] = made[-1]
                 before = batch[i][0].state
-                tail = before.feature[:, m - 1] if before.rows >= m else made[:0]  # of the token before these
+                tail = before.feature[:, m - 1] if before.rows >= before.origin + m else made[:0]  # of the token before
                 read[i] = torch.cat((tail, made))[:-1]
             for i in set(range(len(batch))) - set(active):
                 read[i] = read[i][:0]
@@ -228,23 +191,17 @@ class MtpDrafter(FeatureDrafter):
         return ends - 1 if m == 1 else np.empty(0, np.int64)
 
     def _committed_rows(self, ctx: DraftContext, m: int, count: int) -> DraftRows:
-        """Module m's rows of the next ``count`` tokens."""
-        first = ctx.state.rows + 1 - m
-        start, stop = max(0, first), max(0, first + count)
+        """Module m's rows of the next ``count`` tokens, without those before the origin."""
+        first, origin = ctx.state.rows + 1 - m, ctx.state.origin
+        start, stop = max(origin, first), max(origin, first + count)
         return DraftRows.committed(ctx, ctx.token_ids[start + m : stop + m], start)
 
     def _nodes(self, ctx: DraftContext, growth: Growth, frontier: Sequence[int], depth: int) -> _Nodes:
         base, spec = ctx.state.rows, ctx.state.spec
         paths = [[base + number for number in growth.path(node)] for node in frontier]
         return _Nodes(
-            ctx=ctx,
-            token_ids=[growth.token(node) for node in frontier],
-            positions=(),
-            prefix=(),
-            paths=paths,
-            slots=[path[-1] for path in paths],
-            depth=depth,
-            deepest=min(spec.depth, growth.budget),
+            ctx=ctx, token_ids=[growth.token(node) for node in frontier], positions=(), prefix=(), paths=paths,
+            slots=[path[-1] for path in paths], depth=depth, deepest=min(spec.depth, growth.budget),
         )
 
     def _forward(self, rows: Sequence[DraftRows], features: torch.Tensor, outputs: np.ndarray) -> torch.Tensor:
@@ -261,12 +218,8 @@ class MtpDrafter(FeatureDrafter):
             taken = np.concatenate([np.arange(ends[i] - counts[i], ends[i]) for i in active])
             # in the last module of a tree only its children's logits are wanted
             last = np.repeat([m == nodes[i].deepest and m > depth + 1 for i in active], [counts[i] for i in active])
-            output = self._run(
-                module,
-                [_in_module(nodes[i], m) for i in active],
-                features[torch.from_numpy(taken), m - depth - 1],
-                np.flatnonzero(~last),
-            )
+            output = self._run(module, [_in_module(nodes[i], m) for i in active],
+                               features[torch.from_numpy(taken), m - depth - 1], np.flatnonzero(~last))
             stack[torch.from_numpy(taken[~last]), m - depth - 1] = output
         return stack
 
@@ -279,8 +232,7 @@ class MtpDrafter(FeatureDrafter):
         spec, count = super()._spec(tree), len(self._modules)
         if spec.depth > count:
             raise InvalidRequest(
-                f"{tree} is {spec.depth} deep, {count} MTP modules in series draft {count} tokens ahead",
-                field="tree",
+                f"{tree} is {spec.depth} deep, {count} MTP modules in series draft {count} tokens ahead", field="tree",
                 remedy=f"keep the depth at {count} or below, or deploy with the option mtp:reuse=true",
             )
         return spec
@@ -297,8 +249,6 @@ def _in_module(nodes: _Nodes, m: int) -> DraftRows:
     """The rows of ``nodes`` in module m: those of ancestors before row 0 do not exist."""
     root, count = nodes.ctx.state.rows, len(nodes.slots)
     return replace(
-        nodes,
-        prefix=[max(0, root + 1 - m)] * count,
-        positions=[root + nodes.depth - m] * count,
+        nodes, prefix=[max(0, root + 1 - m)] * count, positions=[root + nodes.depth - m] * count,
         paths=[path[max(0, m - root - 1) :] for path in nodes.paths],
     )

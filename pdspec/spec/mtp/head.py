@@ -41,15 +41,7 @@ class MtpModule:
     packed by the same ``ops``."""
 
     def __init__(
-        self,
-        head: Head,
-        module: int,
-        *,
-        ops: Ops,
-        embedding: Any,
-        lm_head: Any,
-        rope: Rope,
-        cache: PagedCache,
+        self, head: Head, module: int, *, ops: Ops, embedding: Any, lm_head: Any, rope: Rope, cache: PagedCache,
         dtype: str,
     ) -> None:
         self.ops, self.config, self.module = ops, head.config, module
@@ -75,7 +67,9 @@ class MtpModule:
         self._enorm, self._hnorm, self._norm = norm("enorm"), norm("hnorm"), norm("shared_head.norm")
         self._input_norm, self._post_norm = norm("input_layernorm"), norm("post_attention_layernorm")
 
-    def _make_attention(self, tensor: Tensor, tensors: LayerTensors, dtype: str) -> Attention | LatentDraftAttention:
+    def _make_attention(
+        self, tensor: Tensor, tensors: LayerTensors, dtype: str
+    ) -> Attention | LatentDraftAttention:
         config, ops, pages, rope = self.config, self.ops, self._pages, self._rope
         if config.mla is None:
             return Attention(config, tensor, ops=ops, dtype=dtype, pages=pages, rope=rope)
@@ -120,24 +114,14 @@ def make_modules(
         packed = embedding if key.endswith(EMBEDDING) else lm_head
         if not is_same(tensor, packed, ops, dtype):
             name = LM_HEAD if key.endswith(LM_HEAD) else EMBEDDING
-            raise Incompatible(
-                f"{key} is not the target's, with which modules share it",
-                field=name,
-                remedy="choose the modules made for this target",
-            )
+            raise Incompatible(f"{key} is not the target's, with which modules share it", field=name,
+                               remedy="choose the modules made for this target")
     if config.draft_vocab_size < config.vocab_size:
         rows = ops.embed(lm_head, head.target_ids.numpy().astype(np.int32))
         lm_head = ops.pack(rows.to(DTYPES[dtype]))
-    rope = (
-        draft_rope(config, max_positions, ops.device)
-        if config.mla is None
-        else make_rope(
-            head_dim=config.mla.rope_head_dim,
-            theta=config.rope_theta,
-            max_positions=max_positions,
-            scaling=config.rope_scaling,
-            device=ops.device,
-        )
+    rope = draft_rope(config, max_positions, ops.device) if config.mla is None else make_rope(
+        head_dim=config.mla.rope_head_dim, theta=config.rope_theta, max_positions=max_positions,
+        scaling=config.rope_scaling, device=ops.device,
     )
     return [
         MtpModule(head, module, ops=ops, embedding=embedding, lm_head=lm_head, rope=rope, cache=cache, dtype=dtype)

@@ -30,30 +30,17 @@ def variants_json(mla: Mla | None, moe: Moe | None) -> dict[str, Any]:
     """The keys of ``config.json`` that ``parse_variants`` reads."""
     found: dict[str, Any] = {}
     if mla is not None:
-        found |= {
-            "kv_lora_rank": mla.kv_lora_rank,
-            "q_lora_rank": mla.q_lora_rank or None,
-            "qk_nope_head_dim": mla.nope_head_dim,
-            "qk_rope_head_dim": mla.rope_head_dim,
-            "v_head_dim": mla.v_head_dim,
-            "rope_interleave": mla.interleaved,
-        }
+        found |= {"kv_lora_rank": mla.kv_lora_rank, "q_lora_rank": mla.q_lora_rank or None,
+                  "qk_nope_head_dim": mla.nope_head_dim, "qk_rope_head_dim": mla.rope_head_dim,
+                  "v_head_dim": mla.v_head_dim, "rope_interleave": mla.interleaved}
     if moe is None:
         return found
-    found |= {
-        "num_experts_per_tok": moe.experts_per_token,
-        "moe_intermediate_size": moe.expert_size,
-        "norm_topk_prob": moe.normalise,
-    }
+    found |= {"num_experts_per_tok": moe.experts_per_token, "moe_intermediate_size": moe.expert_size,
+              "norm_topk_prob": moe.normalise}
     if not moe.bias:
         return {**found, "num_experts": moe.num_experts, "shared_expert_intermediate_size": moe.shared_size}
     return {
-        **found,
-        "n_routed_experts": moe.num_experts,
-        "n_shared_experts": moe.shared_size // moe.expert_size,
-        "scoring_func": moe.scoring,
-        "topk_method": "noaux_tc",
-        "routed_scaling_factor": moe.scaling,
-        "n_group": moe.groups,
-        "topk_group": moe.groups_per_token,
+        **found, "n_routed_experts": moe.num_experts, "n_shared_experts": moe.shared_size // moe.expert_size,
+        "scoring_func": moe.scoring, "topk_method": "noaux_tc", "routed_scaling_factor": moe.scaling,
+        "n_group": moe.groups, "topk_group": moe.groups_per_token,
     }

@@ -43,6 +43,8 @@ class NgramDrafter(Calibrated):
     groups: tuple[CacheGroup, ...] = ()
     capture: tuple[int, ...] = ()
     want_final = False
+    ahead = carry = 0
+    stable_kv = True
     default_tree = "chain(7)"
     has_q = False
 
@@ -98,8 +100,7 @@ class NgramDrafter(Calibrated):
         if ctx.state is None:
             ctx.state = NgramState(
                 ends=tuple({} for _ in range(self.longest)),
-                accepted=[p * _PRIOR_WEIGHT for p in _PRIOR[: self.longest]],
-                tried=[_PRIOR_WEIGHT] * self.longest,
+                accepted=[p * _PRIOR_WEIGHT for p in _PRIOR[: self.longest]], tried=[_PRIOR_WEIGHT] * self.longest,
             )
         state: NgramState = ctx.state
         return state
@@ -118,8 +119,7 @@ class NgramDrafter(Calibrated):
         chain = [source[i % period] for i in range(length)]
         acceptance = state.accepted[matched - 1] / state.tried[matched - 1]
         draft = Draft(
-            token_ids=np.array(chain, np.int32),
-            parents=np.arange(-1, length - 1, dtype=np.int32),
+            token_ids=np.array(chain, np.int32), parents=np.arange(-1, length - 1, dtype=np.int32),
             log_q=np.full(length, np.nan, np.float32),
             survival=np.power(np.float32(acceptance), np.arange(1, length + 1, dtype=np.float32)),
         )

@@ -11,13 +11,8 @@ if TYPE_CHECKING:
     from pdspec.spec.protocol import Drafter
 
 DESCRIPTION = Description(
-    name="ngram",
-    summary="prompt lookup: what followed these tokens the last time they stood here",
-    needs="",
-    ships="",
-    trees=("chain",),
-    default_tree="chain(7)",
-    source="Saxena 2023, Prompt Lookup Decoding",
+    name="ngram", summary="prompt lookup: what followed these tokens the last time they stood here", needs="",
+    ships="", trees=("chain",), default_tree="chain(7)", source="Saxena 2023, Prompt Lookup Decoding",
 )
 
 

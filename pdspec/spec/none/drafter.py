@@ -17,6 +17,8 @@ class NoDrafter:
     groups: tuple[CacheGroup, ...] = ()
     capture: tuple[int, ...] = ()
     want_final = False
+    ahead = carry = 0
+    stable_kv = True
     max_nodes = 0
     default_tree = ""
 

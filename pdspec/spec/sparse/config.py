@@ -31,15 +31,10 @@ class View:
     def parse(cls, sink: str, window: str, select: str, budget: str) -> View:
         """Of option strings. Raises ConfigError naming the option."""
         if select not in SELECTIONS:
-            raise ConfigError(
-                f"no selection {select!r}", field="options.sparse:select", remedy="use " + " or ".join(SELECTIONS)
-            )
-        return cls(
-            sink=_number("sink", sink, 0),
-            window=_number("window", window, 0),
-            select=select,
-            budget=_number("budget", budget, OBSERVED),
-        )
+            raise ConfigError(f"no selection {select!r}", field="options.sparse:select",
+                              remedy="use " + " or ".join(SELECTIONS))
+        return cls(sink=_number("sink", sink, 0), window=_number("window", window, 0), select=select,
+                   budget=_number("budget", budget, OBSERVED))
 
     def num_selected(self, prompt_len: int) -> int:
         """Rows chosen from a prompt."""
@@ -49,8 +44,7 @@ class View:
         """What is seen of ``committed`` rows: the length of the prefix seen without a gap, and the rows behind it,
         ascending."""
         parts: Sequence[Any] = (
-            np.arange(min(self.sink, committed), dtype=np.int32),
-            selected,
+            np.arange(min(self.sink, committed), dtype=np.int32), selected,
             np.arange(max(0, committed - self.window), committed, dtype=np.int32),
         )
         seen = np.unique(np.concatenate(parts)).astype(np.int32)
@@ -60,7 +54,6 @@ class View:
 
 def _number(name: str, text: str, low: int) -> int:
     if not text.isdecimal() or not low <= int(text) <= _LARGEST:
-        raise ConfigError(
-            f"{name} is {text!r}", field=f"options.sparse:{name}", remedy=f"use a whole number in {low}..{_LARGEST}"
-        )
+        raise ConfigError(f"{name} is {text!r}", field=f"options.sparse:{name}",
+                          remedy=f"use a whole number in {low}..{_LARGEST}")
     return int(text)

@@ -56,6 +56,8 @@ class SparseDrafter(TreeDrafter):
 
     groups: tuple[CacheGroup, ...] = ()
     capture: tuple[int, ...] = ()
+    ahead = carry = 0
+    stable_kv = True
     want_final = False
 
     def __init__(
@@ -95,11 +97,9 @@ class SparseDrafter(TreeDrafter):
             values = np.empty(0, np.float32) if row is None else row.numpy().reshape(-1)
             edges = np.concatenate(([-1.0], values, [ctx.prompt_len]))
             if len(values) != count or not (np.diff(edges) >= 1).all() or (values != np.floor(values)).any():
-                raise TransferDamaged(
-                    f"{len(values)} chosen rows, {count} ascending ones of {ctx.prompt_len} are expected",
-                    field="draft_start",
-                    remedy="let the decode worker rebuild the draft state",
-                )
+                raise TransferDamaged(f"{len(values)} chosen rows, {count} ascending ones of {ctx.prompt_len} are"
+                                      " expected", field="draft_start",
+                                      remedy="let the decode worker rebuild the draft state")
             selected = values.astype(np.int32)
         ctx.state = SparseState(spec=self._spec(ctx.tree), selected=selected, seen=np.empty(0, np.int32))
 
@@ -130,26 +130,15 @@ class SparseDrafter(TreeDrafter):
 
     def _root(self, ctx: DraftContext) -> DraftRows:
         root = ctx.root_position
-        return DraftRows(
-            ctx=ctx,
-            token_ids=ctx.token_ids[-1:],
-            positions=[root],
-            slots=[root],
-            prefix=[ctx.state.prefix],
-            paths=[self._path(ctx, [])],
-        )
+        return DraftRows(ctx=ctx, token_ids=ctx.token_ids[-1:], positions=[root], slots=[root],
+                         prefix=[ctx.state.prefix], paths=[self._path(ctx, [])])
 
     def _nodes(self, ctx: DraftContext, growth: Growth, nodes: Sequence[int], depth: int) -> DraftRows:
         behind = ctx.root_position + 1
         slots = [[behind + number for number in growth.path(node)] for node in nodes]
-        return DraftRows(
-            ctx=ctx,
-            token_ids=[growth.token(node) for node in nodes],
-            positions=[ctx.root_position + depth] * len(nodes),
-            slots=[path[-1] for path in slots],
-            prefix=[ctx.state.prefix] * len(nodes),
-            paths=[self._path(ctx, path) for path in slots],
-        )
+        return DraftRows(ctx=ctx, token_ids=[growth.token(node) for node in nodes],
+                         positions=[ctx.root_position + depth] * len(nodes), slots=[path[-1] for path in slots],
+                         prefix=[ctx.state.prefix] * len(nodes), paths=[self._path(ctx, path) for path in slots])
 
     def _path(self, ctx: DraftContext, slots: Sequence[int]) -> Ints:
         return np.concatenate((ctx.state.seen, [ctx.root_position], slots)).astype(np.int32)

@@ -14,12 +14,9 @@ if TYPE_CHECKING:
 _TREE = "chain(4)"
 
 DESCRIPTION = Description(
-    name="sparse",
-    summary="the target over a part of its own KV (sink, window, chosen prompt rows), for long contexts",
-    needs="",
-    ships="the chosen prompt rows' indices, with sparse:select=snapkv",
-    trees=("chain", "static", "dynamic"),
-    default_tree=_TREE,
+    name="sparse", summary="the target over a part of its own KV (sink, window, chosen prompt rows), for long contexts",
+    needs="", ships="the chosen prompt rows' indices, with sparse:select=snapkv",
+    trees=("chain", "static", "dynamic"), default_tree=_TREE,
     source="MagicDec: Chen et al. 2024, arXiv 2408.11049; SnapKV: Li et al. 2024, arXiv 2404.14469",
     options={"sink": "4", "window": "512", "select": "window", "budget": "512"},
 )

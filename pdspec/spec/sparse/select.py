@@ -38,11 +38,7 @@ def attention_mass(runner: Runner, cache: PagedCache, ctx: DraftContext) -> torc
     rows = range(first, n)
     scratch = range(n, n + len(rows))
     again = DraftRows(
-        ctx=ctx,
-        token_ids=ctx.token_ids[first:n],
-        positions=rows,
-        slots=scratch,
-        prefix=[first] * len(rows),
+        ctx=ctx, token_ids=ctx.token_ids[first:n], positions=rows, slots=scratch, prefix=[first] * len(rows),
         paths=[scratch[: i + 1] for i in range(len(rows))],
     )
     mass = torch.zeros(n, device=cache.device)

@@ -70,6 +70,8 @@ class SuffixDrafter(Calibrated):
     groups: tuple[CacheGroup, ...] = ()
     capture: tuple[int, ...] = ()
     want_final = False
+    ahead = carry = 0
+    stable_kv = True
     default_tree = "dynamic(8,4,8)"
     has_q = False
 
@@ -178,10 +180,8 @@ def grow(match: Match, *, top_k: int, nodes: int) -> Grown:
                 heapq.heappush(waiting, child)
     survival = np.array(counts, np.float32) / np.float32(places)
     draft = Draft(
-        token_ids=np.array(tokens, np.int32),
-        parents=np.array(parents, np.int32),
-        log_q=np.full(len(tokens), np.nan, np.float32),
-        survival=survival,
+        token_ids=np.array(tokens, np.int32), parents=np.array(parents, np.int32),
+        log_q=np.full(len(tokens), np.nan, np.float32), survival=survival,
     )
     return Grown(draft=draft, score=sum(counts) / places, matched=match.length)
 

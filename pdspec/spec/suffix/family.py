@@ -11,12 +11,8 @@ if TYPE_CHECKING:
     from pdspec.spec.protocol import Drafter
 
 DESCRIPTION = Description(
-    name="suffix",
-    summary="what followed these tokens in this request and in earlier answers, by frequency",
-    needs="",
-    ships="",
-    trees=("chain", "dynamic"),
-    default_tree="dynamic(8,4,8)",
+    name="suffix", summary="what followed these tokens in this request and in earlier answers, by frequency",
+    needs="", ships="", trees=("chain", "dynamic"), default_tree="dynamic(8,4,8)",
     source="Oliaro et al. 2024, SuffixDecoding, arXiv 2411.04975",
 )
 
