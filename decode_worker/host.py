@@ -3,70 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import time
 
+from decode_worker.answer import Answer
 from decode_worker.handoff import Handed
+from decode_worker.parking import Parking
 from decode_worker.scheduler import DecodeScheduler
-from pdspec.cache.pool import pages_for
 from pdspec.config import WorkerConfig
 from pdspec.engine.claims import Wake
 from pdspec.engine.decode import DecodeEngine
 from pdspec.engine.local import Kept, new_context
 from pdspec.engine.prefill import PrefillEngine, PrefillSequence, prompt_history
-from pdspec.engine.prefix import Prefix, Prefixes
+from pdspec.engine.prefix import Prefixes
 from pdspec.engine.resources import load
 from pdspec.engine.sequence import DecodeSequence, first_chunk
-from pdspec.engine.thread import tell
 from pdspec.errors import PdspecError, TransferDamaged
 from pdspec.parallel.ranks import RankProcess, StartRank
-from pdspec.spec.protocol import DraftContext, Drafter, HiddenRows
-from pdspec.types import DraftPrefill, FinishReason, GenerateRequest, TokenChunk
+from pdspec.spec.protocol import HiddenRows
+from pdspec.types import DraftPrefill, FinishReason, GenerateRequest
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(kw_only=True, eq=False)
-class Answer:
-    """One answer from its reservation to its last token. ``queue`` is read by its stream's coroutine."""
-
-    request: GenerateRequest
-    ctx: DraftContext
-    drafter: Drafter
-    num_pages: int
-    loop: asyncio.AbstractEventLoop
-    queue: asyncio.Queue[TokenChunk | BaseException]
-    room: asyncio.Future[None]
-    queued_at: float
-    prefix: Prefix
-    granted_at: float = 0.0
-    sequence: DecodeSequence | None = None
-    prompt: PrefillSequence | None = None  # where this worker prefills it
-    first_sent: int = -1  # t_n, once the client has it
-
-    @property
-    def pages(self) -> list[int]:
-        """Page ids, empty before the grant."""
-        return self.ctx.pages
-
-    @property
-    def missing(self) -> int:
-        """Prompt rows to be computed."""
-        return self.ctx.prompt_len - self.prefix.start
-
-    def grant(self) -> None:
-        """See Reserved."""
-        self.granted_at = time.perf_counter()
-        tell(self.loop, self._granted)
-
-    def _granted(self) -> None:
-        if not self.room.done():
-            self.room.set_result(None)
-
-    def deliver(self, result: TokenChunk | BaseException) -> None:
-        """Hand a result to the stream's coroutine, from any thread."""
-        tell(self.loop, self.queue.put_nowait, result)
 
 
 class DecodeHost:
@@ -76,27 +33,37 @@ class DecodeHost:
         self.resources = load(config, start)
         self.prefill, self.decode = PrefillEngine(self.resources), DecodeEngine(self.resources)
         self.prefixes = Prefixes(self.resources)
-        self.scheduler: DecodeScheduler[Answer] = DecodeScheduler(
-            self.resources.pool,
-            config.max_batch,
-            lambda answer, count: self.prefixes.take(answer.prefix, answer.ctx, count),
-        )
         self.prompts: list[Answer] = []
+        self.parking = Parking(self.resources, config.retract_memory, self.prompts.append)
+        pool = self.resources.pool
+        if config.tp > 1 and config.kv_overcommit > 1:
+            log.info("with %d ranks no answer is retracted: its pages are promised once (kv_overcommit 1)", config.tp)
+        self.scheduler: DecodeScheduler[Answer] = DecodeScheduler(
+            pool, config.max_batch, lambda answer, count: self.prefixes.take(answer.prefix, answer.ctx, count),
+            overcommit=config.kv_overcommit, keeper=self.parking if config.tp == 1 else None,
+            watermark=round(config.kv_watermark * pool.num_pages),
+        )  # fmt: skip
+        self.stepping = 0  # sequences of the step at hand; 0 once nobody can step
 
     def new_answer(self, request: GenerateRequest, loop: asyncio.AbstractEventLoop) -> Answer:
         """An answer that holds nothing yet; safe on any thread. Raises UnknownName."""
-        ctx = new_context(self.resources, request, [])
+        ctx, config = new_context(self.resources, request, []), self.resources.config
         drafter = self.resources.drafter(request.drafter)
-        rows = self.decode.rows_needed(request, drafter, ctx.tree)
+        scratch = self.decode.scratch_rows(drafter, ctx.tree)
         return Answer(
             request=request,
             ctx=ctx,
             drafter=drafter,
-            num_pages=pages_for(rows, self.resources.pool.page_size),
+            rows=self.decode.rows_needed(request, drafter, ctx.tree),
+            scratch=scratch,
+            headroom=config.reserve_headroom,
+            buffer=config.stream_buffer,
+            page_size=self.resources.pool.page_size,
             loop=loop,
             queue=asyncio.Queue(),
             room=loop.create_future(),
             queued_at=time.perf_counter(),
+            cost=self.parking.retraction_s,
             prefix=self.prefixes.begin(request, drafter),
         )
 
@@ -113,11 +80,15 @@ class DecodeHost:
         """One chunk of a local prefill, then one decode step."""
         if self.prompts:
             self._prefill_step()
-        running = [answer for answer in self.scheduler.running if answer.sequence is not None]
-        if not running:
+        stepping = self.scheduler.make_room()
+        self.stepping = len(stepping)
+        if not stepping:
             return bool(self.prompts)
-        results = self.decode.step([answer.sequence for answer in running if answer.sequence is not None])
-        for answer, (sequence, result) in zip(running, results, strict=True):
+        rows, seconds = self.decode.rows, self.decode.clocks["forward"]
+        results = self.decode.step([answer.sequence for answer in stepping if answer.sequence is not None])
+        seconds = self.decode.clocks["forward"] - seconds
+        self.parking.costs = self.parking.costs.computed(self.decode.rows - rows, seconds)
+        for answer, (sequence, result) in zip(stepping, results, strict=True):
             if sequence.finish is not None:
                 self._let_go(answer)
             answer.deliver(result)
@@ -179,6 +150,7 @@ class DecodeHost:
             self.prefixes.keep_answer(answer.prefix, answer.ctx, answer.drafter)
         self.prefixes.claims.settle(answer.prefix)
         self.scheduler.release(answer)
+        self.parking.forget(answer)
 
     def _prefill_step(self) -> None:
         answer = self.prompts[0]
@@ -196,6 +168,9 @@ class DecodeHost:
         self.prompts.pop(0)
         kept = prompt.events
         assert isinstance(kept, Kept)
+        if answer.sequence is not None:
+            self._replayed(answer, answer.sequence, prompt)
+            return
         self._run(answer)
         self.prefixes.keep(answer.prefix, answer.ctx, rows=prompt.num_computed, made=prompt.draft_rows)
         self.prefixes.claims.settle(answer.prefix)
@@ -203,6 +178,19 @@ class DecodeHost:
             answer.drafter.resume(answer.ctx, *kept.begun)
         else:
             self.scheduler.release(answer)
+
+    def _replayed(self, answer: Answer, sequence: DecodeSequence, prompt: PrefillSequence) -> None:
+        """A retracted answer's rows are there again: go on from its root."""
+        kept = prompt.events
+        assert isinstance(kept, Kept)
+        if prompt.ctx.token_ids[-1] != answer.ctx.token_ids[-1]:
+            self.release(answer)
+            answer.deliver(PdspecError("a replay chose another token", remedy="use numerics exact"))
+            return
+        answer.drafter.resume(prompt.ctx, *kept.begun)
+        answer.ctx = sequence.ctx = prompt.ctx
+        sequence.outlook.held = []
+        self.scheduler.join(answer)
 
     def send_first(self, answer: Answer, token_id: int, kept: Kept) -> bool:
         """Deliver t_n unless the client has it. False when it ends the answer."""

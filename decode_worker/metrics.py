@@ -7,8 +7,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from decode_worker.answer import Answer
 from decode_worker.handoff import Handed
-from decode_worker.host import Answer, DecodeHost
+from decode_worker.host import DecodeHost
 from pdspec.errors import PdspecError
 from pdspec.metrics import DecodeMetrics
 from pdspec.tracing import Tracer
@@ -18,7 +19,8 @@ def metrics_of(host: DecodeHost) -> DecodeMetrics:
     """Gauges read the scheduler and the pool whenever somebody asks; all reads are of single numbers."""
     scheduler, decode, pool = host.scheduler, host.decode, host.resources.pool
     return DecodeMetrics(
-        running=lambda: len(scheduler.granted) + len(scheduler.running),
+        running=lambda: len(scheduler.granted) + len(scheduler.running) + len(scheduler.retracted),
+        retracted=lambda: (len(scheduler.retracted), scheduler.retractions, host.parking.held_bytes),
         waiting=lambda: len(scheduler.waiting),
         pool=lambda: (pool.held, pool.num_pages),
         prefix=host.prefixes.counts,
@@ -28,11 +30,14 @@ def metrics_of(host: DecodeHost) -> DecodeMetrics:
 
 def totals(host: DecodeHost, metrics: DecodeMetrics) -> dict[str, float]:
     """What Status tells of the work so far, running answers included: output tokens, verifications."""
-    running = [answer.sequence for answer in list(host.scheduler.running) if answer.sequence is not None]
+    running = [answer.sequence for answer in host.scheduler.admitted() if answer.sequence is not None]
     ended_tokens, ended_verifications = metrics.totals()
     return {
         "generation_tokens": ended_tokens + sum(sequence.num_output for sequence in running),
         "verifications": ended_verifications + sum(sequence.verifications for sequence in running),
+        "retractions": host.scheduler.retractions,
+        "retracted": len(host.scheduler.retracted),
+        **host.parking.counts,
     }
 
 

@@ -8,8 +8,8 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING
 
+from decode_worker.answer import Answer
 from decode_worker.handoff import Handed, Landing
-from decode_worker.host import Answer
 from decode_worker.metrics import Moments, handoff_counted, trace
 from pdspec.engine.claims import entered
 from pdspec.engine.prefix import Prefix
@@ -132,7 +132,8 @@ class Run:
         opening = Open(
             epoch=service.next_epoch(),
             have_rows=have,
-            request=dataclasses.replace(answer.request, tree=answer.ctx.tree),  # this worker's default, not the peer's
+            # This worker's default tree, not the peer's, and what is left of the time.
+            request=dataclasses.replace(answer.request, tree=answer.ctx.tree, deadline_s=answer.left_s()),
             drafter=answer.drafter.name,
             draft_prefill=mode.value,
             fingerprint=resources.fingerprint,
@@ -172,7 +173,7 @@ class Run:
             return finish is None
         answer.first_sent = token_id
         alone = GenerationStats(prompt_tokens=answer.ctx.prompt_len, output_tokens=1, drafter=answer.drafter.name)
-        answer.queue.put_nowait(
+        answer.put(
             TokenChunk(
                 request_id=answer.request.request_id,
                 start=0,

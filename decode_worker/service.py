@@ -91,6 +91,8 @@ class DecodeService(rpc.DecodeWorkerServicer):
                         raise TimeoutError
                 if isinstance(result, BaseException):
                     raise result
+                if answer.took():  # perhaps nobody else steps
+                    self.engine.post(lambda: None)
                 run.moments.chunk()
                 yield run.complete(result) if result.finish_reason else result
                 if result.finish_reason:
@@ -120,10 +122,12 @@ class DecodeService(rpc.DecodeWorkerServicer):
             role="decode",
             address=self.address,
             queued=len(scheduler.waiting) + len(self.host.prefixes.claims),
-            running=len(scheduler.granted) + len(scheduler.running),
+            running=len(scheduler.granted) + len(scheduler.running) + len(scheduler.retracted),
             steps=decode.steps + self.host.prefill.steps,
-            stepping=len(scheduler.running) + len(self.host.prompts),
+            stepping=self.host.stepping + len(self.host.prompts),
             unreachable=self.links.down(),
+            seats=scheduler.max_batch,
+            overcommit=scheduler.overcommit,
         )
         clocks = {f"{name}_seconds": seconds for name, seconds in list(decode.clocks.items())}
         own = {**self.counts, **totals(self.host, self.metrics), **self.offers.counts, **self.host.prefixes.counts()}

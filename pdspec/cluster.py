@@ -187,8 +187,7 @@ class Cluster:
         for config in configs:
             if config.tp > 1:  # its ranks meet on their node's loopback
                 self._groups.append(group([config], "STRICT_PACK"))
-            own = (self._groups[0], alone.index(config)) if config.tp == 1 else (self._groups[-1], 0)
-            self._slots.append(own)
+            self._slots.append((self._groups[0], alone.index(config)) if config.tp == 1 else (self._groups[-1], 0))
         deadline = time.monotonic() + min(self.config.start_timeout_s, 60.0)
         if not all(one.wait(max(0.1, deadline - time.monotonic())) for one in self._groups):
             message = f"no room for {[bundles(one) for one in configs]}: the cluster has {ray.available_resources()}"

@@ -112,6 +112,15 @@ class WorkerConfig(Settings):
     threads: int = option(0, "CPU threads; 0: all cores", low=0)
     tp: int = option(1, "ranks that share the target's layers out among them (tensor parallelism)", low=1, high=64)
     reserve_headroom: int = option(512, "tokens reserved beyond the prompt before a prefill is asked for", low=0)
+    kv_overcommit: float = option(
+        2.0, "times the KV pool that running answers may need in all; above 1 they begin with reserve_headroom and"
+        " grow, and where pages run out the cheapest is retracted", low=1,
+    )  # fmt: skip
+    kv_watermark: float = option(0.01, "share of the KV pages left free when an answer is admitted", low=0, high=0.9)
+    retract_memory: int = option(
+        1 << 30, "bytes of host memory for retracted KV; beyond it rows are computed anew", low=0
+    )  # fmt: skip
+    stream_buffer: int = option(256, "messages that may wait for an answer's reader before the answer pauses", low=1)
     stall_timeout_s: float = option(5.0, "a peer that makes no progress for so long is cut", low=0.05)
     handoff_timeout_s: float = option(600.0, "for a whole handoff, however busy the peer says it is", low=0.05)
     strict_target: bool = option(False, "refuse a head trained on other weights of the same geometry")
@@ -173,6 +182,9 @@ class RouterConfig(Settings):
     stall_s: float = option(5.0, "a worker that has work and makes no step for so long is lost", low=0.1)
     failover_wait_s: float = option(15.0, "an answer waits so long for a worker to come back", low=0)
     max_replays: int = option(16, "times that one answer may move to another worker", low=0)
+    admission: bool = option(True, "requests wait for room and are refused where they would come too late")
+    max_queue: int = option(256, "requests that may wait for a place", low=0)
+    max_queue_s: float = option(60.0, "a request that would wait longer for a place is refused", low=0)
     quarantine_after: int = option(3, "workers that may die under a request that makes no progress", low=1)
     tls: TlsConfig = dataclasses.field(default_factory=TlsConfig)
     cluster_token_file: str = option("", "file of tokens that members of the cluster show to each other")

@@ -47,9 +47,13 @@ class _Set:
 class RouterMetrics(_Set):
     """What users see of their requests."""
 
-    def __init__(self, *, running: Callable[[], int], workers: Callable[[], Mapping[tuple[str, str], int]]) -> None:
+    def __init__(
+        self, *, running: Callable[[], int], workers: Callable[[], Mapping[tuple[str, str], int]],
+        waiting: Callable[[], int] = lambda: 0,
+    ) -> None:  # fmt: skip
         super().__init__()
         self._gauge("num_requests_running", "Requests that have begun and not ended.", running)
+        self._gauge("num_requests_waiting", "Those of them that wait for a place.", waiting)
         self.registry.register(_Workers(workers))
         self.success = self._counter("request_success", "Answers that ended well.", "finish_reason")
         self.failure = self._counter("request_failure", "Requests that ended with an error.", "code")
@@ -144,11 +148,17 @@ class PrefillMetrics(WorkerMetrics):
 
 
 class DecodeMetrics(WorkerMetrics):
-    """Of a decode worker. ``engine`` returns (steps, seconds by phase)."""
+    """Of a decode worker. ``engine`` returns (steps, seconds by phase), ``retracted`` (answers that are, retractions
+    so far, bytes kept)."""
 
-    def __init__(self, *, engine: Callable[[], tuple[int, Mapping[str, float]]], **reads: Any) -> None:
+    def __init__(
+        self, *, engine: Callable[[], tuple[int, Mapping[str, float]]],
+        retracted: Callable[[], tuple[int, int, int]] = lambda: (0, 0, 0), **reads: Any,
+    ) -> None:  # fmt: skip
         super().__init__(**reads)
-        self.registry.register(_Engine(engine))
+        self.registry.register(_Engine(engine, lambda: retracted()[1]))
+        self._gauge("num_requests_retracted", "Requests whose pages were taken.", lambda: retracted()[0])
+        self._gauge("retracted_kv_bytes", "Host memory that their rows take.", lambda: retracted()[2])
         self.generated = self._counter("generation_tokens", "Output tokens.")
         self.landed = self._histogram(
             "transfer_seconds", "From the question to the last byte, prefill included.", _LONG
@@ -241,12 +251,15 @@ class HttpMetrics(_Set):
 class _Engine(Collector):
     """Counters that the engine keeps itself."""
 
-    def __init__(self, read: Callable[[], tuple[int, Mapping[str, float]]]) -> None:
-        self._read = read
+    def __init__(
+        self, read: Callable[[], tuple[int, Mapping[str, float]]], retractions: Callable[[], int]
+    ) -> None:
+        self._read, self._retractions = read, retractions
 
     def collect(self) -> Iterator[Metric]:
         """See Collector."""
         steps, seconds = self._read()
+        yield CounterMetricFamily(f"{PREFIX}_retractions", "Answers whose pages were taken.", value=self._retractions())
         yield CounterMetricFamily(f"{PREFIX}_decode_steps", "Decode steps.", value=steps)
         phases = CounterMetricFamily(
             f"{PREFIX}_decode_phase_seconds", "Time in each phase of a step.", labels=["phase"]

@@ -49,6 +49,7 @@ def to_generate_request(
         draft_prefill=user.draft_prefill,
         sample=user.sample,
         trace=user.trace,
+        priority=user.priority,
         cache_salt=user.cache_salt,
         deadline_s=deadline_s,
     )

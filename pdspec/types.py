@@ -94,6 +94,7 @@ class GenerateRequest:
     sample: int = 0  # index among the n samples of one prompt; part of the noise key
     deadline_s: float | None = None  # remaining seconds, not a clock reading
     trace: bool = False  # report each verification's draft in the chunks
+    priority: int = 0  # higher goes first where requests wait, and keeps its pages longest
     cache_salt: str = ""  # prefixes are shared among requests of the same salt alone
     replayed: int = 0  # the last ids of prompt_ids that are output already (a stream moved here after a loss)
 
@@ -115,6 +116,8 @@ class UserRequest:
     handoff: str = ""  # empty: the deployment's default
     sample: int = 0
     trace: bool = False
+    priority: int = 0  # higher goes first where requests wait
+    tenant: str = ""  # whose share of a full deployment this request takes; empty: the caller's token or host
     cache_salt: str = ""
     resume_ids: tuple[int, ...] = ()  # tokens of the answer that came before its stream broke; needs the seed
     fit_context: bool = False  # lower max_tokens to what the context leaves behind the prompt
@@ -247,4 +250,6 @@ class WorkerInfo:
     stepping: int = 0  # sequences that the next step advances
     unreachable: tuple[str, ...] = ()  # ``Route.link`` of prefill workers that could not be reached lately
     draining: bool = False
+    seats: int = 0  # answers that it runs at once; 0: it does not say
+    overcommit: float = 0.0  # times its KV pool that it promises to them; 0: it does not say
     metrics: dict[str, float] = field(default_factory=dict)

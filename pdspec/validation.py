@@ -14,6 +14,7 @@ from pdspec.types import DraftPrefill, GenerateRequest, Handoff, SamplingParams,
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 256
 MAX_STOP_IDS, MAX_BIASES, MAX_LOGPROBS = 256, 4096, 20
 MAX_NAME_CHARACTERS = 256
+MAX_PRIORITY = 100
 MAX_SCHEMA, MAX_REGEX, MAX_CHOICES, MAX_CHOICE = 1 << 16, 1 << 12, 1024, 1024
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 100.0  # below it, scores divided by it overflow
 MAX_BIAS, MAX_PENALTY, MAX_REPETITION = 100.0, 2.0, 10.0
@@ -49,9 +50,11 @@ def check_user_request(user: UserRequest) -> None:
     if not getattr(user, given[0]):
         raise InvalidRequest("the prompt is empty", field=given[0], remedy="send at least one token")
     _check_choice("handoff", user.handoff, [handoff.value for handoff in Handoff])
-    for name in ("request_id", "model", "drafter", "tree"):
+    for name in ("request_id", "model", "drafter", "tree", "tenant"):
         if len(getattr(user, name)) > MAX_NAME_CHARACTERS:
             raise InvalidRequest("too long", field=name, remedy=f"send at most {MAX_NAME_CHARACTERS} characters")
+    if abs(user.priority) > MAX_PRIORITY:
+        raise InvalidRequest(f"{user.priority}", field="priority", remedy=f"give -{MAX_PRIORITY}..{MAX_PRIORITY}")
 
 
 def check_resume(user: UserRequest, *, vocab_size: int) -> None:

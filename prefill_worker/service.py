@@ -26,7 +26,7 @@ from pdspec.engine.local import checked, new_context
 from pdspec.engine.resources import check_fingerprint
 from pdspec.engine.serving import RunningWorker, StatusService, describe
 from pdspec.engine.thread import EngineThread, tell
-from pdspec.errors import PdspecError
+from pdspec.errors import DeadlineExceeded, PdspecError
 from pdspec.metrics import PrefillMetrics
 from pdspec.parallel.ranks import RankProcess, StartRank
 from pdspec.spec.protocol import Candidates
@@ -125,7 +125,11 @@ class PrefillService:
                     clock=clock_name(),
                 )
             )
-            await self._send(stream, prompt, events)
+            try:
+                async with asyncio.timeout(request.deadline_s):  # in the queue, too
+                    await self._send(stream, prompt, events)
+            except TimeoutError:
+                raise DeadlineExceeded("the request's time is over", field="deadline") from None
             self._count(stream, prompt)
         except PdspecError as error:
             self.metrics.lost.labels(type(error).__name__).inc()

@@ -11,7 +11,7 @@ from pdspec.tracing import Tracer
 from pdspec.types import GenerateRequest
 from pdspec.wire import pdspec_pb2 as pb
 
-_ID_BYTES = 4
+ID_BYTES = 4
 
 
 class LiveRequests:
@@ -30,7 +30,7 @@ class LiveRequests:
         try:
             async with aclosing(chunks):
                 async for chunk in chunks:
-                    now, tokens = time.perf_counter(), len(chunk.token_ids) // _ID_BYTES
+                    now, tokens = time.perf_counter(), len(chunk.token_ids) // ID_BYTES
                     sent[0] += tokens
                     watch.chunk(tokens, now)
                     if chunk.finish_reason:

@@ -19,21 +19,22 @@ from pdspec.metrics import RouterMetrics, exposed
 from pdspec.model.tokenizer import load_tokenizer
 from pdspec.telemetry import REQUEST_ID
 from pdspec.tracing import tracer_of
-from pdspec.types import Handoff
+from pdspec.types import GenerateRequest, Handoff, UserRequest
 from pdspec.wire import pdspec_pb2 as pb
 from pdspec.wire import pdspec_pb2_grpc as rpc
 from pdspec.wire.channels import add_health, bind, make_server, service_name
 from pdspec.wire.codec import user_request_from_pb, worker_info_to_pb
-from pdspec.wire.gate import Gate
+from pdspec.wire.gate import Gate, caller_of
 from pdspec.wire.serving import ServiceThread
 from pdspec.wire.trust import OPEN, Trust
 from router.admission import RouterTokenizer, admit
 from router.answer import Answer
 from router.failover import Quarantine
 from router.fleet import Fleet
-from router.live import LiveRequests
+from router.live import ID_BYTES, LiveRequests
 from router.policy import WorkerState, WorkerView
 from router.prefixes import PrefixMap
+from router.turnstile import Turnstile
 
 log = logging.getLogger(__name__)
 ROUTER = service_name("Router")
@@ -46,9 +47,12 @@ class RouterService(rpc.RouterServicer):
         self.config, self.address = config, ""
         self.fleet = Fleet(
             heartbeat_s=config.heartbeat_s, lost_after_s=config.lost_after_s, stall_s=config.stall_s,
-            on_change=self._report_health, trust=trust,
+            on_change=self._changed, trust=trust,
         )  # fmt: skip
-        self.metrics = RouterMetrics(running=lambda: len(self._live), workers=self._count_workers)
+        self.turnstile = Turnstile(config, self.fleet.views)
+        self.metrics = RouterMetrics(
+            running=lambda: len(self._live), workers=self._count_workers, waiting=lambda: len(self.turnstile.queue)
+        )
         self.tracer = tracer_of(config.traces, "router")
         self._live = LiveRequests(self.metrics, self.tracer)
         self._quarantine = Quarantine()
@@ -62,10 +66,15 @@ class RouterService(rpc.RouterServicer):
         self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[pb.GenerateChunk, None]:
         """One answer: a message per verification, the last one with finish reason and statistics."""
-        began = time.perf_counter()
+        began, asked_at = time.perf_counter(), time.monotonic()
         try:
             user = user_request_from_pb(message)
             self._quarantine.check(user.request_id)
+            tenant = self._tenant(user, context)
+            most = 1 if user.fit_context else user.sampling.max_tokens  # how many fit is known once it is tokenised
+            self.turnstile.check(
+                tokens=most, most=most, tenant=tenant, priority=user.priority, left_s=context.time_remaining()
+            )  # fmt: skip
             request = await admit(
                 user,
                 tokenizer=self._tokenizer,
@@ -88,12 +97,27 @@ class RouterService(rpc.RouterServicer):
             prefixes=self._prefixes,
         )  # fmt: skip
         try:
-            async with aclosing(self._live.watched(request, began, answer.chunks())) as chunks:
+            async with aclosing(self._live.watched(request, began, self._placed(answer, request, tenant, asked_at))) \
+                    as chunks:  # fmt: skip
                 async for chunk in chunks:
                     yield chunk
         except Quarantined:
             self._quarantine.add(request.request_id)
             raise
+
+    async def _placed(
+        self, answer: Answer, request: GenerateRequest, tenant: str, asked_at: float
+    ) -> AsyncGenerator[pb.GenerateChunk, None]:
+        """The answer's chunks, once there is a place for it."""
+        async with self.turnstile.entered(request, tenant, asked_at) as place, aclosing(answer.chunks()) as chunks:
+            async for chunk in chunks:
+                place.chunk(len(chunk.token_ids) // ID_BYTES)
+                yield chunk
+
+    def _tenant(self, user: UserRequest, context: grpc.aio.ServicerContext) -> str:
+        """Whose share it is: where users show tokens the token's, else whoever the request says, else the host's."""
+        caller = caller_of(tuple(context.invocation_metadata() or ()), context.peer())
+        return caller if self.config.token_file else user.tenant or caller
 
     async def ListWorkers(
         self, message: pb.ListWorkersRequest, context: grpc.aio.ServicerContext
@@ -114,6 +138,10 @@ class RouterService(rpc.RouterServicer):
         """Keep the Router's health: SERVING while a decode worker is ready."""
         self._health = servicer
         self._report_health()
+
+    def _changed(self) -> None:
+        self._report_health()
+        self.turnstile.poke()
 
     def _report_health(self) -> None:
         ready = any(view.role == "decode" and view.state is WorkerState.READY for view in self.fleet.views())

@@ -16,6 +16,7 @@ from pdspec.cli import (
     bench_load,
     chaos,
     chaos_faults,
+    chaos_pressure,
     check,
     data,
     demo,
@@ -75,6 +76,7 @@ def build_app() -> typer.Typer:
     app.add_typer(_group("Proofs, run on this machine.", proofs), name="check")
     faults = {
         "kill-decode": chaos_faults.kill_decode, "detect": chaos_faults.detect, "fuzz": chaos.fuzz, "tls": chaos.tls,
+        "pressure": chaos_pressure.pressure, "overload": chaos_pressure.overload,
     }  # fmt: skip
     group = _group("Faults, bad peers and bad input.", faults)
     group.callback(invoke_without_command=True)(chaos_faults.chaos)

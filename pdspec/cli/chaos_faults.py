@@ -36,7 +36,7 @@ def chaos(
         if names := tuple(name.strip() for name in drafters.split(",") if name.strip()):
             plan = dataclasses.replace(plan, drafters=names)
         result = study.run(plan, progress=notes().print)
-    _finish(result, json)
+    finish(result, json)
 
 
 def kill_decode(
@@ -60,7 +60,7 @@ def kill_decode(
             worker=WorkerConfig.from_mapping(flags), max_tokens=max_tokens, kill_after=kill_after,
             progress=notes().print,
         )  # fmt: skip
-    _finish(result, json)
+    finish(result, json)
 
 
 def detect(
@@ -72,10 +72,11 @@ def detect(
         from pdspec.study import chaos_kill as study
 
         result = study.detect(worker=study.tiny_config(), concurrent=concurrent, progress=notes().print)
-    _finish(result, json)
+    finish(result, json)
 
 
-def _finish(result: dict[str, Any], json: bool) -> None:
+def finish(result: dict[str, Any], json: bool) -> None:
+    """Print a study's result; exit status 1 unless it is ``ok``."""
     if json:
         print_json(_finite(result))
     else:

@@ -38,14 +38,17 @@ class DecodeEngine:
     def __init__(self, resources: Resources) -> None:
         self.resources = resources
         self.budget = make_budget(resources)
-        self.steps = 0
+        self.steps = self.rows = 0  # since the start; rows of the target's forwards
         self.clocks: dict[str, float] = defaultdict(float)
 
     def rows_needed(self, request: GenerateRequest, drafter: Drafter, tree: str) -> int:
         """KV rows that a sequence may ever touch: prompt, answer, and the widest proposal or verification."""
+        return len(request.prompt_ids) + request.sampling.max_tokens + self.scratch_rows(drafter, tree) - 1
+
+    def scratch_rows(self, drafter: Drafter, tree: str) -> int:
+        """KV rows behind the root's that the widest proposal or verification may touch, and two that are committed."""
         spec = tree_spec(tree)
-        scratch = max(drafter.max_nodes, spec.max_nodes if spec else 0)
-        return len(request.prompt_ids) + request.sampling.max_tokens + scratch + 1
+        return max(drafter.max_nodes, spec.max_nodes if spec else 0) + 2
 
     def step(self, sequences: Sequence[DecodeSequence]) -> list[StepResult]:
         """One verification for each sequence. A sequence whose scores are damaged gets its error, the others go on."""
@@ -55,6 +58,7 @@ class DecodeEngine:
         batch = self.pack(sequences, drafts)
         output = self.forward(batch, drafts)
         forwarded = time.perf_counter()
+        self.rows += batch.num_rows
         self.budget.timed(batch.num_rows, sum(s.num_rows for s in sequences), forwarded - proposed)
         verdicts = self.verdicts(sequences, drafts, output.logits)
         results, observations = self._commit_all(sequences, drafts, verdicts, output)

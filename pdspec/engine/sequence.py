@@ -48,7 +48,7 @@ class DecodeSequence:
         """What is known on the decode side."""
         depth = max([0, *self.reached_at]) + 1 if self.reached_at else 0
         return GenerationStats(
-            prompt_tokens=self.ctx.prompt_len,
+            prompt_tokens=len(self.request.prompt_ids),
             output_tokens=self.num_output,
             verifications=self.verifications,
             drafted_tokens=self.drafted,

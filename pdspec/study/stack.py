@@ -19,10 +19,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+import grpc
+
 from pdspec.client import Access, RouterClient
 from pdspec.config import RouterConfig, WorkerConfig
 from pdspec.errors import ConfigError
 from pdspec.settings import Settings
+from pdspec.wire import pdspec_pb2 as pb
+from pdspec.wire import pdspec_pb2_grpc as rpc
+from pdspec.wire.channels import make_client_channel
+from pdspec.wire.status import from_peer_error
 
 _READY = re.compile(r"ready role=(\S+) address=(\S+)")
 _STOP_S = 10.0
@@ -109,6 +115,14 @@ class Stack:
             if not line and process.poll() is not None:
                 break
         raise ConfigError(f"{name} did not start: {self.log(name)[-600:]}", field=name, remedy="see its log above")
+
+    def status_of(self, address: str, *, timeout_s: float = 5.0) -> pb.WorkerStatus:
+        """A worker's own Status. Raises PeerLost when it does not answer."""
+        with make_client_channel(address) as channel:
+            try:
+                return rpc.WorkerStub(channel).Status(pb.StatusRequest(), timeout=timeout_s)
+            except grpc.RpcError as error:
+                raise from_peer_error(error, peer=address) from error
 
     def log(self, name: str) -> str:
         """What a process wrote to stderr so far."""

@@ -33,14 +33,12 @@ _SCALARS = (
     "max_tokens", "min_tokens", "logprobs", "verify", "json_schema", "regex",
 )  # fmt: skip
 _STATS = tuple(field.name for field in pb.Stats.DESCRIPTOR.fields)
-_USER = (
-    "request_id", "model", "drafter", "tree", "draft_prefill", "handoff", "sample", "trace",
-    "fit_context", "cache_salt",
-)  # fmt: skip
 _POSITIONS = ("accepted_per_position", "reached_per_position")
+_NAMES = ("request_id", "model", "drafter", "tree", "draft_prefill", "sample", "trace", "priority", "cache_salt")
+_USER = (*_NAMES, "handoff", "tenant", "fit_context")
 _INFO = (
     "worker_id", "role", "address", "model", "fingerprint", "queued", "running", "free_pages", "total_pages",
-    "page_size", "max_context", "vocab_size", "steps", "stepping", "draining",
+    "page_size", "max_context", "vocab_size", "steps", "stepping", "draining", "seats", "overcommit",
 )  # fmt: skip
 
 
@@ -95,6 +93,8 @@ def user_request_from_pb(message: pb.GenerateRequest) -> UserRequest:
         handoff=message.handoff,
         sample=message.sample,
         trace=message.trace,
+        priority=message.priority,
+        tenant=message.tenant,
         cache_salt=message.cache_salt,
         resume_ids=bytes_to_ids(message.resume_ids, "resume_ids"),
         fit_context=message.fit_context,
@@ -132,15 +132,15 @@ def worker_request_from_pb(message: pb.WorkerRequest) -> GenerateRequest:
         cache_salt=message.cache_salt,
         replayed=message.replayed,
         trace=message.trace,
+        priority=message.priority,
     )
 
 
 def worker_request_to_pb(request: GenerateRequest) -> pb.WorkerRequest:
     """Raises InvalidRequest for what the message cannot hold."""
     message = pb.WorkerRequest(sampling=sampling_to_pb(request.sampling), deadline_s=request.deadline_s or 0.0)
-    for name in ("request_id", "model", "drafter", "tree", "draft_prefill", "sample", "replayed", "trace"):
+    for name in (*_NAMES, "replayed"):
         _set(message, name, getattr(request, name))
-    _set(message, "cache_salt", request.cache_salt)
     message.prompt_ids = _ids(request.prompt_ids, "prompt_ids")
     return message
 

@@ -38,7 +38,7 @@ class Gate:
         metadata: Metadata = tuple(context.invocation_metadata() or ())
         self._trust.check(method, metadata, members=self._members)
         if self._rate and not method.startswith("/grpc."):
-            self._count(_caller(metadata, context.peer()))
+            self._count(caller_of(metadata, context.peer()))
 
     def _count(self, caller: str) -> None:
         now = time.monotonic()
@@ -53,8 +53,8 @@ class Gate:
             raise Overloaded(message, retry_after_ms=wait_ms, field="client_rate", remedy=f"wait {wait_ms} ms")
 
 
-def _caller(metadata: Metadata, peer: str) -> str:
-    """Who calls, without the secret itself."""
+def caller_of(metadata: Metadata, peer: str) -> str:
+    """Who calls: its token, without the secret itself, else its host."""
     for key, value in metadata:
         if key == AUTHORIZATION:
             return hashlib.sha256(str(value).encode()).hexdigest()

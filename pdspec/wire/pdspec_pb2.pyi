@@ -75,7 +75,7 @@ class SamplingParams(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Iterable[_Union[LogitBias, _Mapping]]] = ..., allowed_ids: _Optional[bytes] = ..., banned_ids: _Optional[bytes] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_ids: _Optional[bytes] = ..., stop_strings: _Optional[_Iterable[str]] = ..., ignore_eos: _Optional[bool] = ..., logprobs: _Optional[int] = ..., verify: _Optional[str] = ..., json_schema: _Optional[str] = ..., regex: _Optional[str] = ..., choice: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "text", "chat", "prompt_ids", "sampling", "model", "drafter", "tree", "draft_prefill", "handoff", "sample", "trace", "resume_ids", "fit_context", "cache_salt")
+    __slots__ = ("request_id", "text", "chat", "prompt_ids", "sampling", "model", "drafter", "tree", "draft_prefill", "handoff", "sample", "trace", "priority", "tenant", "resume_ids", "fit_context", "cache_salt")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
@@ -88,6 +88,8 @@ class GenerateRequest(_message.Message):
     HANDOFF_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     RESUME_IDS_FIELD_NUMBER: _ClassVar[int]
     FIT_CONTEXT_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
@@ -103,10 +105,12 @@ class GenerateRequest(_message.Message):
     handoff: str
     sample: int
     trace: bool
+    priority: int
+    tenant: str
     resume_ids: bytes
     fit_context: bool
     cache_salt: str
-    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., prompt_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., model: _Optional[str] = ..., drafter: _Optional[str] = ..., tree: _Optional[str] = ..., draft_prefill: _Optional[str] = ..., handoff: _Optional[str] = ..., sample: _Optional[int] = ..., trace: _Optional[bool] = ..., resume_ids: _Optional[bytes] = ..., fit_context: _Optional[bool] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., prompt_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., model: _Optional[str] = ..., drafter: _Optional[str] = ..., tree: _Optional[str] = ..., draft_prefill: _Optional[str] = ..., handoff: _Optional[str] = ..., sample: _Optional[int] = ..., trace: _Optional[bool] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., resume_ids: _Optional[bytes] = ..., fit_context: _Optional[bool] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class DraftTrace(_message.Message):
     __slots__ = ("token_ids", "parents", "accepted")
@@ -255,7 +259,7 @@ class Route(_message.Message):
     def __init__(self, decode: _Optional[str] = ..., prefill: _Optional[_Iterable[str]] = ..., handoff: _Optional[str] = ..., relay: _Optional[str] = ...) -> None: ...
 
 class WorkerRequest(_message.Message):
-    __slots__ = ("request_id", "prompt_ids", "sampling", "model", "drafter", "tree", "draft_prefill", "sample", "deadline_s", "replayed", "trace", "cache_salt")
+    __slots__ = ("request_id", "prompt_ids", "sampling", "model", "drafter", "tree", "draft_prefill", "sample", "deadline_s", "replayed", "trace", "priority", "cache_salt")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -267,6 +271,7 @@ class WorkerRequest(_message.Message):
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     REPLAYED_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_ids: bytes
@@ -279,8 +284,9 @@ class WorkerRequest(_message.Message):
     deadline_s: float
     replayed: int
     trace: bool
+    priority: int
     cache_salt: str
-    def __init__(self, request_id: _Optional[str] = ..., prompt_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., model: _Optional[str] = ..., drafter: _Optional[str] = ..., tree: _Optional[str] = ..., draft_prefill: _Optional[str] = ..., sample: _Optional[int] = ..., deadline_s: _Optional[float] = ..., replayed: _Optional[int] = ..., trace: _Optional[bool] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., prompt_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., model: _Optional[str] = ..., drafter: _Optional[str] = ..., tree: _Optional[str] = ..., draft_prefill: _Optional[str] = ..., sample: _Optional[int] = ..., deadline_s: _Optional[float] = ..., replayed: _Optional[int] = ..., trace: _Optional[bool] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
     __slots__ = ("request", "route")
@@ -325,7 +331,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "role", "address", "model", "fingerprint", "drafters", "queued", "running", "free_pages", "total_pages", "page_size", "max_context", "vocab_size", "steps", "draining", "metrics", "state", "reason", "unreachable", "stepping", "pending")
+    __slots__ = ("worker_id", "role", "address", "model", "fingerprint", "drafters", "queued", "running", "free_pages", "total_pages", "page_size", "max_context", "vocab_size", "steps", "draining", "metrics", "state", "reason", "unreachable", "stepping", "seats", "overcommit", "pending")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -353,6 +359,8 @@ class WorkerStatus(_message.Message):
     REASON_FIELD_NUMBER: _ClassVar[int]
     UNREACHABLE_FIELD_NUMBER: _ClassVar[int]
     STEPPING_FIELD_NUMBER: _ClassVar[int]
+    SEATS_FIELD_NUMBER: _ClassVar[int]
+    OVERCOMMIT_FIELD_NUMBER: _ClassVar[int]
     PENDING_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: str
@@ -374,5 +382,7 @@ class WorkerStatus(_message.Message):
     reason: str
     unreachable: _containers.RepeatedScalarFieldContainer[str]
     stepping: int
+    seats: int
+    overcommit: float
     pending: int
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., drafters: _Optional[_Iterable[str]] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., free_pages: _Optional[int] = ..., total_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., max_context: _Optional[int] = ..., vocab_size: _Optional[int] = ..., steps: _Optional[int] = ..., draining: _Optional[bool] = ..., metrics: _Optional[_Mapping[str, float]] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., unreachable: _Optional[_Iterable[str]] = ..., stepping: _Optional[int] = ..., pending: _Optional[int] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., drafters: _Optional[_Iterable[str]] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., free_pages: _Optional[int] = ..., total_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., max_context: _Optional[int] = ..., vocab_size: _Optional[int] = ..., steps: _Optional[int] = ..., draining: _Optional[bool] = ..., metrics: _Optional[_Mapping[str, float]] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., unreachable: _Optional[_Iterable[str]] = ..., stepping: _Optional[int] = ..., seats: _Optional[int] = ..., overcommit: _Optional[float] = ..., pending: _Optional[int] = ...) -> None: ...

@@ -22,6 +22,9 @@ class Item:
     finished: bool = False
     pages: list[int] = field(default_factory=list)
     grants: int = 0
+    priority: int = 0
+    number: int = -1
+    paused: bool = False
 
     def grant(self) -> None:
         self.grants += 1

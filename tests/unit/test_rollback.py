@@ -7,6 +7,7 @@ the rows a query may see spell exactly the tokens before it. Rows behind the com
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -17,8 +18,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from decode_worker.retraction import rank
 from decode_worker.scheduler import DecodeScheduler
 from pdspec.cache.paged import PagedCache
+from pdspec.cache.parked import ParkedRows, park_rows, unpark_rows
 from pdspec.cache.pool import PagePool, pages_for
 from pdspec.config import WorkerConfig
 from pdspec.engine.decode import DecodeEngine
@@ -29,6 +32,7 @@ from pdspec.spec.protocol import Draft, DraftContext, Verdict
 from pdspec.types import CacheGroup, GenerateRequest, SamplingParams
 
 VOCABULARY, PAGE, PAGES = 5, 4, 40
+SCRATCH = 11  # of chain(8): see DecodeEngine.scratch_rows, and the root's row
 TARGET = CacheGroup(name="target", num_layers=1, num_kv_heads=1, head_dim=1, dtype="float32")
 PARAMS = (SamplingParams(), SamplingParams(temperature=1.0, repetition_penalty=1.4),
           SamplingParams(temperature=0.8, top_p=0.9))
@@ -108,34 +112,72 @@ class Item:
     expected: list[int]
     pages: list[int] = field(default_factory=list)
     sequence: DecodeSequence | None = None
+    priority: int = 0
+    number: int = -1
+    paused: bool = False
+    parked: ParkedRows | None = None
+    steps: int = 0
+
+    @property
+    def first_pages(self) -> int:
+        return min(self.num_pages, pages_for(len(self.request.prompt_ids) + SCRATCH, PAGE))
+
+    @property
+    def step_pages(self) -> int:
+        assert self.sequence is not None
+        return min(self.num_pages, pages_for(self.sequence.num_rows + SCRATCH, PAGE))
+
+    def retraction_s(self) -> float:
+        return float(len(self.pages))
 
     def grant(self) -> None:
         pass
 
 
+class Shelf:
+    """Keeps what is retracted."""
+
+    def __init__(self, cache: PagedCache) -> None:
+        self.cache = cache
+
+    def park(self, item: Item) -> None:
+        assert item.sequence is not None
+        item.parked = park_rows(self.cache, item.pages, {TARGET.name: item.sequence.num_rows})
+        self.cache.poison(None, item.pages, 0, len(item.pages) * PAGE)
+
+    def unpark(self, item: Item) -> bool:
+        self.cache.poison(None, item.pages, 0, len(item.pages) * PAGE)
+        unpark_rows(self.cache, item.pages, item.parked)
+        item.parked = None
+        return True
+
+
 class Resources:
     """As much of ``engine.resources.Resources`` as decoding needs."""
 
-    def __init__(self) -> None:
+    def __init__(self, pages: int) -> None:
         self.config = WorkerConfig(model="tiny", poison=True, page_size=PAGE)
-        self.runner, self.cache = SpellingRunner(), PagedCache((TARGET,), PAGES, PAGE)
-        self.pool, self.drafters, self.end_ids = PagePool(PAGES, PAGE), {"random": RandomDrafter()}, ()
+        self.runner, self.cache = SpellingRunner(), PagedCache((TARGET,), pages, PAGE)
+        self.pool, self.drafters, self.end_ids = PagePool(pages, PAGE), {"random": RandomDrafter()}, ()
 
 
 class World:
     """A decode worker without its sockets."""
 
-    def __init__(self) -> None:
-        self.resources = Resources()
+    def __init__(self, overcommit: float = 1.0, pages: int = PAGES) -> None:
+        self.resources = Resources(pages)
         self.engine = DecodeEngine(self.resources)  # type: ignore[arg-type]
-        self.scheduler: DecodeScheduler[Item] = DecodeScheduler(self.resources.pool, max_batch=5)
+        self.scheduler: DecodeScheduler[Item] = DecodeScheduler(
+            self.resources.pool, max_batch=5, overcommit=overcommit, keeper=Shelf(self.resources.cache)
+        )
         self.count = self.finished = 0
+        self.longer = 4 if overcommit > 1 else 1  # answers
 
     def add(self, number: int) -> None:
         self.count += 1
         ids = tuple((self.count * 7 + i * i) % VOCABULARY for i in range(1 + number % 9))
         params = PARAMS[number % len(PARAMS)]
-        tokens = 2 + number % 11
+        tokens = (2 + number % 11) * self.longer
         drafter = self.resources.drafters["random"]
         request = GenerateRequest(
             request_id=str(self.count), prompt_ids=ids, drafter="random", tree="chain(8)",
@@ -165,9 +207,11 @@ class World:
         self.scheduler.join(item)
 
     def step(self) -> None:
-        running = [item for item in self.scheduler.running if item.sequence is not None]
+        running = self.scheduler.make_room()
         if not running:
+            assert (not self.scheduler.running and not self.scheduler.retracted) or self.scheduler.granted
             return
+        assert min(self.scheduler.running + self.scheduler.retracted, key=rank) in running  # the first one advances
         self.engine.step([item.sequence for item in running if item.sequence])
         for item in running:
             assert item.sequence is not None
@@ -179,7 +223,7 @@ class World:
                 self.scheduler.release(item)
 
     def abort(self, number: int) -> None:
-        every = [*self.scheduler.waiting, *self.scheduler.granted, *self.scheduler.running]
+        every = [*self.scheduler.waiting, *self.scheduler.admitted()]
         if every:
             item = every[number % len(every)]
             self.scheduler.release(item)
@@ -200,14 +244,28 @@ ACTIONS = st.lists(
     st.tuples(st.sampled_from(["add", "land", "step", "step", "step", "abort"]), st.integers(0, 98)),
     min_size=200, max_size=200,
 )
-DONE = {"actions": 0, "finished": 0, "accepted": 0}
+DONE: Counter[str] = Counter()
 
 
-@settings(max_examples=50, deadline=None, database=None, derandomize=True,
-          suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example])
+SETTINGS: dict[str, Any] = {
+    "deadline": None, "database": None, "derandomize": True,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
+}  # fmt: skip
+
+
+@settings(max_examples=50, **SETTINGS)
 @given(ACTIONS)
 def ten_thousand(actions):
-    world = World()
+    many(World(), actions)
+
+
+@settings(max_examples=15, **SETTINGS)
+@given(ACTIONS)
+def three_thousand_in_a_pool_promised_twice(actions):
+    many(World(overcommit=4.0, pages=18), actions)
+
+
+def many(world: World, actions: list[tuple[str, int]]) -> None:
     for number in range(4):
         world.add(number)
     for what, number in actions:
@@ -217,18 +275,27 @@ def ten_thousand(actions):
             getattr(world, what)(number)
         world.scheduler.check_integrity()
         DONE["actions"] += 1
-    while world.scheduler.waiting or world.scheduler.granted or world.scheduler.running:
+    while world.scheduler.waiting or world.scheduler.admitted():
         world.land(0)
         world.step()
         world.scheduler.check_integrity()
     assert world.resources.pool.held == 0
     DONE["finished"] += world.finished
     DONE["accepted"] += world.resources.drafters["random"].observed
+    DONE["retracted"] += world.scheduler.retractions
 
 
 def test_ten_thousand_random_steps_lose_no_page_and_read_no_rejected_row():
+    DONE.clear()
     ten_thousand()
     assert DONE["actions"] >= 10_000 and DONE["finished"] > 100 and DONE["accepted"] > 100, DONE
+    assert DONE["retracted"] == 0
+
+
+def test_pages_taken_and_given_back_change_no_token_and_all_answers_end():
+    DONE.clear()
+    three_thousand_in_a_pool_promised_twice()
+    assert DONE["actions"] >= 3_000 and DONE["finished"] > 100 and DONE["retracted"] > 100, DONE
 
 
 def test_the_fake_runner_notices_a_row_that_was_not_compacted(monkeypatch):
