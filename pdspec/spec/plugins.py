@@ -34,13 +34,17 @@ def outside(plugins: Sequence[str], taken: Sequence[str]) -> dict[str, Family]:
     loaded, is no family, or has a name that is ``taken`` or another one's."""
     found: dict[str, Family] = {}
     wheres = dict.fromkeys(taken, "pdspec itself")
-    for where, module in [*_installed(), *((plugin, _load(plugin)) for plugin in dict.fromkeys(plugins))]:
-        family = _checked(module, where)
+    for where, family in [*_installed(), *((plugin, family_of(plugin)) for plugin in dict.fromkeys(plugins))]:
         name = family.DESCRIPTION.name
         if name in wheres:
             raise _refusal(where, f"its name {name!r} is taken by {wheres[name]}", "give DESCRIPTION another name")
         wheres[name], found[name] = where, family
     return found
+
+
+def family_of(plugin: str) -> Family:
+    """The family in a file or module. Raises ConfigError for one that cannot be loaded or is no family."""
+    return _checked(_load(plugin), plugin)
 
 
 def guarded(where: str, work: Callable[[], T]) -> T:
@@ -53,8 +57,9 @@ def guarded(where: str, work: Callable[[], T]) -> T:
         raise _refusal(where, f"{type(error).__name__}: {error}", "mend it, or leave it out") from error
 
 
-def _installed() -> list[tuple[str, ModuleType]]:
-    return [(_place(point), guarded(_place(point), point.load)) for point in entry_points(group=GROUP)]
+def _installed() -> list[tuple[str, Family]]:
+    places = {_place(point): point for point in entry_points(group=GROUP)}
+    return [(where, _checked(guarded(where, point.load), where)) for where, point in places.items()]
 
 
 def _place(point: EntryPoint) -> str:
