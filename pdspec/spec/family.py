@@ -1,5 +1,6 @@
 """What a draft family is to the registry: a module. Each of the package's has a folder with the same file names:
-``family.py`` (this, and no torch at import), ``drafter.py`` and, where it has weights, ``config.py``, ``checkpoint.py`` and ``head.py``.
+``family.py`` (this, and no torch at import), ``drafter.py`` and, where it has weights, ``config.py``, ``checkpoint.py``
+and ``head.py``. A plug-in's may be one file (``plugins.py``).
 
     groups(setting)        its cache groups: the cache is made with these
     make(setting, parts)   the drafter over that cache

@@ -42,7 +42,8 @@ def family(name: str, plugins: Sequence[str] = ()) -> Family:
         return cast(Family, import_module(f"pdspec.spec.{name}.family"))
     others = outer.outside(plugins, NAMES)
     if name not in others:
-        raise UnknownName(f"no drafter {name!r}", field="drafter", remedy="choose one of " + ", ".join((*NAMES, *others)))
+        known = ", ".join((*NAMES, *others))
+        raise UnknownName(f"no drafter {name!r}", field="drafter", remedy=f"choose one of {known}")
     return others[name]
 
 

@@ -138,7 +138,8 @@ def check_draft(draft: Draft, budget: int, drafter: Drafter, vocabulary: int, tr
     nodes = draft.num_nodes
     require(nodes <= budget, f"no more nodes than the budget: {nodes} of {budget}")
     require(len(draft.rows[0]) <= drafter.max_nodes, f"no more rows than max_nodes, {drafter.max_nodes}")
-    require([one.shape for one in (draft.parents, draft.log_q, draft.survival)] == [(nodes,)] * 3, "arrays of one length")
+    shapes = {one.shape for one in (draft.token_ids, draft.parents, draft.log_q, draft.survival)}
+    require(shapes == {(nodes,)}, "arrays of one length")
     require((draft.token_ids.dtype, draft.parents.dtype) == (np.int32, np.int32), "token_ids and parents are int32")
     require((draft.log_q.dtype, draft.survival.dtype) == (np.float32, np.float32), "log_q and survival are float32")
     require(bool(((draft.parents >= -1) & (draft.parents < np.arange(nodes))).all()), "parents before children")

@@ -10,8 +10,8 @@ from typing import Any
 from pdspec.config import WorkerConfig
 from pdspec.errors import ConfigError
 from pdspec.model.files import resolve
-from pdspec.spec.family import Setting
 from pdspec.spec import registry
+from pdspec.spec.family import Setting
 
 RANDOM = "random:7"
 EVERY = "all"

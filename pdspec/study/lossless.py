@@ -157,7 +157,8 @@ def _on_model(
     try:
         found = {
             "answers": answers(
-                local, drafters, num_prompts=sizes.num_prompts, max_tokens=sizes.max_tokens, prompts=prompts, progress=progress
+                local, drafters, num_prompts=sizes.num_prompts, max_tokens=sizes.max_tokens, prompts=prompts,
+                progress=progress,
             )
             | {"random_heads": list(random_heads)}
         }
