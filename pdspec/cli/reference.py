@@ -22,10 +22,10 @@ status: 0; 1 where a check or a promise fails; 2 where what was asked is wrong.
 """
 _SETTINGS = """# Settings
 
-Keys of a YAML or TOML file (`pdspec up --config FILE`), of `--set KEY=VALUE` (`--set worker.cache_tokens=8192`), and flags
-of a role that runs alone: `python -m prefill_worker`, `python -m decode_worker`, `python -m router`, `python -m
-router.relay` and `python -m pdspec.gateway` take `--cache-tokens` for `cache_tokens`, `--tls-cert` for `tls.cert`. A key
-that does not exist is refused with the nearest one that does.
+Keys of a YAML or TOML file (`pdspec up --config FILE`), of `--set KEY=VALUE` (`--set worker.cache_tokens=8192`), and
+flags of a role that runs alone: `python -m prefill_worker`, `python -m decode_worker`, `python -m router`,
+`python -m router.relay` and `python -m pdspec.gateway` take `--cache-tokens` for `cache_tokens`, `--tls-cert` for
+`tls.cert`. A key that does not exist is refused with the nearest one that does.
 """
 _SECTIONS = (
     ("The deployment", settings.ClusterConfig), ("worker, prefill_worker, decode_worker", settings.WorkerConfig),
