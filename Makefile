@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup proto check test test-fast demo bench clean
+.PHONY: help setup proto check test test-fast demo bench docs clean
 
 help:
 	@echo "make demo      install, fetch the model, answer a prompt through separate prefill and decode workers"
@@ -15,6 +15,7 @@ help:
 	@echo "make check     ruff, types, import arrows, stub freshness"
 	@echo "make test-fast the tests that need neither Ray nor the real model"
 	@echo "make bench     every CPU figure in a short form beside what is promised, in ten minutes"
+	@echo "make docs      the documentation as a site in build/site"
 	@echo "make proto     write the gRPC stubs anew"
 
 setup: $(STAMP)
@@ -50,6 +51,9 @@ demo: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/pdspec bench short
+
+docs: $(STAMP)
+	$(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -48,7 +48,11 @@ def _make_absolute(settings: Settings, *names: str) -> None:
     """Workers run in folders of their own: a path counts from where the settings were made."""
     for name in names:
         if path := getattr(settings, name):
-            object.__setattr__(settings, name, str(Path(path).expanduser().absolute()))
+            object.__setattr__(settings, name, _whole(path))
+
+
+def _whole(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
 
 
 def _check_members(tls: TlsConfig) -> None:
@@ -71,6 +75,7 @@ class WorkerConfig(Settings):
     )  # fmt: skip
     drafter: str = option("eagle3", "drafter of requests that name none")
     drafters: tuple[str, ...] = option(("none", "ngram", "suffix", "eagle3"), "drafters to hold ready")
+    plugins: tuple[str, ...] = option((), "files or modules of draft families beside pdspec's own")
     heads: dict[str, str] = option({}, "draft head folders by drafter name; others use the shipped head")
     options: dict[str, str] = option({}, "options of draft families by FAMILY:OPTION; see pdspec drafters")
     tree: str = option("", "draft tree of requests that name none, e.g. chain(4) or dynamic(4,4,8)")
@@ -146,6 +151,7 @@ class WorkerConfig(Settings):
             raise unknown_name("drafter", self.drafter, self.drafters, field="drafter", where="drafters")
         _check_members(self.tls)
         _make_absolute(self, "cluster_token_file")
+        object.__setattr__(self, "plugins", tuple(_whole(one) if one.endswith(".py") else one for one in self.plugins))
         for name in self.heads:
             if name not in self.drafters:
                 raise unknown_name("drafter", name, self.drafters, field="heads", where="drafters")

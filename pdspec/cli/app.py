@@ -71,7 +71,7 @@ def build_app() -> typer.Typer:
     app.add_typer(_group("Public prompt sets.", {"fetch": data.fetch}), name="data")
     proofs = {
         "parity": check.parity, "handoff": check.handoff, "lossless": check.lossless, "structured": check.structured,
-        "plan": check.plan, "tp": check.tp,
+        "drafter": check.drafter, "plan": check.plan, "tp": check.tp,
     }  # fmt: skip
     app.add_typer(_group("Proofs, run on this machine.", proofs), name="check")
     faults = {

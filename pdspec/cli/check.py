@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pdspec.cli.options import Dtype, Heads, Json, Model, Numerics, Options, Prompts, Threads, given_flags
+from pdspec.cli.options import Dtype, Heads, Json, Model, Numerics, Options, Plugins, Prompts, Threads, given_flags
 from pdspec.cli.output import notes, only_json, print_json
 
 
@@ -18,6 +18,7 @@ def parity(
     numerics: Numerics = None,
     head: Heads = None,
     option: Options = None,
+    plugin: Plugins = None,
     prompts: Prompts = None,
     num_prompts: Annotated[int, typer.Option(help="Prompts taken from the file.")] = 20,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 128,
@@ -30,8 +31,9 @@ def parity(
         from pdspec.study.heads import families
 
         result = study.run(
-            worker=given_flags(model=model, dtype=dtype, numerics=numerics, heads=head, options=option),
-            drafters=families(drafters), prompts=prompts, num_prompts=num_prompts, max_tokens=max_tokens,
+            worker=given_flags(model=model, dtype=dtype, numerics=numerics, heads=head, options=option,
+                               plugins=plugin),
+            drafters=families(drafters, plugin or ()), prompts=prompts, num_prompts=num_prompts, max_tokens=max_tokens,
             transformers=transformers, progress=notes().print,
         )  # fmt: skip
     _finish(result, json)
@@ -76,11 +78,13 @@ def handoff(
 
 def lossless(
     quick: Annotated[bool, typer.Option("--quick", help="Less of everything, on the tiny model: 2 minutes.")] = False,
+    drafters: Annotated[str, typer.Option(help="Comma separated; all: every family.")] = "all",
     model: Model = None,
     dtype: Dtype = None,
     numerics: Numerics = None,
     head: Heads = None,
     option: Options = None,
+    plugin: Plugins = None,
     prompts: Prompts = None,
     parts: Annotated[str, typer.Option(help="Some of law,paths,joint,answers (default: all).")] = "",
     seeds: Annotated[int, typer.Option(help="Of the drafts that mean harm (default: 100000; quick: 1500).")] = 0,
@@ -93,15 +97,16 @@ def lossless(
     """No drafter, tree or verification changes the output: exact laws, equal paths, sampled pairs, whole answers."""
     with only_json(json):
         from pdspec.study import lossless as study
+        from pdspec.study.heads import families
 
         asked: dict[str, Any] = {"harmful_seeds": seeds, "joint_seeds": joint_seeds, "num_prompts": num_prompts,
                  "max_tokens": max_tokens}  # fmt: skip
         sizes = dataclasses.replace(study.QUICK if quick else study.Sizes(), **{k: v for k, v in asked.items() if v})
         worker = given_flags(model=model or ("tiny" if quick else None), dtype=dtype, numerics=numerics, heads=head,
-                        options=option, threads=threads)  # fmt: skip
+                        options=option, plugins=plugin, threads=threads)  # fmt: skip
         result = study.run(
             worker=worker, sizes=sizes, parts=[part.strip() for part in parts.split(",") if part.strip()],
-            prompts=prompts, progress=notes().print,
+            drafters=families(drafters, plugin or ()), prompts=prompts, progress=notes().print,
         )  # fmt: skip
     _finish(result, json)
 
@@ -114,6 +119,7 @@ def structured(
     numerics: Numerics = None,
     head: Heads = None,
     option: Options = None,
+    plugin: Plugins = None,
     parts: Annotated[str, typer.Option(help="Some of families,ratio,replay,handoff (default: all).")] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Sampled answers to each question.")] = 2,
     threads: Threads = None,
@@ -125,9 +131,9 @@ def structured(
         from pdspec.study.heads import families
 
         worker = given_flags(model=model or ("tiny" if quick else None), dtype=dtype, numerics=numerics, heads=head,
-                        options=option, threads=threads)  # fmt: skip
+                        options=option, plugins=plugin, threads=threads)  # fmt: skip
         result = study.run(
-            worker=worker, drafters=families(drafters), seeds=seeds, progress=notes().print,
+            worker=worker, drafters=families(drafters, plugin or ()), seeds=seeds, progress=notes().print,
             parts=[part.strip() for part in parts.split(",") if part.strip()],
         )  # fmt: skip
     _finish(result, json)
@@ -156,6 +162,24 @@ def tp(
             degrees=study.parse_degrees(degrees), drafters=families(drafters), prompts=prompts,
             num_prompts=num_prompts, max_tokens=max_tokens, progress=notes().print,
         )  # fmt: skip
+    _finish(result, json)
+
+
+def drafter(
+    name: Annotated[str, typer.Argument(help="A drafter of `pdspec drafters`, or of --plugin.")],
+    model: Model = "tiny",
+    dtype: Dtype = None,
+    head: Heads = None,
+    option: Options = None,
+    plugin: Plugins = None,
+    json: Json = False,
+) -> None:
+    """What every drafter promises to the engines: trees within budget, state in its place, rows as declared."""
+    with only_json(json):
+        from pdspec.study import drafter_contract as study
+
+        worker = given_flags(model=model, heads=head, options=option, plugins=plugin)
+        result = study.run(name, worker=worker, dtypes=(dtype,) if dtype else study.DTYPES)
     _finish(result, json)
 
 

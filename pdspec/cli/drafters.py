@@ -5,15 +5,15 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from pdspec.cli.options import Json
+from pdspec.cli.options import Json, Plugins
 from pdspec.cli.output import print_json
 
 
-def drafters(json: Json = False) -> None:
+def drafters(plugin: Plugins = None, json: Json = False) -> None:
     """List the drafters with what each one needs."""
     from pdspec.spec.registry import describe
 
-    rows = describe()
+    rows = describe(plugin or ())
     if json:
         print_json({"drafters": rows})
         return

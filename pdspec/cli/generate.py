@@ -19,6 +19,7 @@ from pdspec.cli.options import (
     Json,
     Model,
     Numerics,
+    Plugins,
     Threads,
     TlsCa,
     TlsCert,
@@ -63,6 +64,7 @@ def generate(
     dtype: Dtype = None,
     numerics: Numerics = None,
     head: Heads = None,
+    plugin: Plugins = None,
     threads: Threads = None,
 ) -> None:
     """Answer one prompt through a running deployment, or with --local in this process."""
@@ -82,7 +84,8 @@ def generate(
         draft_prefill=draft_prefill or "",
     )  # fmt: skip
     if not local:
-        of_workers = {"--dtype": dtype, "--numerics": numerics, "--head": head or None, "--threads": threads}
+        of_workers = {"--dtype": dtype, "--numerics": numerics, "--head": head or None, "--plugin": plugin or None,
+                      "--threads": threads}  # fmt: skip
         for flag, value in of_workers.items():
             if value is not None:
                 raise InvalidRequest("chosen when a deployment starts", field=flag, remedy="use it with --local or up")
@@ -90,7 +93,8 @@ def generate(
         with RouterClient(endpoint, shown) as client:
             _answer(client.stream(request), json=json)
         return
-    given = given_flags(model=model, drafter=drafter, dtype=dtype, numerics=numerics, heads=head, threads=threads)
+    given = given_flags(model=model, drafter=drafter, dtype=dtype, numerics=numerics, heads=head, threads=threads,
+                        plugins=plugin)  # fmt: skip
     if drafter:
         given["drafters"] = (drafter,)
     with only_json(json), spinner(notes(), "loading"):

@@ -34,6 +34,10 @@ Options = Annotated[
     list[str] | None,
     typer.Option("--option", help="FAMILY:OPTION=VALUE of a draft family, see `pdspec drafters`; may be repeated."),
 ]
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option("--plugin", help="File or module of a drafter, see docs/adding-a-drafter.md; may be repeated."),
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads of a worker; 0: all cores.")]
 Endpoint = Annotated[str, typer.Option(help="The router's host:port.", envvar="PDSPEC_ENDPOINT")]
 TlsCa = Annotated[
@@ -74,6 +78,8 @@ def cluster_config(
         given = _given(flags)
         if given:
             values[section] = {**(values.get(section) or {}), **given}
+    if isinstance(chosen := values.get("worker"), dict):
+        values["worker"] = _with_plugged(chosen)
     return ClusterConfig.from_mapping({**values, **_given(top)})
 
 
@@ -88,6 +94,7 @@ def worker_flags(
     heads: list[str] | None = None,
     options: list[str] | None = None,
     threads: int | None = None,
+    plugins: list[str] | None = None,
 ) -> dict[str, Any]:
     """The ``worker`` section of these flags."""
     folders = pairs(heads, "head", "DRAFTER=FOLDER")
@@ -101,6 +108,7 @@ def worker_flags(
         "threads": threads,
         "options": pairs(options, "option", "FAMILY:OPTION=VALUE") or None,
         "heads": {name: _absolute(head) for name, head in folders.items()} or None,
+        "plugins": tuple(plugins or ()) or None,
     }
 
 
@@ -113,6 +121,16 @@ def access(*, tls_ca: str = "", tls_cert: str = "", tls_key: str = "", token_fil
 def given_flags(**flags: Any) -> dict[str, Any]:
     """``worker_flags`` without those that were not given: keys of a WorkerConfig."""
     return _given(worker_flags(**flags))
+
+
+def _with_plugged(worker: dict[str, Any]) -> dict[str, Any]:
+    """The families of plug-ins are held ready where ``drafters`` does not say which are. Raises ConfigError."""
+    if not worker.get("plugins") or "drafters" in worker:
+        return worker
+    from pdspec.spec.plugins import family_of
+
+    known = WorkerConfig.from_mapping({"plugins": worker["plugins"]})
+    return {**worker, "drafters": (*known.drafters, *(family_of(one).DESCRIPTION.name for one in known.plugins))}
 
 
 def pairs(texts: list[str] | None, flag: str, form: str) -> dict[str, str]:

@@ -19,6 +19,7 @@ from pdspec.cli.options import (
     Heads,
     Model,
     Numerics,
+    Plugins,
     Port,
     Sets,
     Threads,
@@ -41,6 +42,7 @@ def up(
     handoff: HandoffPath = None,
     draft_prefill: DraftPrefillRole = None,
     head: Heads = None,
+    plugin: Plugins = None,
     threads: Threads = None,
     tp: Annotated[
         int | None, typer.Option(min=1, help="Ranks of a worker (default: 1); of one role: --set prefill_worker.tp=2.")
@@ -66,7 +68,7 @@ def up(
         top={"prefill": prefill, "decode": decode, "address": address},
         worker=worker_flags(
             model=model, drafter=drafter, dtype=dtype, numerics=numerics, tree=tree,
-            draft_prefill=draft_prefill, heads=head, threads=threads,
+            draft_prefill=draft_prefill, heads=head, threads=threads, plugins=plugin,
         ) | {"tp": tp},
         router={"host": host, "port": port, "handoff": handoff},
         http={"host": http_host, "port": http_port},

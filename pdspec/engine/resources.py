@@ -110,7 +110,7 @@ def _load(config: WorkerConfig, files: ModelFiles, ranks: Ranks | None) -> Resou
     runner = ranks.runner(weights, ops) if ranks else Runner(whole, weights, ops=ops, dtype=config.dtype)
     setting = Setting(
         target=files, dtype=config.dtype, heads=config.heads, strict=config.strict_target, cache_dir=config.cache_dir,
-        options=config.options, survival=config.survival_mode(),
+        options=config.options, survival=config.survival_mode(), plugins=config.plugins,
     )
     drafts = draft_groups(config.drafters, setting)
     groups = (runner.group, *drafts)

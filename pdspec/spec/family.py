@@ -1,5 +1,6 @@
-"""What a draft family is to the registry. Each has a folder with the same file names: ``family.py`` (this, and no torch
-at import), ``drafter.py`` and, where it has weights, ``config.py``, ``checkpoint.py`` and ``head.py``.
+"""What a draft family is to the registry: a module. Each of the package's has a folder with the same file names:
+``family.py`` (this, and no torch at import), ``drafter.py`` and, where it has weights, ``config.py``, ``checkpoint.py``
+and ``head.py``. A plug-in's may be one file (``plugins.py``).
 
     groups(setting)        its cache groups: the cache is made with these
     make(setting, parts)   the drafter over that cache
@@ -52,6 +53,7 @@ class Setting:
     cache_dir: str = ""
     options: Mapping[str, str] = field(default_factory=dict)  # by FAMILY:OPTION
     survival: str = "fixed"  # see survival.py
+    plugins: tuple[str, ...] = ()  # files and modules of further families
 
     def option(self, family: Description, name: str) -> str:
         """What an option of a family is set to."""

@@ -10,23 +10,24 @@ from typing import Any
 from pdspec.config import WorkerConfig
 from pdspec.errors import ConfigError
 from pdspec.model.files import resolve
+from pdspec.spec import registry
 from pdspec.spec.family import Setting
-from pdspec.spec.registry import NAMES, family
 
 RANDOM = "random:7"
 EVERY = "all"
 
 
-def families(text: str) -> tuple[str, ...]:
-    """The families that a comma separated list names, each once; ``all`` stands for the registry. Raises
-    UnknownName, and ConfigError for an empty list."""
+def families(text: str, plugins: Sequence[str] = ()) -> tuple[str, ...]:
+    """The families that a comma separated list names, each once; ``all`` stands for the registry with ``plugins``.
+    Raises UnknownName, and ConfigError for an empty list."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name != EVERY:
-            family(name)
+            registry.family(name, plugins)
     if not names:
         raise ConfigError("no drafter is named", field="drafters", remedy="name some, or all")
-    return tuple(dict.fromkeys(one for name in names for one in (NAMES if name == EVERY else (name,))))
+    every = registry.names(plugins)
+    return tuple(dict.fromkeys(one for name in names for one in (every if name == EVERY else (name,))))
 
 
 def worker_config(worker: Mapping[str, Any], names: Sequence[str]) -> WorkerConfig:
@@ -48,7 +49,7 @@ def with_random_heads(config: WorkerConfig) -> tuple[WorkerConfig, tuple[str, ..
 
 def at_hand(worker: Mapping[str, Any]) -> tuple[str, ...]:
     """The families that can serve without a random head, in the registry's order."""
-    config = worker_config(worker, NAMES)
+    config = worker_config(worker, registry.names(worker.get("plugins", ())))
     missing = tuple(_without_head(config, dict(config.heads)))
     return tuple(name for name in config.drafters if name not in missing)
 
@@ -57,10 +58,11 @@ def _without_head(config: WorkerConfig, heads: dict[str, str]) -> Iterator[str]:
     """Families of ``config`` that find no head, in the registry's order: what is put into ``heads`` meanwhile counts
     for those that may use another's."""
     files = resolve(config.model, config.cache_dir or None)
-    setting = Setting(target=files, dtype=config.dtype, heads=heads, cache_dir=config.cache_dir, options=config.options)
-    for name in (one for one in NAMES if one in config.drafters):
+    setting = Setting(target=files, dtype=config.dtype, heads=heads, cache_dir=config.cache_dir, options=config.options,
+                      plugins=config.plugins)  # fmt: skip
+    for name in (one for one in registry.names(config.plugins) if one in config.drafters):
         try:
-            family(name).groups(replace(setting, heads=heads))
+            registry.family(name, config.plugins).groups(replace(setting, heads=heads))
         except ConfigError as error:
             if not (error.field or "").startswith("heads."):
                 raise

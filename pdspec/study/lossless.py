@@ -63,25 +63,27 @@ def run(
     *, worker: dict[str, Any], sizes: Sizes, parts: Sequence[str] = (), drafters: Sequence[str] = NAMES,
     prompts: str | None = None, progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
-    """``worker`` is what part answers serves. ``ok``: nothing failed. Raises ConfigError for an unknown part."""
+    """``worker`` is what part answers serves, whose plug-ins serve in every part. ``ok``: nothing failed. Raises
+    ConfigError for an unknown part."""
     wanted = tuple(parts) or PARTS
     if unknown := [part for part in wanted if part not in PARTS]:
         raise ConfigError(f"no part {unknown[0]!r}", field="parts", remedy="use some of " + ",".join(PARTS))
     found: dict[str, Any] = {}
     if set(wanted) & {"law", "paths", "joint"}:
         with tempfile.TemporaryDirectory() as folder:
-            found.update(on_toy(Path(folder), wanted, sizes, drafters, progress))
+            found.update(on_toy(Path(folder), wanted, sizes, drafters, progress, worker.get("plugins", ())))
     if "answers" in wanted:
-        found.update(_on_model(worker_config(worker, NAMES), sizes, prompts, progress))
+        found.update(_on_model(worker_config(worker, drafters), drafters, sizes, prompts, progress))
     return _summed(found, drafters)
 
 
 def on_toy(
-    folder: Path, wanted: Sequence[str], sizes: Sizes, drafters: Sequence[str], progress: Progress
+    folder: Path, wanted: Sequence[str], sizes: Sizes, drafters: Sequence[str], progress: Progress,
+    plugins: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The parts that run on the toy target, whose files are written to ``folder``."""
     write_toys(folder)
-    local = LocalGenerator(toy_config(folder, tuple(dict.fromkeys(("none", *drafters)))))
+    local = LocalGenerator(toy_config(folder, tuple(dict.fromkeys(("none", *drafters))), plugins=tuple(plugins)))
     found: dict[str, Any] = {}
     try:
         if "law" in wanted:
@@ -104,7 +106,7 @@ def law(local: LocalGenerator, sizes: Sizes, drafters: Sequence[str], progress: 
     """Every family, tree and ratio rule."""
     cases = []
     for params in (PROCESSED, PLAIN)[: 1 + sizes.law_large]:
-        for drafter, tree in paths.cases(drafters, sizes.law_large):
+        for drafter, tree in paths.cases(local, drafters, sizes.law_large):
             if tree.startswith("static") and not sizes.law_static:
                 continue
             for verify in ("rejection", "block") if sizes.law_large or tree.startswith("chain") else ("rejection",):
@@ -146,18 +148,21 @@ def _paths(local: LocalGenerator, sizes: Sizes, drafters: Sequence[str]) -> dict
     }
 
 
-def _on_model(config: WorkerConfig, sizes: Sizes, prompts: str | None, progress: Progress) -> dict[str, Any]:
+def _on_model(
+    config: WorkerConfig, drafters: Sequence[str], sizes: Sizes, prompts: str | None, progress: Progress
+) -> dict[str, Any]:
     progress(f"answers of {config.model} …")
     config, random_heads = with_random_heads(config)
     local = LocalGenerator(config)
     try:
         found = {
             "answers": answers(
-                local, num_prompts=sizes.num_prompts, max_tokens=sizes.max_tokens, prompts=prompts, progress=progress
+                local, drafters, num_prompts=sizes.num_prompts, max_tokens=sizes.max_tokens, prompts=prompts,
+                progress=progress,
             )
             | {"random_heads": list(random_heads)}
         }
-        if sizes.joint_seeds:
+        if sizes.joint_seeds and "eagle3" in drafters:
             progress(f"joint, {config.model} …")
             found["joint.model"] = joints(local, prompts=prompts, seeds=sizes.joint_seeds, progress=progress)
         local.resources.pool.check_integrity([])

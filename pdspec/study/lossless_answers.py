@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from pdspec.engine.local import LocalGenerator
-from pdspec.spec.registry import NAMES
 from pdspec.study.audit import Audit, tolerance
 from pdspec.study.lossless_joint import joint
 from pdspec.study.parity import CONCURRENT, audited, reference, requests_for, trees_of
@@ -17,7 +16,8 @@ JOINT = SamplingParams(temperature=0.8, top_k=20)
 
 
 def answers(
-    local: LocalGenerator, *, num_prompts: int, max_tokens: int, prompts: str | None, progress: Callable[[str], object]
+    local: LocalGenerator, drafters: Sequence[str], *, num_prompts: int, max_tokens: int, prompts: str | None,
+    progress: Callable[[str], object],
 ) -> dict[str, Any]:  # fmt: skip
     """``num_prompts`` prompts, each greedy and at temperature 0.8: token for token in exact numerics, else audited."""
     resources = local.resources
@@ -26,10 +26,10 @@ def answers(
     exact = resources.fingerprint["numerics"] != "fast"
     tau = tolerance(resources, requests[0].prompt_ids, expected[0])
     found, different, count = Audit(), {}, 0
-    for name in NAMES:
+    for name in drafters:
         if name == "none":
             continue
-        for tree in trees_of(resources.drafters[name]):
+        for tree in trees_of(resources.drafters[name], resources.config.plugins):
             wrong = 0
             asked = [replace(request, drafter=name, tree=tree) for request in requests]
             for start in range(0, len(asked), CONCURRENT):

@@ -38,10 +38,10 @@ MIXED = (
 )  # fmt: skip
 
 
-def cases(drafters: Sequence[str], large: bool = False) -> Iterator[tuple[str, str]]:
+def cases(local: LocalGenerator, drafters: Sequence[str], large: bool = False) -> Iterator[tuple[str, str]]:
     """(family, tree) of each kind of tree that a family has."""
     for name in drafters:
-        for kind in family(name).DESCRIPTION.trees or ("",):
+        for kind in family(name, local.resources.config.plugins).DESCRIPTION.trees or ("",):
             yield name, toy_tree(name, kind, large=large)
 
 
@@ -110,7 +110,7 @@ def families(local: LocalGenerator, drafters: Sequence[str], seeds: int, tokens:
     for number, params in enumerate(MIXED):
         own = range(number, seeds, len(MIXED))
         plain = answers(local, [asked("none", "", params, seed, tokens) for seed in own])
-        for drafter, tree in cases(drafters):
+        for drafter, tree in cases(local, drafters):
             found = answers(local, [asked(drafter, tree, params, seed, tokens) for seed in own])
             name = f"{drafter} {tree}"
             different[name] = different.get(name, 0) + sum(a != b for a, b in zip(found, plain, strict=True))
@@ -141,7 +141,7 @@ def samples(local: LocalGenerator, seeds: int) -> Result:
 def replay(local: LocalGenerator, drafters: Sequence[str], seeds: int, tokens: int = 12) -> Result:
     """An answer that goes on elsewhere after some of its tokens goes on with the same ones."""
     count = different = 0
-    for drafter, tree in cases(drafters):
+    for drafter, tree in cases(local, drafters):
         whole = [asked(drafter, tree, MIXED[seed % 2], seed, tokens) for seed in range(seeds)]
         for request, answer in zip(whole, answers(local, whole), strict=True):
             sent = 1 + count % (tokens - 2)
@@ -161,7 +161,7 @@ def batches(local: LocalGenerator, drafters: Sequence[str], rounds: int) -> Resu
     for number in range(rounds):
         mixed = [
             asked(drafter, tree, MIXED[(index + number) % len(MIXED)], 100 * number + index, 3 + 5 * (index % 5))
-            for index, (drafter, tree) in enumerate(cases(drafters))
+            for index, (drafter, tree) in enumerate(cases(local, drafters))
         ]
         alone = [answers(local, [request])[0] for request in mixed]
         different += sum(a != b for a, b in zip(answers(local, mixed), alone, strict=True))
@@ -188,7 +188,7 @@ def coupling(local: LocalGenerator, drafters: Sequence[str], seeds: int) -> Resu
     chooses at that position and *target* id; q is what they draw from with ``rejection``."""
     wrong = nodes = 0
     for drafter in drafters:
-        if "chain" not in family(drafter).DESCRIPTION.trees:
+        if "chain" not in family(drafter, local.resources.config.plugins).DESCRIPTION.trees:
             continue
         for seed in range(seeds):
             coupled, drawn = (

@@ -101,9 +101,9 @@ def served(
     return [answers[index % CONCURRENT][index // CONCURRENT] for index in range(len(requests))]
 
 
-def trees_of(drafter: Drafter) -> list[str]:
+def trees_of(drafter: Drafter, plugins: Sequence[str] = ()) -> list[str]:
     """The default tree and one of every other kind that the family drafts; an empty one where it drafts nothing."""
-    kinds, found = family(drafter.name).DESCRIPTION.trees, [drafter.default_tree]
+    kinds, found = family(drafter.name, plugins).DESCRIPTION.trees, [drafter.default_tree]
     for kind in (one for one in kinds if not drafter.default_tree.startswith(one)):
         found.append(first_drafted(drafter, TREES[kind]))
     return found
@@ -134,7 +134,7 @@ def _one(
         progress(f"  plain decoding in one process: {sum(map(len, expected))} tokens")
         tau = tolerance(local.resources, requests[0].prompt_ids, expected[0])
         found, mismatched, cases = Audit(), 0, 0
-        asked = [(name, tree) for name in drafters for tree in trees_of(local.resources.drafters[name])]
+        asked = [(name, tree) for name in drafters for tree in trees_of(local.resources.drafters[name], config.plugins)]
         with Stack(config) as stack:
             for drafter, tree in asked:
                 for handoff in HANDOFFS:

@@ -148,7 +148,7 @@ def _families(
 ) -> dict[str, Any]:  # fmt: skip
     by_tree, count, invalid = {}, 0, 0
     for name in drafters:
-        for tree in trees_of(local.resources.drafters[name]):
+        for tree in trees_of(local.resources.drafters[name], local.resources.config.plugins):
             asked = [replace(request, drafter=name, tree=tree) for request in requests]
             answers = answered(local, asked)
             by_tree[f"{name} {tree}".strip()] = sum(a != b for a, b in zip(answers, plain, strict=True))

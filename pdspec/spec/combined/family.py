@@ -43,10 +43,11 @@ def _head(setting: Setting) -> tuple[Family, Setting]:
     """The head's family and what it is to be made with. Raises ConfigError for a family that is no head, and for a head
     that keeps rows of its own drafts: accepted tokens may be of a draft that it never made."""
     name = setting.option(DESCRIPTION, "head")
-    if name not in registry.NAMES or name in _NO_HEADS:
+    heads_known = [one for one in registry.names(setting.plugins) if one not in _NO_HEADS]
+    if name not in heads_known:
         raise ConfigError(f"{name!r} is no head to combine suffix with", field="options.combined:head",
-                          remedy="use one of " + ", ".join(one for one in registry.NAMES if one not in _NO_HEADS))
-    family = registry.family(name)
+                          remedy="use one of " + ", ".join(heads_known))
+    family = registry.family(name, setting.plugins)
     if "stable_kv" in family.DESCRIPTION.options and not flag(setting, family.DESCRIPTION, "stable_kv"):
         raise ConfigError(
             f"combined cannot use {name} with {name}:stable_kv=false: it rebuilds the rows of accepted tokens",

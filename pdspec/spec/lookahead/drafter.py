@@ -18,10 +18,10 @@ import torch
 
 from pdspec.errors import InvalidRequest
 from pdspec.spec.lookahead.window import JacobiWindow, Ngram, most_rows
+from pdspec.spec.model_free import ModelFree
 from pdspec.spec.protocol import Candidates, Draft, DraftContext, HiddenRows, Verdict, empty_draft
 from pdspec.spec.survival import Calibrated, Forecast
 from pdspec.spec.tree import ChainTree, DynamicTree, parse_tree
-from pdspec.types import CacheGroup
 
 MAX_KEYS = 4096  # first tokens of a sequence's pool; the ones unused longest go first
 _PRIOR, _PRIOR_WEIGHT = 0.5, 4.0  # of a guess being right, before there is any evidence
@@ -41,16 +41,11 @@ class LookaheadState:
     forecast: Forecast | None = None
 
 
-class LookaheadDrafter(Calibrated):
+class LookaheadDrafter(ModelFree, Calibrated):
     """``window`` W columns, n-grams of ``level`` N tokens, at most ``guesses`` G of them for one first token. ``text``:
     what stands in prompt and output is in the pool. No row stands at ``max_positions`` or beyond."""
 
     name = "lookahead"
-    groups: tuple[CacheGroup, ...] = ()
-    capture: tuple[int, ...] = ()
-    want_final = False
-    ahead = carry = 0
-    stable_kv = True
     has_q = False
 
     def __init__(
@@ -67,20 +62,9 @@ class LookaheadDrafter(Calibrated):
         """Both sides may hold any version of it: nothing is shipped."""
         return "lookahead/1"
 
-    def rows_at(self, num_tokens: int) -> dict[str, int]:
-        """No groups."""
-        return {}
-
     def depth(self, tree: str) -> int:
         """Deepest node under a request's tree. Raises InvalidRequest for what this drafter cannot make."""
         return self._spec(tree).depth
-
-    def prefill(self, ctx: DraftContext, hidden: HiddenRows) -> None:
-        """Nothing: the pool is kept where it is used."""
-
-    def start(self, ctx: DraftContext) -> tuple[Candidates | None, dict[str, torch.Tensor]]:
-        """Nothing to ship."""
-        return None, {}
 
     def resume(self, ctx: DraftContext, candidates: Candidates | None, rows: dict[str, torch.Tensor]) -> None:
         """Begins a window of tokens of the prompt, drawn by the request's seed, as the authors' code does."""

@@ -10,14 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
-from pdspec.errors import InvalidRequest
+from pdspec.spec.model_free import ModelFree, guessed_chain
 from pdspec.spec.protocol import Candidates, Draft, DraftContext, HiddenRows, Verdict, empty_draft
 from pdspec.spec.survival import Calibrated, Forecast
-from pdspec.spec.tree import ChainTree, parse_tree
-from pdspec.types import CacheGroup
 
 _PRIOR = (0.35, 0.5, 0.65, 0.8)  # acceptance of a proposal by match length, before there is any evidence
 _PRIOR_WEIGHT = 4.0
@@ -36,15 +33,10 @@ class NgramState:
     forecast: Forecast | None = None
 
 
-class NgramDrafter(Calibrated):
+class NgramDrafter(ModelFree, Calibrated):
     """Chains copied out of the context; ``max_nodes`` bounds the chain that a request may ask for."""
 
     name = "ngram"
-    groups: tuple[CacheGroup, ...] = ()
-    capture: tuple[int, ...] = ()
-    want_final = False
-    ahead = carry = 0
-    stable_kv = True
     default_tree = "chain(7)"
     has_q = False
 
@@ -58,17 +50,6 @@ class NgramDrafter(Calibrated):
     def fingerprint(self) -> str:
         """Both sides may hold any version of it: nothing is shipped."""
         return f"ngram/1/{self.longest}"
-
-    def rows_at(self, num_tokens: int) -> dict[str, int]:
-        """No groups."""
-        return {}
-
-    def prefill(self, ctx: DraftContext, hidden: HiddenRows) -> None:
-        """Nothing: the index is built where it is used."""
-
-    def start(self, ctx: DraftContext) -> tuple[Candidates | None, dict[str, torch.Tensor]]:
-        """Nothing to ship."""
-        return None, {}
 
     def resume(self, ctx: DraftContext, candidates: Candidates | None, rows: dict[str, torch.Tensor]) -> None:
         """Indexes the prompt."""
@@ -87,14 +68,6 @@ class NgramDrafter(Calibrated):
                 state.accepted[state.proposed - 1] += verdict.num_accepted > 0
                 state.proposed = 0
         self._learn(batch)
-
-    def depth(self, tree: str) -> int:
-        """Longest chain under a request's tree. Raises InvalidRequest for what this drafter cannot make."""
-        spec = parse_tree(tree or self.default_tree)
-        if not isinstance(spec, ChainTree) or spec.depth > self.max_nodes:
-            remedy = f"use chain(k) with k in 1..{self.max_nodes}"
-            raise InvalidRequest(f"drafter {self.name} cannot draft {tree}", field="tree", remedy=remedy)
-        return spec.depth
 
     def _state(self, ctx: DraftContext) -> NgramState:
         if ctx.state is None:
@@ -118,12 +91,7 @@ class NgramDrafter(Calibrated):
         source = tokens[end + 1 : end + 1 + length]
         chain = [source[i % period] for i in range(length)]
         acceptance = state.accepted[matched - 1] / state.tried[matched - 1]
-        draft = Draft(
-            token_ids=np.array(chain, np.int32), parents=np.arange(-1, length - 1, dtype=np.int32),
-            log_q=np.full(length, np.nan, np.float32),
-            survival=np.power(np.float32(acceptance), np.arange(1, length + 1, dtype=np.float32)),
-        )
-        return self._calibrate(ctx, draft, matched)
+        return self._calibrate(ctx, guessed_chain(chain, acceptance), matched)
 
 
 def _catch_up(state: NgramState, tokens: Sequence[int]) -> None:

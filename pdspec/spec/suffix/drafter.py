@@ -29,11 +29,11 @@ import numpy as np
 import torch
 
 from pdspec.errors import InvalidRequest
+from pdspec.spec.model_free import ModelFree
 from pdspec.spec.protocol import Candidates, Draft, DraftContext, HiddenRows, Verdict, empty_draft
 from pdspec.spec.suffix.tree import Match, RequestTree, SharedTree
 from pdspec.spec.survival import Calibrated, Forecast
 from pdspec.spec.tree import ChainTree, DynamicTree, parse_tree
-from pdspec.types import CacheGroup
 
 SHARED_TOKENS = 65536  # of earlier answers, 8 bytes each
 ALPHA = 2.0  # nodes per matched token
@@ -62,16 +62,11 @@ class Grown:
     matched: int = 0
 
 
-class SuffixDrafter(Calibrated):
+class SuffixDrafter(ModelFree, Calibrated):
     """Trees copied out of the context and of earlier answers. ``max_nodes`` bounds what a request may ask for,
     ``shared_tokens`` the tokens of all earlier answers together, ``alpha`` the nodes per matched token."""
 
     name = "suffix"
-    groups: tuple[CacheGroup, ...] = ()
-    capture: tuple[int, ...] = ()
-    want_final = False
-    ahead = carry = 0
-    stable_kv = True
     default_tree = "dynamic(8,4,8)"
     has_q = False
 
@@ -87,17 +82,6 @@ class SuffixDrafter(Calibrated):
     def fingerprint(self) -> str:
         """Both sides may hold any version of it: nothing is shipped."""
         return "suffix/1"
-
-    def rows_at(self, num_tokens: int) -> dict[str, int]:
-        """No groups."""
-        return {}
-
-    def prefill(self, ctx: DraftContext, hidden: HiddenRows) -> None:
-        """Nothing: the tree is kept where it is used."""
-
-    def start(self, ctx: DraftContext) -> tuple[Candidates | None, dict[str, torch.Tensor]]:
-        """Nothing to ship."""
-        return None, {}
 
     def resume(self, ctx: DraftContext, candidates: Candidates | None, rows: dict[str, torch.Tensor]) -> None:
         """Makes the request's own tree from the prompt and the first token."""
