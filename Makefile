@@ -44,7 +44,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -q
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not cluster and not model" tests/unit tests/contract
+	$(BIN)/python -m pytest -q -m "not cluster and not model and not slow" tests/unit tests/contract
 
 demo: $(STAMP)
 	@$(BIN)/pdspec demo

@@ -67,7 +67,7 @@ def request(drafter: str, handoff: str = "direct", **sampling) -> UserRequest:
 
 
 def test_roles_stand_on_nodes_of_their_own(cluster):
-    placed = placement_group_table(cluster._group)["bundles_to_node_id"]
+    placed = placement_group_table(cluster._groups[0])["bundles_to_node_id"]
     assert len(set(placed.values())) == 2
     assert len(set(cluster.process_ids().values())) == 4  # prefill, decode, router, relay
 
