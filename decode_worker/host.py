@@ -162,6 +162,7 @@ class DecodeHost:
             ship_rows=False,
             num_computed=answer.prefix.start,
             prefix=answer.prefix,
+            said=answer.first_sent if self.resources.config.lossy_wire else -1,
         )
         self.prompts.append(answer)
 

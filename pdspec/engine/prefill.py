@@ -62,6 +62,7 @@ class PrefillSequence:
     prefix: Prefix | None = None  # what of it was there already
     hidden_from: int = 0  # hidden rows that are wanted elsewhere, where the drafter is prefilled elsewhere
     draft_rows: dict[str, int] = field(default_factory=dict)  # rows told per draft group
+    said: int = -1  # t_n where a client has it already, and this prefill may read other KV than the one that chose it
     resumed: bool = False  # the rows of ``prefix`` were told
     abandoned: bool = False  # nobody waits for it any more; may be set from any thread
     finished: bool = False  # the first token ends the answer, or the prefill is complete
@@ -191,7 +192,10 @@ class PrefillEngine:
         request, params, ctx = sequence.request, sequence.request.sampling, sequence.ctx
         history = prompt_history(request, self.resources.grammars)
         allowed = support(logits, params, history, end_ids=self.resources.end_ids)
-        token = pick(allowed, params, lambda ids: ctx.chooser.noise(ctx.prompt_len, ids))
+        if sequence.said < 0:
+            token = pick(allowed, params, lambda ids: ctx.chooser.noise(ctx.prompt_len, ids))
+        else:
+            token = sequence.said
         logprob = None if params.logprobs is None else token_logprob(allowed, token, params.logprobs)
         ctx.token_ids.append(token)
         sequence.events.first(token, logprob)
