@@ -18,6 +18,7 @@ from pdspec.engine.prefill import PrefillEngine, PrefillSequence, prompt_history
 from pdspec.engine.prefix import Prefix, Prefixes
 from pdspec.engine.resources import load
 from pdspec.engine.sequence import DecodeSequence, first_chunk
+from pdspec.engine.steptimes import measure_prompt
 from pdspec.engine.thread import tell
 from pdspec.errors import PdspecError, TransferDamaged
 from pdspec.spec.protocol import DraftContext, Drafter, HiddenRows
@@ -74,6 +75,7 @@ class DecodeHost:
     def __init__(self, config: WorkerConfig) -> None:
         self.resources = load(config)
         self.prefill, self.decode = PrefillEngine(self.resources), DecodeEngine(self.resources)
+        self.prefill.rate.add(*measure_prompt(self.resources))
         self.prefixes = Prefixes(self.resources)
         self.scheduler: DecodeScheduler[Answer] = DecodeScheduler(
             self.resources.pool,
@@ -227,6 +229,14 @@ class DecodeHost:
             prefix=answer.prefix,
         )
         self.scheduler.join(answer)
+
+    def figures(self) -> dict[str, float]:
+        """What prompts and steps cost here, for Status; from any thread."""
+        prompts = [answer.prompt.remaining for answer in list(self.prompts) if answer.prompt is not None]
+        return {
+            "prefill_tokens_per_second": self.prefill.rate.value, "prefill_backlog_tokens": float(sum(prompts)),
+            "prefill_chunk": float(self.resources.config.chunk), "step_seconds": self.decode.step_seconds.value,
+        }  # fmt: skip
 
     def check_integrity(self) -> None:
         """See scheduler."""

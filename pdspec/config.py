@@ -20,6 +20,7 @@ MOVERS = ("auto", "grpc", "shm")
 WIRE_KVS = ("whole", "int8")
 SURVIVALS = ("auto", "online", "fixed", "q")
 BUDGETS = ("fixed", "goodput")
+PREFILL_CHOICES = ("remote", "measured")
 PREFIX_CACHES = ("auto", "all", "prompt", "off")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
@@ -140,7 +141,7 @@ class WorkerConfig(Settings):
         if self.drafter not in self.drafters:
             raise unknown_name("drafter", self.drafter, self.drafters, field="drafter", where="drafters")
         if self.lossy_wire and self.numerics == "exact":
-            message = f"wire_kv {self.wire_kv} is lossy: no row behind a handoff keeps the bits that numerics exact means"
+            message = f"wire_kv {self.wire_kv} is lossy: rows behind a handoff lose the bits that numerics exact means"
             raise ConfigError(message, field="wire_kv", remedy="use wire_kv whole, or numerics fast")
         _check_members(self.tls)
         _make_absolute(self, "cluster_token_file")
@@ -182,6 +183,10 @@ class RouterConfig(Settings):
     cache_weight: float = option(
         4.0, "requests of load that a worker whose cache has a whole prompt may have more than others; 0: never", low=0
     )
+    prefill_choice: str = option(
+        "remote", "who computes a prompt where there are prefill workers: remote, they do; measured, the decode worker"
+        " where its measured times, waits of its running answers counted, promise less", choices=PREFILL_CHOICES,
+    )  # fmt: skip
     stall_s: float = option(5.0, "a worker that has work and makes no step for so long is lost", low=0.1)
     failover_wait_s: float = option(15.0, "an answer waits so long for a worker to come back", low=0)
     max_replays: int = option(16, "times that one answer may move to another worker", low=0)

@@ -66,6 +66,9 @@ class RouterMetrics(_Set):
         self.prompt = self._counter("prompt_tokens", "Prompt tokens of answers that ended.")
         self.generated = self._counter("generation_tokens", "Tokens sent to users.")
         self.replays = self._counter("request_replays", "Streams that went on with another decode worker.")
+        self.placed = self._counter(
+            "prefill_choices", "Prompts whose place measured times chose; unknown goes to a prefill worker.", "choice"
+        )
 
     def watch(self, began: float) -> Watch:
         """Times of one request that came at ``began`` (``time.perf_counter``)."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+LINK_RATE, LINK_OVERHEAD = "link_bytes_per_second/", "link_overhead_seconds/"  # figures in Status, by ``Route.link``
+
 
 class FinishReason(StrEnum):
     """Why an answer ended."""

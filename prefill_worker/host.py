@@ -9,6 +9,7 @@ from pdspec.engine.claims import Wake
 from pdspec.engine.prefill import PrefillEngine, PrefillSequence
 from pdspec.engine.prefix import Prefixes
 from pdspec.engine.resources import load
+from pdspec.engine.steptimes import measure_prompt
 from prefill_worker.scheduler import PrefillScheduler
 
 
@@ -32,6 +33,7 @@ class PrefillHost:
     def __init__(self, config: WorkerConfig) -> None:
         self.resources = load(config)
         self.engine = PrefillEngine(self.resources)
+        self.engine.rate.add(*measure_prompt(self.resources))
         self.prefixes = Prefixes(self.resources)
         self.scheduler: PrefillScheduler[QueuedPrompt] = PrefillScheduler(self.resources.pool, config.chunk, self._take)
 
@@ -69,6 +71,14 @@ class PrefillHost:
         pages = self.prefixes.take(prompt.prefix, prompt.ctx, count, limit=prompt.limit)
         prompt.num_computed = prompt.prefix.start
         return pages
+
+    def figures(self) -> dict[str, float]:
+        """What prompts cost here, for Status; from any thread."""
+        prompts = [*list(self.scheduler.waiting), *list(self.scheduler.running)]
+        return {
+            "prefill_tokens_per_second": self.engine.rate.value,
+            "prefill_backlog_tokens": float(sum(prompt.remaining for prompt in prompts)),
+        }
 
     def check_integrity(self) -> None:
         """See scheduler."""

@@ -176,11 +176,14 @@ class PrefillService:
 
     async def _send(self, stream: PrefillStream, prompt: QueuedPrompt, events: Events) -> None:
         resources, epoch = self.host.resources, stream.open.epoch
-        cache, lossy = resources.cache, self.config.lossy_wire
+        cache, lossy, sending = resources.cache, self.config.lossy_wire, 0.0
         while True:
             if events.queue.empty():
+                began = time.perf_counter()
                 await stream.flush()
+                sending += time.perf_counter() - began
             kind, values = await events.queue.get()
+            began = time.perf_counter()
             match kind:
                 case "rows":
                     for frame in page_frames(cache, prompt.ctx.pages, *values, have=stream.open.have_rows):
@@ -199,8 +202,9 @@ class PrefillService:
                     queue_ms = 1e3 * (prompt.started_at - prompt.queued_at)
                     stats = {"queue_ms": queue_ms, "prefill_ms": 1e3 * prompt.seconds}
                     stats["cached_tokens"] = float(prompt.prefix.start if prompt.prefix else 0)
-                    await stream.finish({**stats, "computed_at_s": events.rows_at})
+                    await stream.finish({**stats, "sending_ms": 1e3 * sending, "computed_at_s": events.rows_at})
                     return
+            sending += time.perf_counter() - began
 
     def info(self) -> WorkerInfo:
         """Status."""
@@ -215,7 +219,8 @@ class PrefillService:
             steps=self.host.engine.steps,
             stepping=sum(not prompt.finished for prompt in list(scheduler.running)),
         )
-        return dataclasses.replace(info, metrics={**info.metrics, **self.lanes.counts, **self.host.prefixes.counts()})
+        own = {**self.lanes.counts, **self.host.prefixes.counts(), **self.host.figures()}
+        return dataclasses.replace(info, metrics={**info.metrics, **own})
 
 
 def page_frames(

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from pdspec.engine.prefix import Prefix
+from pdspec.engine.rates import Rate
 from pdspec.engine.resources import Resources
 from pdspec.errors import PdspecError
 from pdspec.grammar import Grammars
@@ -97,6 +98,7 @@ class PrefillEngine:
     def __init__(self, resources: Resources) -> None:
         self.resources = resources
         self.steps = 0  # grows with every layer: busy and stuck differ
+        self.rate = Rate()  # prompt tokens per second of its steps
 
     def step(self, work: Sequence[tuple[PrefillSequence, int]]) -> None:
         """Compute the next ``count`` tokens of each prompt. Events tell what became final. A step whose prompts are
@@ -127,6 +129,7 @@ class PrefillEngine:
                 sequence.events.failed(error)
             row, logit = row + count, logit + last
             sequence.seconds = time.perf_counter() - sequence.started_at
+        self.rate.add(row, time.perf_counter() - began)
 
     def _resume(self, sequence: PrefillSequence, prefix: Prefix) -> None:
         """Tell the rows that are there, and make the draft rows that read the tokens behind them."""

@@ -27,6 +27,7 @@ Counts = npt.NDArray[np.int64]
 GRID = (*range(1, 17), *range(18, 33, 2), 40, 48, 64, 96, 128, 192, 256)
 _PREFIX, _LONG_PREFIX = 32, 1024
 _REPEATS = 3
+_PROMPT, _PROMPT_REPEATS = 128, 2
 _PACE, _LOCAL_PACE, _FURTHEST = 0.05, 0.02, 2.0  # a step corrects all times by so much, its own rows' by so much more
 _DRAFT_MEMORY, _DRAFT_PRECISION = 0.98, 1e-3
 
@@ -155,3 +156,28 @@ def _fastest(resources: Resources, pages: list[int], count: int, prefix: int) ->
         float(resources.runner.forward(batch, resources.cache).logits[0, 0])  # waits for the device
         times.append(time.perf_counter() - began)
     return min(times[1:])
+
+
+def measure_prompt(resources: Resources) -> tuple[int, float]:
+    """(tokens, seconds) of a small prompt, the faster of two runs: what a worker says of itself before its first real
+    one. Uses a few free pages and gives them back; (0, 0) where there are none."""
+    room = min(resources.pool.free * resources.pool.page_size, resources.runner.config.max_context)
+    rows = min(_PROMPT, resources.config.chunk, room)
+    if rows < 1:
+        return 0, 0.0
+    pages = resources.pool.allocate(pages_for(rows, resources.pool.page_size))
+    slots = np.arange(rows, dtype=np.int32)
+    batch = ForwardBatch(
+        token_ids=np.zeros(rows, np.int32), positions=slots, sequence=np.zeros(rows, np.int32), slots=slots,
+        prefix_len=slots + 1, ancestors=np.empty((rows, 0), np.int32), page_table=page_table([pages]),
+        logit_rows=slots[-1:],
+    )  # fmt: skip
+    times = []
+    try:
+        for _ in range(_PROMPT_REPEATS):
+            began = time.perf_counter()
+            float(resources.runner.forward(batch, resources.cache).logits[0, 0])  # waits for the device
+            times.append(time.perf_counter() - began)
+    finally:
+        resources.pool.release(pages)
+    return rows, min(times)
