@@ -75,7 +75,7 @@ class DecodeHost:
     def __init__(self, config: WorkerConfig) -> None:
         self.resources = load(config)
         self.prefill, self.decode = PrefillEngine(self.resources), DecodeEngine(self.resources)
-        self.prefill.rate.add(*measure_prompt(self.resources))
+        self.prefill.times.add(*measure_prompt(self.resources))
         self.prefixes = Prefixes(self.resources)
         self.scheduler: DecodeScheduler[Answer] = DecodeScheduler(
             self.resources.pool,
@@ -234,8 +234,8 @@ class DecodeHost:
         """What prompts and steps cost here, for Status; from any thread."""
         prompts = [answer.prompt.remaining for answer in list(self.prompts) if answer.prompt is not None]
         return {
-            "prefill_tokens_per_second": self.prefill.rate.value, "prefill_backlog_tokens": float(sum(prompts)),
-            "prefill_chunk": float(self.resources.config.chunk), "step_seconds": self.decode.step_seconds.value,
+            **self.prefill.figures(), "prefill_backlog_tokens": float(sum(prompts)),
+            "step_seconds": self.decode.step_seconds.value,
         }  # fmt: skip
 
     def check_integrity(self) -> None:

@@ -7,8 +7,8 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from pdspec.engine.rates import Mean, Rate
-from pdspec.types import LINK_OVERHEAD, LINK_RATE
+from pdspec.engine.rates import Line, Mean, Rate
+from pdspec.types import LINK_LATENCY, LINK_OVERHEAD, LINK_RATE
 
 REMEMBER_S = 5.0  # then a way counts as mended until it fails again; a success mends it at once
 KNOWN_S = 60.0  # figures of a way that was not used for so long are not told: what uses it next measures it anew
@@ -16,9 +16,9 @@ KNOWN_S = 60.0  # figures of a way that was not used for so long are not told: w
 
 @dataclass
 class _Carried:
-    """``rate`` in bytes per second of the sender's time, ``overhead`` seconds that no other figure explains."""
+    """``sending`` is the sender's time by bytes, ``overhead`` seconds that no other figure explains."""
 
-    rate: Rate = field(default_factory=Rate)
+    sending: Line = field(default_factory=Line)
     overhead: Mean = field(default_factory=Mean)
     at: float = 0.0
 
@@ -56,7 +56,7 @@ class Links:
         if not moved or not tokens or sending <= 0:
             return
         known = self._carried[link]
-        known.rate.add(moved, sending)
+        known.sending.add(moved, sending)
         known.overhead.add(max(0.0, seconds - queue - max(prefill, sending)))
         known.at = time.monotonic()
         self._size.add(moved, tokens)
@@ -66,6 +66,7 @@ class Links:
         now, found = time.monotonic(), {"handoff_bytes_per_token": self._size.value}
         for link, known in self._carried.items():
             if now - known.at < KNOWN_S:
-                found[LINK_RATE + link] = known.rate.value
+                latency, each = known.sending.fit
+                found[LINK_RATE + link], found[LINK_LATENCY + link] = 1.0 / each, latency
                 found[LINK_OVERHEAD + link] = known.overhead.value
         return found

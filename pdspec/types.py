@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-LINK_RATE, LINK_OVERHEAD = "link_bytes_per_second/", "link_overhead_seconds/"  # figures in Status, by ``Route.link``
+# Figures in Status, by ``Route.link``.
+LINK_RATE, LINK_LATENCY = "link_bytes_per_second/", "link_latency_seconds/"
+LINK_OVERHEAD = "link_overhead_seconds/"
 
 
 class FinishReason(StrEnum):

@@ -33,7 +33,7 @@ class PrefillHost:
     def __init__(self, config: WorkerConfig) -> None:
         self.resources = load(config)
         self.engine = PrefillEngine(self.resources)
-        self.engine.rate.add(*measure_prompt(self.resources))
+        self.engine.times.add(*measure_prompt(self.resources))
         self.prefixes = Prefixes(self.resources)
         self.scheduler: PrefillScheduler[QueuedPrompt] = PrefillScheduler(self.resources.pool, config.chunk, self._take)
 
@@ -76,9 +76,8 @@ class PrefillHost:
         """What prompts cost here, for Status; from any thread."""
         prompts = [*list(self.scheduler.waiting), *list(self.scheduler.running)]
         return {
-            "prefill_tokens_per_second": self.engine.rate.value,
-            "prefill_backlog_tokens": float(sum(prompt.remaining for prompt in prompts)),
-        }
+            **self.engine.figures(), "prefill_backlog_tokens": float(sum(prompt.remaining for prompt in prompts)),
+        }  # fmt: skip
 
     def check_integrity(self) -> None:
         """See scheduler."""

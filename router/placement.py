@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pdspec.types import LINK_OVERHEAD, LINK_RATE, WorkerInfo
+from pdspec.types import LINK_LATENCY, LINK_OVERHEAD, LINK_RATE, WorkerInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,20 +48,31 @@ def estimate(
 def _elsewhere(
     decode: WorkerInfo, prefill: WorkerInfo, link: str, computed: float, missing: float, waiting: int
 ) -> float | None:
-    rate, link_rate = _figure(prefill, "prefill_tokens_per_second"), _figure(decode, LINK_RATE + link)
-    size = _figure(decode, "handoff_bytes_per_token")
-    if rate is None or link_rate is None or size is None:
+    queue = _compute(prefill, _or_zero(prefill, "prefill_backlog_tokens") + waiting)
+    compute = _compute(prefill, computed)
+    link_rate, size = _figure(decode, LINK_RATE + link), _figure(decode, "handoff_bytes_per_token")
+    if queue is None or compute is None or link_rate is None or size is None:
         return None
-    queue = (_or_zero(prefill, "prefill_backlog_tokens") + waiting) / rate
-    return queue + max(computed / rate, missing * size / link_rate) + _or_zero(decode, LINK_OVERHEAD + link)
+    transfer = _or_zero(decode, LINK_LATENCY + link) + missing * size / link_rate
+    return queue + max(compute, transfer) + _or_zero(decode, LINK_OVERHEAD + link)
 
 
 def _here(decode: WorkerInfo, missing: float, running: int) -> float | None:
-    rate, chunk = _figure(decode, "prefill_tokens_per_second"), _figure(decode, "prefill_chunk")
-    if rate is None or chunk is None:
+    before, compute = _compute(decode, _or_zero(decode, "prefill_backlog_tokens")), _compute(decode, missing)
+    if before is None or compute is None:
         return None
-    steps = math.ceil(missing / chunk) * _or_zero(decode, "step_seconds") if running else 0.0
-    return _or_zero(decode, "prefill_backlog_tokens") / rate + missing / rate * (1 + running) + steps
+    steps = _chunks(decode, missing) * _or_zero(decode, "step_seconds") if running else 0.0
+    return before + compute * (1 + running) + steps
+
+
+def _compute(info: WorkerInfo, tokens: float) -> float | None:
+    """Seconds of a prefill's steps."""
+    rate = _figure(info, "prefill_tokens_per_second")
+    return None if rate is None else tokens / rate + _chunks(info, tokens) * _or_zero(info, "prefill_step_seconds")
+
+
+def _chunks(info: WorkerInfo, tokens: float) -> int:
+    return math.ceil(tokens / (_figure(info, "prefill_chunk") or max(tokens, 1.0)))
 
 
 def _figure(info: WorkerInfo, name: str) -> float | None:

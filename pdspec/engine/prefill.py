@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from pdspec.engine.prefix import Prefix
-from pdspec.engine.rates import Rate
+from pdspec.engine.rates import Line
 from pdspec.engine.resources import Resources
 from pdspec.errors import PdspecError
 from pdspec.grammar import Grammars
@@ -98,7 +98,7 @@ class PrefillEngine:
     def __init__(self, resources: Resources) -> None:
         self.resources = resources
         self.steps = 0  # grows with every layer: busy and stuck differ
-        self.rate = Rate()  # prompt tokens per second of its steps
+        self.times = Line()  # of its steps, by prompt tokens
 
     def step(self, work: Sequence[tuple[PrefillSequence, int]]) -> None:
         """Compute the next ``count`` tokens of each prompt. Events tell what became final. A step whose prompts are
@@ -129,7 +129,15 @@ class PrefillEngine:
                 sequence.events.failed(error)
             row, logit = row + count, logit + last
             sequence.seconds = time.perf_counter() - sequence.started_at
-        self.rate.add(row, time.perf_counter() - began)
+        self.times.add(row, time.perf_counter() - began)
+
+    def figures(self) -> dict[str, float]:
+        """What prompts cost, for Status; from any thread."""
+        constant, each = self.times.fit
+        return {
+            "prefill_tokens_per_second": 1.0 / each if each > 0 else 0.0, "prefill_step_seconds": constant,
+            "prefill_chunk": float(self.resources.config.chunk),
+        }  # fmt: skip
 
     def _resume(self, sequence: PrefillSequence, prefix: Prefix) -> None:
         """Tell the rows that are there, and make the draft rows that read the tokens behind them."""

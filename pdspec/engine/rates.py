@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-_MEMORY = 0.9  # what an observation still counts after the next one
+_MEMORY, _LONG_MEMORY = 0.9, 0.98  # what an observation still counts after the next one
 
 
 class Rate:
@@ -38,3 +38,29 @@ class Mean:
     def value(self) -> float:
         """0 where nothing was observed."""
         return self._rate.value
+
+
+class Line:
+    """Seconds as a constant and a part for each of ``count``, by least squares over the newest observations. Neither is
+    negative; where the counts do not differ all of it is taken for the second part."""
+
+    def __init__(self) -> None:
+        self._sums: tuple[float, ...] = (0.0,) * 5
+
+    def add(self, count: float, seconds: float) -> None:
+        """One observation."""
+        new = 1.0, count, seconds, count * count, count * seconds
+        self._sums = tuple(_LONG_MEMORY * old + one for old, one in zip(self._sums, new, strict=True))
+
+    @property
+    def fit(self) -> tuple[float, float]:
+        """(constant seconds, seconds of each); zeros where nothing was observed."""
+        n, x, y, xx, xy = self._sums
+        if x <= 0:
+            return 0.0, 0.0
+        spread = n * xx - x * x
+        slope = (n * xy - x * y) / spread if spread > 1e-6 * n * xx else 0.0
+        constant = (y - slope * x) / n
+        if slope <= 0:
+            return 0.0, y / x
+        return (constant, slope) if constant > 0 else (0.0, xy / xx)

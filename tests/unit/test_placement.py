@@ -8,8 +8,8 @@ import pytest
 
 import decode_worker.links
 from decode_worker.links import KNOWN_S, Links
-from pdspec.engine.rates import Mean, Rate
-from pdspec.types import LINK_OVERHEAD, LINK_RATE, Handoff, Route, WorkerInfo
+from pdspec.engine.rates import Line, Mean, Rate
+from pdspec.types import LINK_LATENCY, LINK_OVERHEAD, LINK_RATE, Handoff, Route, WorkerInfo
 from router.placement import Estimate, estimate
 from router.policy import WorkerState, WorkerView, placed
 
@@ -50,6 +50,7 @@ def test_here_every_running_answer_waits_too():
     assert of(running=3).here == pytest.approx(4.0 + 2 * 0.02)
     assert of({"prefill_backlog_tokens": 500.0}, running=3).here == pytest.approx(4.5 + 0.04)
     assert of(missing=100, running=3).here == pytest.approx(0.4 + 0.02)
+    assert of({"prefill_step_seconds": 0.1}, running=1).here == pytest.approx(2 * 1.2 + 0.04)  # two chunks
 
 
 @pytest.mark.parametrize(
@@ -115,12 +116,33 @@ def test_links_tell_what_they_carried_until_it_is_old(monkeypatch):
     found = links.figures()
     assert found[LINK_RATE + LINK] == pytest.approx(1e6) and found["handoff_bytes_per_token"] == pytest.approx(2000)
     assert found[LINK_OVERHEAD + LINK] == pytest.approx(0.1)
+    assert found[LINK_LATENCY + LINK] == 0.0
     for _ in range(40):  # the link has become slower
         links.carried(LINK, moved=1_000_000, tokens=500, seconds=11.0, queue=0.0, prefill=0.5, sending=10.0)
     assert links.figures()[LINK_RATE + LINK] == pytest.approx(1e5, rel=0.05)
     links.carried(LINK, moved=0, tokens=1, seconds=1.0, queue=0.0, prefill=1.0, sending=0.0)  # nothing moved
     now[0] += KNOWN_S
     assert list(links.figures()) == ["handoff_bytes_per_token"]
+
+
+def test_a_link_s_latency_is_told_from_its_rate():
+    line = Line()
+    assert line.fit == (0.0, 0.0)
+    line.add(100, 2.0)
+    assert line.fit == pytest.approx((0.0, 0.02))  # one size says nothing of a latency
+    for count in (1000, 4000, 2000):
+        line.add(count, 1.0 + 0.01 * count)
+    assert line.fit == pytest.approx((1.0, 0.01))
+    falling = Line()
+    falling.add(10, 5.0)
+    falling.add(1000, 1.0)
+    assert falling.fit[0] == 0.0 and falling.fit[1] > 0
+    steep = Line()
+    steep.add(10, 0.0)
+    steep.add(20, 3.0)
+    assert steep.fit[0] == 0.0 and steep.fit[1] > 0
+    assert of({LINK_LATENCY + LINK: 0.5, LINK_RATE + LINK: 1e6}).elsewhere == pytest.approx(1.51)
+    assert of({LINK_LATENCY + LINK: 0.5, LINK_RATE + LINK: 1e9}).elsewhere == pytest.approx(1.01)
 
 
 def test_rates_weigh_observations_by_their_length_and_forget():
