@@ -13,6 +13,7 @@ from pdspec.engine.families import (
     HEAD,
     NOBODY,
     SUFFIX,
+    Evidence,
     Offer,
     accepted_each,
     believed,
@@ -40,6 +41,8 @@ class FamilyChooser:
     def __init__(self, metrics: dict[str, float], times: dict[str, DraftTimes], *, frozen: bool) -> None:
         self._metrics, self._times, self._frozen = metrics, times, frozen
         self._made: dict[int, tuple[DecodeSequence, Draft | None]] = {}  # by id of the context, before it was trimmed
+        # Of all sequences, for those that are new. Suffix promises about four times what is right (``combined``).
+        self._known = {SUFFIX: Evidence(prior=0.25), HEAD: Evidence()}
         for name in (SUFFIX, HEAD, NOBODY, "changes"):
             metrics.setdefault(f"family_{name}", 0.0)
 
@@ -77,7 +80,7 @@ class FamilyChooser:
                 draft = drafts.get(id(sequence))
                 self._made[id(sequence.ctx)] = sequence, draft
                 if draft is not None and draft.num_nodes and not draft.laws:
-                    drafts[id(sequence)] = believed(draft, sequence.outlook.evidence[sequence.outlook.family])
+                    drafts[id(sequence)] = believed(draft, self._evidence(sequence, sequence.outlook.family))
 
     def count(self, drafts: dict[int, Draft]) -> None:
         """What is verified in the end, of the sequences that have a choice."""
@@ -98,7 +101,9 @@ class FamilyChooser:
             for known in sequence.outlook.evidence.values():
                 known.fade()
             if draft is not None:
-                sequence.outlook.evidence[sequence.outlook.family].add(*judged(draft, verdict.output_ids))
+                found, family = judged(draft, verdict.output_ids), sequence.outlook.family
+                self._evidence(sequence, family).add(*found)
+                self._known[family].add(*found)
 
     def caught_up(self, drafter: CombinedDrafter, rows: int, seconds: float) -> None:
         """The head was given so many rows."""
@@ -106,8 +111,15 @@ class FamilyChooser:
             name = _catching_up(drafter)
             self._times[name] = self._times[name].corrected(rows, 1, seconds)
 
+    def _evidence(self, sequence: DecodeSequence, family: str) -> Evidence:
+        """Of a sequence, which begins with what its family had right elsewhere."""
+        evidence = sequence.outlook.evidence
+        if family not in evidence:
+            evidence[family] = Evidence(prior=self._known[family].credibility)
+        return evidence[family]
+
     def _suffix(self, sequence: DecodeSequence, draft: Draft, seconds: float) -> list[Offer]:
-        evidence = sequence.outlook.evidence[SUFFIX]
+        evidence = self._evidence(sequence, SUFFIX)
         return [Offer(family=SUFFIX, survival=believed(draft, evidence).survival, seconds=seconds,
                       curiosity=evidence.curiosity(sequence.verifications))]  # fmt: skip
 
@@ -119,7 +131,7 @@ class FamilyChooser:
         outlook, deepest = sequence.outlook, depth_of(sequence)
         if outlook.cold:
             return []
-        evidence = outlook.evidence[HEAD]
+        evidence = self._evidence(sequence, HEAD)
         if not len(known) and evidence.told is None:
             return [Offer(family=HEAD, survival=np.ones(1, np.float32), seconds=0.0, curiosity=np.inf)]
         behind = float(self._times[_catching_up(drafter)].at([outlook.behind], 1)[0]) if outlook.behind else 0.0

@@ -32,7 +32,7 @@ Seconds = Callable[[npt.NDArray[np.int64]], Doubles]  # of target forwards over 
 SUFFIX, HEAD, NOBODY = "suffix", "head", "none"
 _MEMORY = 0.95  # what evidence still counts after the next draft of its family
 _FADE = 0.99  # what a draft still counts after the next verification of its sequence, where curiosity counts drafts
-_PRIOR = 2.0  # promised tokens, all accepted, that a family begins with
+_PRIOR = 2.0  # promised tokens that ``prior`` stands for
 _LEAST_DRAFTS = 0.25
 _CURIOSITY = 0.1  # tokens
 _LONGEST = 16.0  # verifications over which catching up is paid off, at most
@@ -42,10 +42,12 @@ _ROUNDS = 4
 @dataclass
 class Evidence:
     """One family on one sequence: tokens that its drafts promised, level by level, and that the target then said;
-    ``tried`` are its drafts, those of long ago counting less, ``told`` the tokens that were right per draft."""
+    ``tried`` are its drafts, those of long ago counting less, ``told`` the tokens that were right per draft; ``prior``
+    is the credibility before there is any."""
 
-    promised: float = _PRIOR
-    accepted: float = _PRIOR
+    prior: float = 1.0
+    promised: float = 0.0
+    accepted: float = 0.0
     tried: float = 0.0
     told: float | None = None
 
@@ -65,7 +67,7 @@ class Evidence:
     @property
     def credibility(self) -> float:
         """Right tokens per promised one, at any level."""
-        return self.accepted / self.promised
+        return (self.accepted + _PRIOR * self.prior) / (self.promised + _PRIOR)
 
     def curiosity(self, verifications: int) -> float:
         """Tokens by which it may be better than it seems after so many verifications of the sequence."""

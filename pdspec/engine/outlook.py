@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -32,7 +31,7 @@ class Outlook:
     expected: Floats | None = None
     held: list[tuple[Verdict, HiddenRows]] = field(default_factory=list)
     cold: bool = False
-    evidence: dict[str, Evidence] = field(default_factory=lambda: defaultdict(Evidence))
+    evidence: dict[str, Evidence] = field(default_factory=dict)
     family: str = ""
     drafted: str = ""
 

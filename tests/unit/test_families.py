@@ -99,7 +99,7 @@ def test_a_draft_is_judged_level_by_level_whether_it_was_verified_or_not():
 
 
 def test_chances_that_are_believed_grow_by_level_and_fall_down_a_path():
-    evidence = Evidence(promised=2.0, accepted=4.0)
+    evidence = Evidence(promised=2.0, accepted=6.0)
     np.testing.assert_allclose(believed(chain([5, 6, 7], [0.4, 0.1, 0.01]), evidence).survival, [0.8, 0.4, 0.08])
     np.testing.assert_allclose(believed(chain([5, 6], [0.3, 0.25]), evidence).survival, [0.6, 0.6])
     known = np.array([[0.4, 0.2], [0.1, 0.0]], np.float32)
@@ -108,24 +108,24 @@ def test_chances_that_are_believed_grow_by_level_and_fall_down_a_path():
 
 def test_evidence_decides_and_fades():
     kept, broken = Evidence(), Evidence()
-    assert kept.credibility == 1.0
+    assert kept.credibility == 1.0 and Evidence(prior=0.25).credibility == 0.25
     for _ in range(50):
         kept.fade()
         broken.fade()
         kept.add(2.0, 2)
         broken.add(2.0, 0)
-    assert kept.credibility == pytest.approx(1.0) and broken.credibility < 0.1
+    assert kept.credibility == pytest.approx(1.0) and broken.credibility < 0.15
     chances = believed(chain([1, 2], [0.8, 0.5]), broken).survival
     assert one(Offer(family=SUFFIX, survival=chances, seconds=0.0), offer(HEAD, 0.3)) == HEAD
     low = broken.curiosity(50)
     assert broken.told == 0.0
     for _ in range(300):
         broken.fade()
-    assert broken.credibility < 0.1 and broken.curiosity(350) > 3 * low, "what was long not tried is tried again"
+    assert broken.credibility < 0.15 and broken.curiosity(350) > 3 * low, "what was long not tried is tried again"
     for _ in range(20):
         broken.add(1.0, 1)
     broken.add(0.0, 0)
-    assert broken.credibility > 0.3, "and believed when it is right"
+    assert broken.credibility > 0.25, "and believed when it is right"
 
 
 def test_what_drawn_drafts_had_accepted_stands_for_chances():
