@@ -6,7 +6,8 @@
 
 Expected is what evidence of this sequence says: tokens accepted per unit of survival that suffix promised, against
 tokens accepted per draft of the head. Only earlier verifications decide, never what the head drew: under ``rejection``
-a choice that looked at the draw would bias it.
+a choice that looked at the draw would bias it. Under ``budget: goodput`` the engine chooses instead
+(``engine/choosing.py``), and tells suffix and head apart what was verified.
 
 Where a request names no tree, suffix drafts this family's and the head its own default; a named one holds for both.
 """
