@@ -17,6 +17,7 @@ from pdspec.telemetry import clock_name
 from pdspec.transfer.frames import Begin, Done, DraftStart, First, HiddenRows, Pages
 from pdspec.transfer.grpc_stream import PrefillCall
 from pdspec.transfer.ledger import HIDDEN
+from pdspec.transfer.lossy import decode
 from pdspec.transfer.wireformat import one_view
 from pdspec.types import DraftPrefill, TokenLogprob
 
@@ -102,6 +103,9 @@ class Landing:
                 f"rows {frame.start}..{frame.start + frame.count - 1} of {frame.group}, {have}..{due - 1} are due",
                 field="pages.start",
             )
+        group, payload = self.resources.runner.group, one_view(frame.payload)
+        if frame.group == group.name and self.resources.config.lossy_wire:
+            payload = decode(payload, group, frame.start, frame.count, frame.head_count)
         try:
             self.resources.cache.write_rows(
                 frame.group,
@@ -109,7 +113,7 @@ class Landing:
                 self.pages,
                 frame.start,
                 frame.start + frame.count,
-                one_view(frame.payload),
+                payload,
                 frame.head_start,
                 frame.head_count,
             )

@@ -18,6 +18,7 @@ from pdspec.engine.prefill import PrefillEngine, PrefillSequence, prompt_history
 from pdspec.engine.prefix import Prefixes
 from pdspec.engine.resources import load
 from pdspec.engine.sequence import DecodeSequence, first_chunk
+from pdspec.engine.steptimes import measure_prompts
 from pdspec.errors import PdspecError, TransferDamaged
 from pdspec.parallel.ranks import RankProcess, StartRank
 from pdspec.spec.protocol import HiddenRows
@@ -32,6 +33,8 @@ class DecodeHost:
     def __init__(self, config: WorkerConfig, start: StartRank = RankProcess) -> None:
         self.resources = load(config, start)
         self.prefill, self.decode = PrefillEngine(self.resources), DecodeEngine(self.resources)
+        for tokens, seconds in measure_prompts(self.resources):
+            self.prefill.times.add(tokens, seconds)
         self.prefixes = Prefixes(self.resources)
         self.prompts: list[Answer] = []
         self.parking = Parking(self.resources, config.retract_memory, self.prompts.append)
@@ -134,6 +137,7 @@ class DecodeHost:
             ship_rows=False,
             num_computed=answer.prefix.start,
             prefix=answer.prefix,
+            said=answer.first_sent if self.resources.config.lossy_wire else -1,
         )
         self.prompts.append(answer)
 
@@ -215,6 +219,14 @@ class DecodeHost:
             prefix=answer.prefix,
         )
         self.scheduler.join(answer)
+
+    def figures(self) -> dict[str, float]:
+        """What prompts and steps cost here, for Status; from any thread."""
+        prompts = [answer.prompt.remaining for answer in list(self.prompts) if answer.prompt is not None]
+        return {
+            **self.prefill.figures(), "prefill_backlog_tokens": float(sum(prompts)),
+            "step_seconds": self.decode.step_seconds.value,
+        }  # fmt: skip
 
     def check_integrity(self) -> None:
         """See scheduler."""

@@ -24,6 +24,7 @@ def metrics_of(host: DecodeHost) -> DecodeMetrics:
         waiting=lambda: len(scheduler.waiting),
         pool=lambda: (pool.held, pool.num_pages),
         prefix=host.prefixes.counts,
+        wire_kv=host.resources.config.wire_kv,
         engine=lambda: (decode.steps, dict(decode.clocks)),
     )
 

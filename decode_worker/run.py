@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -156,11 +157,24 @@ class Run:
             total_timeout_s=config.handoff_timeout_s, offer=offer,
         ) as call:  # fmt: skip
             try:
-                landing.handed.epoch = opening.epoch
+                landing.handed.epoch, began = opening.epoch, time.perf_counter()
                 with handoff_counted(service.metrics, landing.handed):
-                    return await landing.receive(call)
+                    handed = await landing.receive(call)
+                if handed is not None:
+                    self._measured(self.route.link(address), handed, time.perf_counter() - began)
+                return handed
             finally:
                 self.handed = landing.handed
+
+    def _measured(self, link: str, handed: Handed, seconds: float) -> None:
+        """What a whole handoff says of its link."""
+        stats, answer = handed.stats, self.answer
+        self.service.links.carried(
+            link, moved=handed.kv_bytes + handed.draft_kv_bytes + handed.hidden_bytes,
+            tokens=answer.ctx.prompt_len - answer.prefix.rows, seconds=seconds,
+            queue=stats.get("queue_ms", 0.0) / 1e3, prefill=stats.get("prefill_ms", 0.0) / 1e3,
+            sending=stats.get("sending_ms", 0.0) / 1e3,
+        )  # fmt: skip
 
     def _first(self, token_id: int, logprob: TokenLogprob | None) -> bool:
         """Give t_n to the client at once, unless it has it. False when it ends the answer."""

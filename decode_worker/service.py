@@ -131,7 +131,8 @@ class DecodeService(rpc.DecodeWorkerServicer):
         )
         clocks = {f"{name}_seconds": seconds for name, seconds in list(decode.clocks.items())}
         own = {**self.counts, **totals(self.host, self.metrics), **self.offers.counts, **self.host.prefixes.counts()}
-        return dataclasses.replace(info, metrics={**info.metrics, **clocks, **own})
+        figures = {**self.host.figures(), **self.links.figures()}
+        return dataclasses.replace(info, metrics={**info.metrics, **clocks, **own, **figures})
 
 
 def launch(config: WorkerConfig, start: StartRank = RankProcess) -> RunningWorker:

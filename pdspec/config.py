@@ -17,8 +17,10 @@ DTYPES = ("bfloat16", "float32")
 NUMERICS = ("auto", "exact", "fast")
 HANDOFFS = ("direct", "relay")
 MOVERS = ("auto", "grpc", "shm")
+WIRE_KVS = ("whole", "int8")
 SURVIVALS = ("auto", "online", "fixed", "q")
 BUDGETS = ("fixed", "goodput")
+PREFILL_CHOICES = ("remote", "measured")
 PREFIX_CACHES = ("auto", "all", "prompt", "off")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
@@ -98,6 +100,10 @@ class WorkerConfig(Settings):
         "auto", "what carries KV of direct handoffs; auto: shared memory where both workers have one /dev/shm",
         choices=MOVERS,
     )  # fmt: skip
+    wire_kv: str = option(
+        "whole", "target KV of handoffs: whole, as it was computed; int8, LOSSY: rounded per head and 16 tokens, half"
+        " of bfloat16's bytes, and answers may differ from the model's", choices=WIRE_KVS,
+    )  # fmt: skip
     link_limit: float = option(0.0, "bytes per second of KV that a prefill worker sends at most; 0: no limit", low=0)
     host: str = option("127.0.0.1", "address to listen on and to be reached at")
     port: int = option(0, "0: any free port", low=0, high=65535)
@@ -149,6 +155,9 @@ class WorkerConfig(Settings):
             raise ConfigError(f"unknown device {self.device!r}", field="device", remedy="auto, cpu, cuda or cuda:N")
         if self.drafter not in self.drafters:
             raise unknown_name("drafter", self.drafter, self.drafters, field="drafter", where="drafters")
+        if self.lossy_wire and self.numerics == "exact":
+            message = f"wire_kv {self.wire_kv} is lossy: rows behind a handoff lose the bits that numerics exact means"
+            raise ConfigError(message, field="wire_kv", remedy="use wire_kv whole, or numerics fast")
         _check_members(self.tls)
         _make_absolute(self, "cluster_token_file")
         object.__setattr__(self, "plugins", tuple(_whole(one) if one.endswith(".py") else one for one in self.plugins))
@@ -161,6 +170,11 @@ class WorkerConfig(Settings):
         if self.survival == "auto":
             return "online" if self.budget == "goodput" else "fixed"
         return self.survival
+
+    @property
+    def lossy_wire(self) -> bool:
+        """Whether handoffs change the target KV."""
+        return self.wire_kv != "whole"
 
     def pages(self) -> int:
         """Size of the page pool."""
@@ -185,6 +199,10 @@ class RouterConfig(Settings):
     cache_weight: float = option(
         4.0, "requests of load that a worker whose cache has a whole prompt may have more than others; 0: never", low=0
     )
+    prefill_choice: str = option(
+        "remote", "who computes a prompt where there are prefill workers: remote, they do; measured, the decode worker"
+        " where its measured times, waits of its running answers counted, promise less", choices=PREFILL_CHOICES,
+    )  # fmt: skip
     stall_s: float = option(5.0, "a worker that has work and makes no step for so long is lost", low=0.1)
     failover_wait_s: float = option(15.0, "an answer waits so long for a worker to come back", low=0)
     max_replays: int = option(16, "times that one answer may move to another worker", low=0)

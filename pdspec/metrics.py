@@ -70,6 +70,9 @@ class RouterMetrics(_Set):
         self.prompt = self._counter("prompt_tokens", "Prompt tokens of answers that ended.")
         self.generated = self._counter("generation_tokens", "Tokens sent to users.")
         self.replays = self._counter("request_replays", "Streams that went on with another decode worker.")
+        self.placed = self._counter(
+            "prefill_choices", "Prompts whose place measured times chose; unknown goes to a prefill worker.", "choice"
+        )
 
     def watch(self, began: float) -> Watch:
         """Times of one request that came at ``began`` (``time.perf_counter``)."""
@@ -116,13 +119,14 @@ class Watch:
 
 class WorkerMetrics(_Set):
     """What both kinds of workers have. ``pool`` returns (pages held, pages in all), ``prefix`` the counts of the prefix
-    cache (``engine/prefix.py``)."""
+    cache (``engine/prefix.py``); ``wire_kv`` names what handoffs make of target KV."""
 
     def __init__(
         self, *, running: Callable[[], int], waiting: Callable[[], int], pool: Callable[[], tuple[int, int]],
-        prefix: Callable[[], Mapping[str, float]] = dict,
+        prefix: Callable[[], Mapping[str, float]] = dict, wire_kv: str = "whole",
     ) -> None:  # fmt: skip
         super().__init__()
+        self._target_kind = "target_kv" if wire_kv == "whole" else f"target_kv_lossy_{wire_kv}"
         self.registry.register(_Prefix(prefix))
         self._gauge("num_requests_running", "Requests that hold pages.", running)
         self._gauge("num_requests_waiting", "Requests that wait for pages.", waiting)
@@ -134,7 +138,7 @@ class WorkerMetrics(_Set):
 
     def transfer(self, *, kv: int, draft: int, hidden: int) -> None:
         """Bytes that one handoff moved."""
-        for kind, count in (("target_kv", kv), ("draft_kv", draft), ("hidden", hidden)):
+        for kind, count in ((self._target_kind, kv), ("draft_kv", draft), ("hidden", hidden)):
             if count:
                 self.moved.labels(kind).inc(count)
 

@@ -9,6 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+# Figures in Status, by ``Route.link``.
+LINK_RATE, LINK_LATENCY = "link_bytes_per_second/", "link_latency_seconds/"
+LINK_OVERHEAD = "link_overhead_seconds/"
+
 
 class FinishReason(StrEnum):
     """Why an answer ended."""

@@ -9,6 +9,7 @@ from pdspec.engine.claims import Wake
 from pdspec.engine.prefill import PrefillEngine, PrefillSequence
 from pdspec.engine.prefix import Prefixes
 from pdspec.engine.resources import load
+from pdspec.engine.steptimes import measure_prompts
 from pdspec.parallel.ranks import RankProcess, StartRank
 from prefill_worker.scheduler import PrefillScheduler
 
@@ -33,6 +34,8 @@ class PrefillHost:
     def __init__(self, config: WorkerConfig, start: StartRank = RankProcess) -> None:
         self.resources = load(config, start)
         self.engine = PrefillEngine(self.resources)
+        for tokens, seconds in measure_prompts(self.resources):
+            self.engine.times.add(tokens, seconds)
         self.prefixes = Prefixes(self.resources)
         self.scheduler: PrefillScheduler[QueuedPrompt] = PrefillScheduler(self.resources.pool, config.chunk, self._take)
 
@@ -70,6 +73,13 @@ class PrefillHost:
         pages = self.prefixes.take(prompt.prefix, prompt.ctx, count, limit=prompt.limit)
         prompt.num_computed = prompt.prefix.start
         return pages
+
+    def figures(self) -> dict[str, float]:
+        """What prompts cost here, for Status; from any thread."""
+        prompts = [*list(self.scheduler.waiting), *list(self.scheduler.running)]
+        return {
+            **self.engine.figures(), "prefill_backlog_tokens": float(sum(prompt.remaining for prompt in prompts)),
+        }  # fmt: skip
 
     def check_integrity(self) -> None:
         """See scheduler."""

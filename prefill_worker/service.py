@@ -37,10 +37,11 @@ from pdspec.transfer.faults import FrameFaults
 from pdspec.transfer.frames import FRAME_BYTES, Begin, DraftStart, First, HiddenRows, Pages
 from pdspec.transfer.grpc_serve import PrefillStream, prefill_handler
 from pdspec.transfer.ledger import HIDDEN
+from pdspec.transfer.lossy import BLOCK, encode
 from pdspec.transfer.pace import Pace
 from pdspec.transfer.segment import sweep
 from pdspec.transfer.shm_serve import Lanes
-from pdspec.types import DraftPrefill, GenerateRequest, TokenLogprob, WorkerInfo
+from pdspec.types import CacheGroup, DraftPrefill, GenerateRequest, TokenLogprob, WorkerInfo
 from pdspec.wire import pdspec_pb2_grpc as rpc
 from prefill_worker.host import PrefillHost, QueuedPrompt
 
@@ -95,6 +96,7 @@ class PrefillService:
             waiting=lambda: len(scheduler.waiting),
             pool=lambda: (pool.held, pool.num_pages),
             prefix=host.prefixes.counts,
+            wire_kv=config.wire_kv,
         )
         self.lanes = Lanes(config.mover)
 
@@ -178,14 +180,20 @@ class PrefillService:
         return {self.host.resources.runner.group.name: n, **drafts}
 
     async def _send(self, stream: PrefillStream, prompt: QueuedPrompt, events: Events) -> None:
-        cache, epoch = self.host.resources.cache, stream.open.epoch
+        resources, epoch = self.host.resources, stream.open.epoch
+        cache, lossy, sending = resources.cache, self.config.lossy_wire, 0.0
         while True:
             if events.queue.empty():
+                began = time.perf_counter()
                 await stream.flush()
+                sending += time.perf_counter() - began
             kind, values = await events.queue.get()
+            began = time.perf_counter()
             match kind:
                 case "rows":
                     for frame in page_frames(cache, prompt.ctx.pages, *values, have=stream.open.have_rows):
+                        if lossy and frame.group == resources.runner.group.name:
+                            frame = await asyncio.to_thread(rounded_frame, frame, resources.runner.group)
                         await stream.send(frame, more=True)
                 case "hidden":
                     await stream.send(hidden_frame(epoch, values[0]), more=True)
@@ -199,8 +207,9 @@ class PrefillService:
                     queue_ms = 1e3 * (prompt.started_at - prompt.queued_at)
                     stats = {"queue_ms": queue_ms, "prefill_ms": 1e3 * prompt.seconds}
                     stats["cached_tokens"] = float(prompt.prefix.start if prompt.prefix else 0)
-                    await stream.finish({**stats, "computed_at_s": events.rows_at})
+                    await stream.finish({**stats, "sending_ms": 1e3 * sending, "computed_at_s": events.rows_at})
                     return
+            sending += time.perf_counter() - began
 
     def info(self) -> WorkerInfo:
         """Status."""
@@ -215,7 +224,8 @@ class PrefillService:
             steps=self.host.engine.steps,
             stepping=sum(not prompt.finished for prompt in list(scheduler.running)),
         )
-        return dataclasses.replace(info, metrics={**info.metrics, **self.lanes.counts, **self.host.prefixes.counts()})
+        own = {**self.lanes.counts, **self.host.prefixes.counts(), **self.host.figures()}
+        return dataclasses.replace(info, metrics={**info.metrics, **own})
 
 
 def page_frames(
@@ -224,12 +234,18 @@ def page_frames(
     """Rows ``start..stop-1`` of one layer in frames of a good size, without those that the decode worker has."""
     layout = cache.layout(group)
     most = max(1, FRAME_BYTES // layout.row_bytes)
+    most -= most % BLOCK if most > BLOCK else 0  # blocks of ``lossy`` stay whole
     for first in range(max(start, have.get(group, 0)), stop, most):
         last = min(first + most, stop)
         yield Pages(
             epoch=0, seq=0, group=group, layer=layer, start=first, count=last - first, head_start=0,
             head_count=layout.num_kv_heads, payload=cache.row_views(group, layer, pages, first, last),
         )  # fmt: skip
+
+
+def rounded_frame(frame: Pages, layout: CacheGroup) -> Pages:
+    """The frame with its rows rounded to int8."""
+    return dataclasses.replace(frame, payload=encode(frame.payload, layout, frame.start, frame.count))
 
 
 def hidden_frame(epoch: int, rows: TargetRows) -> HiddenRows:

@@ -33,7 +33,8 @@ from pdspec.wire.passing import is_plain, passed_on
 from pdspec.wire.status import from_peer_error, is_broken
 from router.failover import Failures, WorkerDied
 from router.fleet import Fleet, Ticket
-from router.policy import MAX_WAITING, RETRY_AFTER_MS, WorkerState, choose
+from router.placement import Estimate
+from router.policy import MAX_WAITING, RETRY_AFTER_MS, WorkerState, choose, placed
 from router.prefixes import PrefixMap
 from router.tally import Tally
 
@@ -47,17 +48,20 @@ class _NotNow(Exception):
 
 
 class Answer:
-    """Iterate ``chunks()`` once. ``text`` is fresh; ``resumed`` are tokens that the client has already."""
+    """Iterate ``chunks()`` once. ``text`` is fresh; ``resumed`` are tokens that the client has already;
+    ``on_placed`` hears how a prompt's place was chosen by measured times."""
 
     def __init__(
         self, request: GenerateRequest, *, fleet: Fleet, text: AnswerText, config: RouterConfig, handoff: Handoff,
         token_bytes: Callable[[int], bytes], resumed: tuple[int, ...] = (), prefixes: PrefixMap | None = None,
+        on_placed: Callable[[Estimate], object] = lambda _: None,
     ) -> None:  # fmt: skip
         self._prefixes, self._cache_weight = PrefixMap() if prefixes is None else prefixes, config.cache_weight
         self._blocks: list[bytes] = []  # of the prompt that is routed
         self._request, self._fleet, self._text = request, fleet, text
         self._plain = not request.sampling.stop_strings  # then a chunk of tokens alone goes on as it is
         self._handoff, self._relay, self._token_bytes = handoff, config.relay, token_bytes
+        self._measured, self._on_placed = config.prefill_choice == "measured", on_placed
         self._failures = Failures(config)
         self._began = time.monotonic()
         self._ids: list[int] = list(resumed)  # what went out
@@ -115,12 +119,17 @@ class Answer:
         """Raises _NotNow where a wait may help, else why nobody can be chosen."""
         views, tokens = self._fleet.views(), len(request.prompt_ids) + request.sampling.max_tokens
         found = self._prefixes.cached(self._blocks)
+        cached = {address: count / len(request.prompt_ids) for address, count in found.items()}
         try:
-            return choose(
+            route = choose(
                 views, handoff=self._handoff, relay=self._relay, tokens=tokens, drafter=request.drafter,
-                exclude=self._failures.excluded(), cache_weight=self._cache_weight,
-                cached={address: count / len(request.prompt_ids) for address, count in found.items()},
+                exclude=self._failures.excluded(), cache_weight=self._cache_weight, cached=cached,
             )  # fmt: skip
+            if not self._measured or not route.prefill:
+                return route
+            route, estimate = placed(views, route, prompt_tokens=len(request.prompt_ids), cached=cached)
+            self._on_placed(estimate)
+            return route
         except (PeerLost, Overloaded) as error:
             coming = any(view.state in (WorkerState.LOST, WorkerState.UNKNOWN) for view in views)
             since = since if views else self._fleet.began
@@ -138,7 +147,8 @@ class Answer:
         return PeerLost(f"the answer was lost{sent}: {last}; {error.message}", remedy=error.remedy)
 
     async def _attempt(self, request: GenerateRequest, route: Route) -> AsyncGenerator[pb.GenerateChunk, None]:
-        tickets = [self._fleet.send(address) for address in (route.decode, *route.prefill[:1])]
+        count = len(request.prompt_ids)
+        tickets = [self._fleet.send(address, count) for address in (route.decode, *route.prefill[:1])]
         stub = rpc.DecodeWorkerStub(self._fleet.channel(route.decode))
         call = stub.Decode(
             decode_request_to_pb(request, route), timeout=request.deadline_s, metadata=self._fleet.metadata()

@@ -31,8 +31,8 @@ LATE_S = 0.2  # a timeout that fires so much too late was slept through by this 
 class Ticket:
     """One request that was sent to a worker, until ``close`` is called."""
 
-    def __init__(self, worker: Worker) -> None:
-        self._worker, self.sent_at = worker, time.monotonic()
+    def __init__(self, worker: Worker, tokens: int = 0) -> None:
+        self._worker, self.sent_at, self.tokens = worker, time.monotonic(), tokens
         self.lost: asyncio.Future[str] | None = None  # of ``watch``
         worker.open.add(self)
 
@@ -110,12 +110,12 @@ class Worker:
             state = WorkerState.UNKNOWN
         elif self.info.draining:
             state = WorkerState.DRAINING
-        sent_since = sum(ticket.sent_at >= self.asked_at for ticket in self.open)
+        sent = [ticket.tokens for ticket in self.open if ticket.sent_at >= self.asked_at]
         ended_since = sum(sent < self.asked_at <= end for sent, end in self.ended)
-        pending = sent_since - ended_since
         return WorkerView(
-            address=self.address, role=self.role, state=state, reason=reason, info=self.info, pending=pending
-        )
+            address=self.address, role=self.role, state=state, reason=reason, info=self.info,
+            pending=len(sent) - ended_since, pending_tokens=sum(sent),
+        )  # fmt: skip
 
     def _missed(self, reason: str) -> None:
         if not self.lost:
@@ -172,10 +172,10 @@ class Fleet:
         """Of every call on a worker."""
         return self._trust.metadata()
 
-    def send(self, address: str) -> Ticket | None:
-        """Count a request as sent to ``address``; None when it has left the fleet."""
+    def send(self, address: str, tokens: int = 0) -> Ticket | None:
+        """Count a request with a prompt of ``tokens`` as sent to ``address``; None when it has left the fleet."""
         worker = self._workers.get(address)
-        return Ticket(worker) if worker else None
+        return Ticket(worker, tokens) if worker else None
 
     def lose(self, address: str, reason: str) -> None:
         """Do not route to ``address`` until it answers a heartbeat again."""

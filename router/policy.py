@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from pdspec.errors import InvalidRequest, Overloaded, PeerLost
 from pdspec.types import Handoff, Route, WorkerInfo
+from router.placement import Estimate, estimate
 
 MAX_WAITING = 256  # requests that may wait for one decode worker before new ones are turned away
 RETRY_AFTER_MS = 500
@@ -34,6 +35,7 @@ class WorkerView:
     reason: str = ""
     info: WorkerInfo | None = None  # None until it has answered once
     pending: int = 0
+    pending_tokens: int = 0  # of the prompts of those that were sent since
 
     @property
     def load(self) -> int:
@@ -78,10 +80,33 @@ def choose(
     return replace(paths, decode=decode.address, prefill=_prefill_order(workers, drafter, paths, decode, costs))
 
 
+def placed(
+    workers: Sequence[WorkerView], route: Route, *, prompt_tokens: int, cached: Mapping[str, float]
+) -> tuple[Route, Estimate]:
+    """The route without prefill workers where the decode worker would have the prompt sooner by the workers' own
+    figures, and what those promise. ``cached`` as for ``choose``."""
+    by_address = {worker.address: worker for worker in workers}
+    decode, prefill = by_address[route.decode], by_address[route.prefill[0]] if route.prefill else None
+    if prefill is None or prefill.state is not WorkerState.READY or prefill.info is None or decode.info is None:
+        return route, Estimate(elsewhere=None, here=None)
+    missing, computed = (
+        prompt_tokens * (1.0 - (cached.get(worker.address, 0.0) if _has_pages(worker) else 0.0))
+        for worker in (decode, prefill)
+    )
+    found = estimate(
+        decode.info, prefill.info, link=route.link(prefill.address), missing=missing, computed=computed,
+        running=decode.load, waiting_tokens=prefill.pending_tokens,
+    )  # fmt: skip
+    return (replace(route, prefill=()) if found.choice == "local" else route), found
+
+
+def _has_pages(worker: WorkerView) -> bool:
+    return worker.info is not None and worker.info.metrics.get("prefix_cached_pages", 0.0) > 0
+
+
 def _cost(worker: WorkerView, cached: Mapping[str, float], weight: float) -> float:
     """Its load, less what its cache saves."""
-    holds = worker.info is not None and worker.info.metrics.get("prefix_cached_pages", 0.0) > 0
-    return worker.load - (weight * cached.get(worker.address, 0.0) if holds else 0.0)
+    return worker.load - (weight * cached.get(worker.address, 0.0) if _has_pages(worker) else 0.0)
 
 
 def _choose_decode(

@@ -95,6 +95,7 @@ class RouterService(rpc.RouterServicer):
             request, fleet=self.fleet, text=text, config=self.config, handoff=handoff,
             token_bytes=self._tokenizer.token_bytes, resumed=user.resume_ids,
             prefixes=self._prefixes,
+            on_placed=lambda estimate: self.metrics.placed.labels(estimate.choice).inc(),
         )  # fmt: skip
         try:
             async with aclosing(self._live.watched(request, began, self._placed(answer, request, tenant, asked_at))) \

@@ -122,6 +122,33 @@ STEPPINGS = {
 }
 
 
+@shared_options(num_prompts=8, max_tokens=64)
+def wire_kv(
+    drafters: Annotated[str, typer.Option(help="Comma separated.")] = "ngram,eagle3",
+    temperatures: Annotated[str, typer.Option(help="Comma separated; 0: greedy.")] = "0,1",
+    *,
+    shared: Shared,
+) -> None:
+    """Target KV rounded to int8 on the wire (LOSSY) or whole: bytes, acceptance, agreement of answers and scores."""
+    with only_json(shared.json):
+        from pdspec.study import wire_kv as study
+
+        result = study.run(
+            worker=shared.worker, drafters=_names(drafters),
+            temperatures=[float(text) for text in _names(temperatures)], **shared.asked(), progress=notes().print,
+        )  # fmt: skip
+    if shared.json:
+        print_json(result)
+    else:
+        for row in result["rows"]:
+            _print_row(row, ("wire_kv", "drafter", "temperature", "acceptance_length", "kv_bytes", "draft_kv_bytes",
+                             "same_answers", "same_before_first_difference"))
+        print(f"bytes of target KV: {result['bytes_ratio']:.3f} of whole ones;",
+              *(f"{name} {value:.3g}" for name, value in result["scores"].items()))
+    if not result["ok"]:
+        raise typer.Exit(1)
+
+
 def sparse(
     sequences: Annotated[int, typer.Option(min=1, help="Decoded together.")] = 8,
     context: Annotated[int, typer.Option(min=64, help="Prompt tokens of each.")] = 6000,

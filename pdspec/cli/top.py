@@ -78,7 +78,10 @@ class Looks:
 def _row(worker: dict[str, Any]) -> dict[str, Any]:
     held, total = worker["total_pages"] - worker["free_pages"], worker["total_pages"]
     kept = ("worker_id", "role", "address", "state", "reason", "running", "queued", "pending", "steps")
-    return {**{name: worker[name] for name in kept}, "kv_cache_usage": round(held / total, 4) if total else 0.0}
+    return {
+        **{name: worker[name] for name in kept}, "kv_cache_usage": round(held / total, 4) if total else 0.0,
+        "wire_kv_lossy": bool(worker["metrics"].get("wire_kv_lossy")),
+    }  # fmt: skip
 
 
 def _rates(counts: dict[str, float], before: dict[str, float] | None, elapsed: float) -> dict[str, float]:
@@ -102,7 +105,8 @@ def table(endpoint: str, workers: Rows, requests: Rows) -> Group:
         state = Text(f"{row['state']} {row['reason']}".strip(), style=colours.get(row["state"], "red"))
         cells = (str(row["running"]), str(row["queued"]), f"{row['kv_cache_usage']:.0%}", f"{row['tokens_per_s']:.1f}")
         length = f"{row['acceptance_length']:.2f}" if row["acceptance_length"] else "–"
-        named.add_row(row["worker_id"] or row["address"], row["role"], state, *cells, length)
+        role = f"{row['role']}, LOSSY wire KV" if row["wire_kv_lossy"] else row["role"]
+        named.add_row(row["worker_id"] or row["address"], role, state, *cells, length)
     under_way = Table("request", "drafter", "prompt", "output", "of", "age", box=None)
     for column in under_way.columns[2:]:
         column.justify = "right"

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from pdspec.engine.prefill import hidden_rows, hidden_wanted, page_table
+from pdspec.engine.rates import Mean
 from pdspec.engine.resources import Resources, tree_spec
 from pdspec.engine.sequence import DecodeSequence
 from pdspec.engine.speculation import make_budget
@@ -40,6 +41,7 @@ class DecodeEngine:
         self.budget = make_budget(resources)
         self.steps = self.rows = 0  # since the start; rows of the target's forwards
         self.clocks: dict[str, float] = defaultdict(float)
+        self.step_seconds = Mean()
 
     def rows_needed(self, request: GenerateRequest, drafter: Drafter, tree: str) -> int:
         """KV rows that a sequence may ever touch: prompt, answer, and the widest proposal or verification."""
@@ -210,6 +212,7 @@ class DecodeEngine:
     ) -> None:
         ended = time.perf_counter()
         self.steps += 1
+        self.step_seconds.add(ended - began)
         for name, seconds in (
             ("draft", proposed - began + ended - verified),
             ("forward", forwarded - proposed),

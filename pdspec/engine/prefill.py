@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from pdspec.engine.prefix import Prefix
+from pdspec.engine.rates import Line
 from pdspec.engine.resources import Resources
 from pdspec.errors import PdspecError
 from pdspec.grammar import Grammars
@@ -24,6 +25,8 @@ from pdspec.model.batch import ForwardBatch, ForwardOutput
 from pdspec.sampling import History, pick, stopping_ids, support, token_logprob
 from pdspec.spec.protocol import Candidates, DraftContext, Drafter, HiddenRows
 from pdspec.types import DraftPrefill, GenerateRequest, TokenLogprob
+
+_FURTHEST = 4.0  # a step that was held up counts as so many times too slow at most
 
 
 class PrefillEvents(Protocol):
@@ -62,6 +65,7 @@ class PrefillSequence:
     prefix: Prefix | None = None  # what of it was there already
     hidden_from: int = 0  # hidden rows that are wanted elsewhere, where the drafter is prefilled elsewhere
     draft_rows: dict[str, int] = field(default_factory=dict)  # rows told per draft group
+    said: int = -1  # t_n where a client has it already, and this prefill may read other KV than the one that chose it
     resumed: bool = False  # the rows of ``prefix`` were told
     abandoned: bool = False  # nobody waits for it any more; may be set from any thread
     finished: bool = False  # the first token ends the answer, or the prefill is complete
@@ -96,6 +100,7 @@ class PrefillEngine:
     def __init__(self, resources: Resources) -> None:
         self.resources = resources
         self.steps = 0  # grows with every layer: busy and stuck differ
+        self.times = Line(_FURTHEST)  # of its steps, by prompt tokens
 
     def step(self, work: Sequence[tuple[PrefillSequence, int]]) -> None:
         """Compute the next ``count`` tokens of each prompt. Events tell what became final. A step whose prompts are
@@ -126,6 +131,15 @@ class PrefillEngine:
                 sequence.events.failed(error)
             row, logit = row + count, logit + last
             sequence.seconds = time.perf_counter() - sequence.started_at
+        self.times.add(row, time.perf_counter() - began)
+
+    def figures(self) -> dict[str, float]:
+        """What prompts cost, for Status; from any thread."""
+        constant, each = self.times.fit
+        return {
+            "prefill_tokens_per_second": 1.0 / each if each > 0 else 0.0, "prefill_step_seconds": constant,
+            "prefill_chunk": float(self.resources.config.chunk),
+        }  # fmt: skip
 
     def _resume(self, sequence: PrefillSequence, prefix: Prefix) -> None:
         """Tell the rows that are there, and make the draft rows that read the tokens behind them."""
@@ -191,7 +205,10 @@ class PrefillEngine:
         request, params, ctx = sequence.request, sequence.request.sampling, sequence.ctx
         history = prompt_history(request, self.resources.grammars)
         allowed = support(logits, params, history, end_ids=self.resources.end_ids)
-        token = pick(allowed, params, lambda ids: ctx.chooser.noise(ctx.prompt_len, ids))
+        if sequence.said < 0:
+            token = pick(allowed, params, lambda ids: ctx.chooser.noise(ctx.prompt_len, ids))
+        else:
+            token = sequence.said
         logprob = None if params.logprobs is None else token_logprob(allowed, token, params.logprobs)
         ctx.token_ids.append(token)
         sequence.events.first(token, logprob)

@@ -25,8 +25,10 @@ from pdspec.spec.family import Parts, Setting
 from pdspec.spec.protocol import Drafter
 from pdspec.spec.registry import draft_groups, make_drafter
 from pdspec.spec.tree import TreeSpec, parse_tree, read_shapes, spelled_out
+from pdspec.transfer.lossy import FORMAT
 
 log = logging.getLogger(__name__)
+WIRE_KV = "wire_kv"  # in the fingerprint where handoffs are lossy
 
 
 @dataclass(kw_only=True)
@@ -134,14 +136,24 @@ def _load(config: WorkerConfig, files: ModelFiles, ranks: Ranks | None) -> Resou
         shapes=shapes,
         ranks=ranks,
     )
-    numerics = check_exact(resources, config.numerics) if ranks is None else "fast"
+    asked = _numerics(config)
+    numerics = check_exact(resources, asked) if ranks is None else "fast"
     resources.fingerprint.update(_fingerprint(resources, numerics))
     for name, drafter in drafters.items():
         resources.metrics[f"head_matches_target_{name}"] = float(getattr(drafter, "target_matches", True))
     resources.metrics.update(
-        native_kernels=float(ops.name == "native"), numerics_exact=float(numerics == "exact"), tp=float(config.tp)
-    )
+        native_kernels=float(ops.name == "native"), numerics_exact=float(numerics != "fast"), tp=float(config.tp),
+        wire_kv_lossy=float(config.lossy_wire),
+    )  # fmt: skip
     return resources
+
+
+def _numerics(config: WorkerConfig) -> str:
+    """What is asked for; where handoffs are lossy nothing is exact (said once)."""
+    if not config.lossy_wire:
+        return config.numerics
+    log.warning("LOSSY: wire_kv %s rounds the prompt's KV; answers may differ from the model's", config.wire_kv)
+    return "fast"
 
 
 def _fingerprint(resources: Resources, numerics: str) -> dict[str, str]:
@@ -151,6 +163,7 @@ def _fingerprint(resources: Resources, numerics: str) -> dict[str, str]:
         "target": target,
         "tokenizer": files.tokenizer_hash,
         "numerics": f"exact/{kernel_hash()}" if numerics == "exact" else "fast",
+        **({WIRE_KV: FORMAT} if config.lossy_wire else {}),
         **{f"drafter/{name}": drafter.fingerprint() for name, drafter in resources.drafters.items()},
     }
 
@@ -158,11 +171,11 @@ def _fingerprint(resources: Resources, numerics: str) -> dict[str, str]:
 def check_fingerprint(mine: dict[str, str], theirs: dict[str, str], *, drafter: str, peer: str) -> None:
     """Raises Incompatible naming the first field in which two sides of a handoff differ; only the request's own
     drafter is compared."""
-    for name in ("target", "tokenizer", "numerics", f"drafter/{drafter}"):
+    for name in ("target", "tokenizer", WIRE_KV, "numerics", f"drafter/{drafter}"):
         a, b = mine.get(name, "absent"), theirs.get(name, "absent")
         if a != b:
             raise Incompatible(
                 f"this worker has {a[:24]}, {peer} has {b[:24]}",
                 field=f"fingerprint.{name}",
-                remedy="deploy both with the same model, dtype, numerics and heads",
+                remedy="deploy both with the same model, dtype, numerics, wire_kv and heads",
             )

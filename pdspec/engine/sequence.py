@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pdspec.engine.outlook import Outlook
 from pdspec.engine.prefix import Prefix
-from pdspec.engine.speculation import Outlook
 from pdspec.sampling import History, stopping_ids
 from pdspec.spec.protocol import Draft, DraftContext, Drafter
 from pdspec.spec.tree import depths

@@ -27,6 +27,7 @@ Counts = npt.NDArray[np.int64]
 GRID = (*range(1, 17), *range(18, 33, 2), 40, 48, 64, 96, 128, 192, 256)
 _PREFIX, _LONG_PREFIX = 32, 1024
 _REPEATS = 3
+_PROMPTS, _PROMPT_REPEATS = (8, 256), 2
 _PACE, _LOCAL_PACE, _FURTHEST = 0.05, 0.02, 2.0  # a step corrects all times by so much, its own rows' by so much more
 _DRAFT_MEMORY, _DRAFT_PRECISION = 0.98, 1e-3
 
@@ -155,3 +156,35 @@ def _fastest(resources: Resources, pages: list[int], count: int, prefix: int) ->
         float(resources.runner.forward(batch, resources.cache).logits[0, 0])  # waits for the device
         times.append(time.perf_counter() - began)
     return min(times[1:])
+
+
+def measure_prompts(resources: Resources) -> list[tuple[int, float]]:
+    """(tokens, seconds) of a short and a longer prompt, the fastest of some runs each: what a worker says of itself
+    before its first real ones. Uses a few free pages and gives them back; shorter ones where there are not enough."""
+    room = min(resources.pool.free * resources.pool.page_size, resources.runner.config.max_context)
+    found: list[tuple[int, float]] = []
+    for rows in (min(rows, resources.config.chunk, room) for rows in _PROMPTS):
+        if rows < 1:
+            continue
+        pages = resources.pool.allocate(pages_for(rows, resources.pool.page_size))
+        slots = np.arange(rows, dtype=np.int32)
+        batch = ForwardBatch(
+            token_ids=np.zeros(rows, np.int32), positions=slots, sequence=np.zeros(rows, np.int32), slots=slots,
+            prefix_len=slots + 1, ancestors=np.empty((rows, 0), np.int32), page_table=page_table([pages]),
+            logit_rows=slots[-1:],
+        )
+        try:
+            found.append((rows, _best_of(_PROMPT_REPEATS, resources, batch)))
+        finally:
+            resources.pool.release(pages)
+    return found
+
+
+def _best_of(repeats: int, resources: Resources, batch: ForwardBatch) -> float:
+    """Seconds of the fastest forward."""
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        float(resources.runner.forward(batch, resources.cache).logits[0, 0])  # waits for the device
+        times.append(time.perf_counter() - began)
+    return min(times)

@@ -164,6 +164,7 @@ def _deployment(endpoint: str, access: Access) -> Iterator[Finding]:
         else:
             yield Finding(name=name, state="ok", found=f"{worker['role']}, {worker['fingerprint'][:12]}")
     yield from _fingerprints(workers)
+    yield from _lossy(workers)
     yield from _clocks(workers)
 
 
@@ -174,10 +175,19 @@ def _fingerprints(workers: list[dict[str, Any]]) -> Iterator[Finding]:
             held.setdefault(worker["fingerprint"][:12], []).append(worker["worker_id"] or worker["address"])
     if len(held) > 1:
         found = "; ".join(f"{digest}: {', '.join(names)}" for digest, names in held.items())
-        remedy = "start all with the same model, dtype, numerics and heads"
+        remedy = "start all with the same model, dtype, numerics, wire_kv and heads"
         yield Finding(name="fingerprints", state="fail", found=found, remedy=remedy)
     elif held:
         yield Finding(name="fingerprints", state="ok", found=f"all hold {next(iter(held))}")
+
+
+def _lossy(workers: list[dict[str, Any]]) -> Iterator[Finding]:
+    """Settings that change what a model answers are never silent."""
+    names = [w["worker_id"] or w["address"] for w in workers if w["metrics"].get("wire_kv_lossy")]
+    if names:
+        found = f"LOSSY: {', '.join(names)} round the KV of prompts on the wire; answers may differ from the model's"
+        remedy = "start all with wire_kv whole where that matters"
+        yield Finding(name="wire_kv", state="warn", found=found, remedy=remedy)
 
 
 def _clocks(workers: list[dict[str, Any]]) -> Iterator[Finding]:
@@ -197,7 +207,7 @@ def _clocks(workers: list[dict[str, Any]]) -> Iterator[Finding]:
 
 _REMEDIES = {
     "lost": "start it again; Ray does so by itself. Between two networks, try --handoff relay",
-    "refused": "start it with the model, dtype, numerics and heads of the decode workers",
+    "refused": "start it with the model, dtype, numerics, wire_kv and heads of the decode workers",
     "unknown": "wait: it has not answered yet; else look at its log",
     "draining": "it ends when its requests have; start another",
 }

@@ -91,6 +91,18 @@ def test_top_shows_rates_between_two_looks(monkeypatch, capsys):
     assert "d0" in text and "r-1" in text and "25%" in text
 
 
+def test_a_lossy_setting_is_shown_by_both(monkeypatch):
+    lossy = {"clock": time.time(), "wire_kv_lossy": 1.0}
+    monkeypatch.setattr(doctor, "RouterClient", FakeClient([worker("d0", metrics=lossy), worker("d1")]))
+    found = by_name(doctor.run(endpoint="x:1"))["wire_kv"]
+    assert found["state"] == "warn" and found["found"].startswith("LOSSY: d0 round") and "whole" in found["remedy"]
+    monkeypatch.setattr(doctor, "RouterClient", FakeClient([worker("d0"), worker("d1")]))
+    assert "wire_kv" not in by_name(doctor.run(endpoint="x:1"))
+    console = Console(width=160, record=True)
+    console.print(top.table("x:1", top.Looks(FakeClient([worker("d0", metrics=lossy)])).look()[0], []))
+    assert "LOSSY wire KV" in console.export_text()
+
+
 def test_a_live_table_is_no_object():
     with pytest.raises(Exception, match="--once"):
         build_app()(["top", "--json"], standalone_mode=False)

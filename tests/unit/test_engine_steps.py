@@ -11,10 +11,10 @@ import pytest
 
 from pdspec.config import WorkerConfig
 from pdspec.engine.local import LocalGenerator, new_context
+from pdspec.engine.outlook import shallow
 from pdspec.engine.prefill import PrefillEngine, PrefillSequence, page_table
 from pdspec.engine.resources import Resources, check_fingerprint, load
 from pdspec.engine.selftest import first_difference
-from pdspec.engine.speculation import shallow
 from pdspec.errors import ConfigError, Incompatible, Overloaded, PdspecError, UnknownName
 from pdspec.spec.protocol import Draft
 from pdspec.types import DraftPrefill, FinishReason, GenerateRequest, SamplingParams

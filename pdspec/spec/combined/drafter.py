@@ -6,7 +6,8 @@
 
 Expected is what evidence of this sequence says: tokens accepted per unit of survival that suffix promised, against
 tokens accepted per draft of the head. Only earlier verifications decide, never what the head drew: under ``rejection``
-a choice that looked at the draw would bias it.
+a choice that looked at the draw would bias it. Under ``budget: goodput`` the engine chooses instead
+(``engine/choosing.py``), and tells suffix and head apart what was verified.
 
 Where a request names no tree, suffix drafts this family's and the head its own default; a named one holds for both.
 """
@@ -47,6 +48,9 @@ class CombinedState:
         """Whether a suffix draft of this survival is expected to have more tokens accepted than one of the head."""
         expected = promised * self.suffix_accepted / self.suffix_promised
         return promised > 0 and expected >= self.head_accepted / self.head_drafts
+
+
+Observed = Sequence[tuple[DraftContext, Verdict, HiddenRows]]
 
 
 class CombinedDrafter:
@@ -108,24 +112,46 @@ class CombinedDrafter:
 
     def propose(self, batch: Sequence[DraftContext], budgets: Sequence[int]) -> list[Draft]:
         """Suffix's drafts where they are credible, the head's in their place elsewhere."""
-        views = [self._suffix_view(ctx) for ctx in batch]
-        drafts = self.suffix.propose(views, budgets)
-        for ctx, view, draft in zip(batch, views, drafts, strict=True):
-            state = self._state(ctx)
-            state.suffix = view.state
+        drafts = self.suffix_drafts(batch, budgets)
+        for ctx, draft in zip(batch, drafts, strict=True):
             promised = float(draft.survival.sum())
-            state.promised = promised if state.credible(promised) else 0.0
+            ctx.state.promised = promised if ctx.state.credible(promised) else 0.0
         left = [i for i, ctx in enumerate(batch) if ctx.state.promised == 0.0]
-        heads = [self._head_view(batch[i]) for i in left]
-        for i, view, draft in zip(left, heads, self.head.propose(heads, [budgets[i] for i in left]), strict=True):
-            batch[i].state.head, drafts[i] = view.state, draft
+        for i, draft in zip(left, self.head_drafts([batch[i] for i in left], [budgets[i] for i in left]), strict=True):
+            drafts[i] = draft
         for ctx, draft in zip(batch, drafts, strict=True):
             ctx.state.head_drafted = draft.num_nodes > 0 and ctx.state.promised == 0.0
-            for name, drafted in (("suffix", ctx.state.promised > 0), ("head", ctx.state.head_drafted)):
-                ctx.metrics[f"combined_{name}"] = ctx.metrics.get(f"combined_{name}", 0.0) + drafted
+            self.count(ctx, suffix=ctx.state.promised > 0, head=ctx.state.head_drafted)
         return drafts
 
-    def observe(self, batch: Sequence[tuple[DraftContext, Verdict, HiddenRows]]) -> None:
+    def suffix_drafts(self, batch: Sequence[DraftContext], budgets: Sequence[int]) -> list[Draft]:
+        """Suffix's alone, empty where nothing matches, for whoever chooses the family (``engine/choosing.py``)."""
+        views = [self._suffix_view(ctx) for ctx in batch]
+        drafts = self.suffix.propose(views, budgets)
+        for ctx, view in zip(batch, views, strict=True):
+            self._state(ctx).suffix = view.state
+        return drafts
+
+    @staticmethod
+    def count(ctx: DraftContext, *, suffix: bool, head: bool) -> None:
+        """Note in ``ctx.metrics`` who drafts."""
+        for name, drafted in (("suffix", suffix), ("head", head)):
+            ctx.metrics[f"combined_{name}"] = ctx.metrics.get(f"combined_{name}", 0.0) + drafted
+
+    @property
+    def as_head(self) -> HeadOf:
+        """Its head alone."""
+        return HeadOf(self)
+
+    def head_drafts(self, batch: Sequence[DraftContext], budgets: Sequence[int]) -> list[Draft]:
+        """The head's alone; it must have observed all that came before."""
+        heads = [self._head_view(ctx) for ctx in batch]
+        drafts = self.head.propose(heads, budgets)
+        for ctx, view in zip(batch, heads, strict=True):
+            ctx.state.head = view.state
+        return drafts
+
+    def observe(self, batch: Observed) -> None:
         """Both learn, and whoever drafted is judged."""
         for ctx, verdict, _ in batch:
             state = self._state(ctx)
@@ -136,12 +162,22 @@ class CombinedDrafter:
                 state.head_drafts += 1
                 state.head_accepted += verdict.num_accepted
             state.promised, state.head_drafted = 0.0, False
-        heads = [(self._head_view(ctx), verdict, hidden) for ctx, verdict, hidden in batch]
-        self.head.observe(heads)
-        others = [(self._suffix_view(ctx), verdict, hidden) for ctx, verdict, hidden in batch]
-        self.suffix.observe(others)
-        for (ctx, _, _), (head, _, _), (suffix, _, _) in zip(batch, heads, others, strict=True):
-            ctx.state.head, ctx.state.suffix = head.state, suffix.state
+        self.observe_head(batch)
+        self.observe_suffix(batch)
+
+    def observe_suffix(self, batch: Observed) -> None:
+        """The tokens alone: the head's rows may wait."""
+        views = [(self._suffix_view(ctx), verdict, hidden) for ctx, verdict, hidden in batch]
+        self.suffix.observe(views)
+        for (ctx, _, _), (view, _, _) in zip(batch, views, strict=True):
+            ctx.state.suffix = view.state
+
+    def observe_head(self, batch: Observed) -> None:
+        """The head's part of ``observe``."""
+        views = [(self._head_view(ctx), verdict, hidden) for ctx, verdict, hidden in batch]
+        self.head.observe(views)
+        for (ctx, _, _), (view, _, _) in zip(batch, views, strict=True):
+            ctx.state.head = view.state
 
     def _state(self, ctx: DraftContext) -> CombinedState:
         if ctx.state is None:
@@ -167,3 +203,21 @@ class CombinedDrafter:
             return f"chain({nodes})"
         top_k = spec.top_k if isinstance(spec, DynamicTree) else max(spec.ranks) + 1
         return f"dynamic({min(spec.depth, nodes)},{min(top_k, nodes)},{nodes})"
+
+
+class HeadOf:
+    """The two verbs of a combined drafter's head, where somebody else chooses between it and suffix."""
+
+    def __init__(self, drafter: CombinedDrafter) -> None:
+        self._drafter = drafter
+
+    def propose(self, batch: Sequence[DraftContext], budgets: Sequence[int]) -> list[Draft]:
+        """See Drafter."""
+        drafts = self._drafter.head_drafts(batch, budgets)
+        for ctx, draft in zip(batch, drafts, strict=True):
+            self._drafter.count(ctx, suffix=False, head=draft.num_nodes > 0)
+        return drafts
+
+    def observe(self, batch: Observed) -> None:
+        """See Drafter."""
+        self._drafter.observe_head(batch)
