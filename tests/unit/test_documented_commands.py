@@ -1,7 +1,7 @@
 """Every command of README and docs is run, or at least parsed by the real command line, or stands here with a reason.
 
 executed   what takes seconds, on the tiny model and a stack of real processes
-parsed     the others of ours: commands, flags and values exist (nothing is invoked)
+parsed     the others of ours: commands, flags and values exist (nothing is invoked); of Ray, commands and flags
 external   other programs' commands, each with the reason why no test runs it
 """
 
@@ -13,6 +13,7 @@ import sys
 
 import pytest
 import typer
+from ray.scripts.scripts import cli as ray_command_line
 
 from pdspec.cli import app
 from pdspec.config import HttpConfig, RouterConfig, WorkerConfig
@@ -24,7 +25,6 @@ COMMANDS = list(shown_commands())
 SETTINGS = {"prefill_worker": WorkerConfig, "decode_worker": WorkerConfig, "router": RouterConfig,
             "router.relay": RouterConfig, "pdspec.gateway": HttpConfig}  # fmt: skip
 EXTERNAL = {
-    "ray up": "ray's own; deploy files are checked by tests/unit/test_deploy.py",
     "python -m venv": "environments of other engines: gigabytes; bench peers says what it lacks",
     "PEERS/llama/bin/pip install": "the same",
     "PEERS/vllm/bin/pip install": "the same",
@@ -79,6 +79,8 @@ def test_every_command_shown_exists(command):
         assert words[1] in targets
     elif words[:2] == ["python", "-m"]:
         check_module(words[2:])
+    elif words[0] == "ray":
+        check_ray(words[1:])
     else:
         assert words[0] == "pdspec", f"{command} is in no class: parse it, run it, or say in EXTERNAL why not"
         if command.whole or any(word.startswith("-") for word in words[1:]):
@@ -88,6 +90,14 @@ def test_every_command_shown_exists(command):
                 assert ended.exit_code == 0 and "--help" in words
         else:
             resolved(words[1:])
+
+
+def check_ray(words: list[str]) -> None:
+    """Ray's own command line has the command and its flags."""
+    name, *rest = words
+    command = ray_command_line.commands[name]
+    known = {flag for one in command.params for flag in (*one.opts, *one.secondary_opts)}
+    assert {word.split("=")[0] for word in rest if word.startswith("-")} <= known, f"ray {name} has no such flag"
 
 
 def check_module(words: list[str]) -> None:
