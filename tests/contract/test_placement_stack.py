@@ -12,14 +12,15 @@ from pdspec.client import Answer, RouterClient
 from pdspec.config import WorkerConfig
 from pdspec.engine.local import LocalGenerator
 from pdspec.study.stack import Stack
-from pdspec.types import LINK_RATE, GenerateRequest, SamplingParams, UserRequest
+from pdspec.types import LINK_RATE, GenerateRequest, SamplingParams, UserRequest, WorkerInfo
+from router.placement import estimate
 
 CONFIG = WorkerConfig(
-    model="tiny", drafter="none", drafters=("none",), cache_tokens=1 << 16, threads=1, chunk=512, prefix_cache="off",
+    model="tiny", drafter="none", drafters=("none",), cache_tokens=1 << 16, threads=1, chunk=64, prefix_cache="off",
     stall_timeout_s=300,
 )
-LONG, ANSWERS = 1800, 10
-TRANSFER = 80.0  # times the compute of a prompt: the throttled link
+LONG, ANSWERS = 1800, 24
+TRANSFER = 4.0  # times what the decode worker would take, waits of its answers counted: the throttled link
 PARAMS = SamplingParams(max_tokens=4, seed=3, ignore_eos=True)
 PATIENT = {"prefill_choice": "measured", "lost_after_s": 20, "stall_s": 60}  # of a busy machine
 Figures = dict[str, float]
@@ -57,13 +58,21 @@ def placed(limit: float, size: int) -> tuple[Answer, Figures, str]:
                 return ask(client, ids(LONG, 5)), figures, LINK_RATE + stack.addresses["prefill"][0]
 
 
+def seconds_here(figures: Figures) -> float:
+    """What the policy makes of these figures."""
+    info = WorkerInfo(worker_id="", role="", address="", model="", fingerprint="", metrics=figures)
+    found = estimate(info, info, link="", missing=LONG, computed=LONG, running=ANSWERS, waiting_tokens=0).here
+    assert found is not None
+    return found
+
+
 def test_a_throttled_link_flips_the_choice():
     local = LocalGenerator(CONFIG)
     asked = GenerateRequest(request_id="r", prompt_ids=ids(LONG, 5), sampling=PARAMS)
     expected = tuple(token for chunk in local.generate(asked) for token in chunk.token_ids)
     local.resources.close()
     free, figures, link = placed(0.0, 1000)
-    limit = figures["prefill_tokens_per_second"] * figures["handoff_bytes_per_token"] / TRANSFER
+    limit = LONG * figures["handoff_bytes_per_token"] / (TRANSFER * seconds_here(figures))
     assert figures[link] > 2 * limit
     throttled, slow, link = placed(limit, 256)
     assert slow[link] == pytest.approx(limit, rel=0.6)
