@@ -27,7 +27,7 @@ def run(
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("requests", total=None)
             result = study(
-                StudyConfig.load(file), out, progress=console.print,
+                StudyConfig.load(file), out, progress=lambda text: console.print(text, soft_wrap=True),
                 advance=lambda done, of: bar.update(task, completed=done, total=of),
             )  # fmt: skip
     if json:

@@ -34,7 +34,7 @@ def run(
     study: StudyConfig, out: str | Path, *, progress: Progress, advance: Advance = lambda done, of: None
 ) -> dict[str, Any]:
     """Measure what is missing in ``out``. ``advance`` hears how many requests are answered, of how many that this run
-    sends. Raises ConfigError, and the first error of a deployment: what is complete stays, and the same call goes on."""
+    sends. Raises ConfigError, and the first error of a deployment: the same call goes on with what is missing."""
     tables.needed("pyarrow.parquet")
     grid, store = cells(study), Store(out)
     prompts = load_prompts(prompts_file(study.workload))
@@ -54,9 +54,14 @@ class Clock:
 
     def __init__(self, missing: Sequence[Cell], progress: Progress, advance: Advance) -> None:
         self.cells, self.requests = len(missing), sum(cell.requests for cell in missing)
+        self.stacks = len({cell.stack for cell in missing})
         self.progress, self._advance = progress, advance
-        self.done = self.answered = 0
-        self._began = time.monotonic()
+        self.done = self.answered = self._started = 0
+        self._cells_s = self._starts_s = 0.0
+
+    def stack(self, seconds: float) -> None:
+        """One more deployment stands."""
+        self._started, self._starts_s = self._started + 1, self._starts_s + seconds
 
     def request(self) -> None:
         """One more is answered."""
@@ -65,8 +70,9 @@ class Clock:
 
     def cell(self, cell: Cell, tokens: int, seconds: float) -> None:
         """One more is complete."""
-        self.done += 1
-        left = (time.monotonic() - self._began) * (self.requests / self.answered - 1)
+        self.done, self._cells_s = self.done + 1, self._cells_s + seconds
+        left = self._cells_s / self.answered * (self.requests - self.answered)
+        left += self._starts_s / max(1, self._started) * (self.stacks - self._started)
         self.progress(
             f"{self.done}/{self.cells} {cell.id} {cell}: {tokens / seconds:.1f} tokens/s in {seconds:.0f} s,"
             f" {left / 60:.1f} min left"
@@ -79,8 +85,9 @@ def _on_one_stack(
     """All drafters of the study are loaded, also where only one is left to measure: as in a run without a break."""
     first = found[0]
     config = worker_config({"model": first.model, **json.loads(first.worker)}, drafters)
-    made = Requests(config, prompts)
+    made, began = Requests(config, prompts), time.monotonic()
     with Stack(config, prefill=first.prefill, decode=first.decode, progress=clock.progress) as stack:
+        clock.stack(time.monotonic() - began)
         warm = set[tuple[str, str]]()
         for cell in found:
             if (cell.drafter, cell.tree) not in warm:
