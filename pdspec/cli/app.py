@@ -99,7 +99,7 @@ def build_app() -> typer.Typer:
     compared = {name: study.comparison(name, *rest) for name, rest in study.COMPARISONS.items()}
     stepped = {name: study.stepping(name, *rest) for name, rest in study.STEPPINGS.items()}
     training = {"ttt": study_training.ttt, "draft-vocab": study_training.draft_vocab}
-    cells = {"run": study_cells.run}
+    cells = {"run": study_cells.run, "report": study_cells.report}
     studies = {
         **cells, "acceptance": study.acceptance, **compared, **stepped, "sparse": study.sparse,
         "wire-kv": study.wire_kv, **training,

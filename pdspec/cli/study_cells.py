@@ -47,3 +47,18 @@ def line(row: dict[str, Any]) -> str:
     if row["acceptance_length"] is not None:
         parts.append(f"{row['acceptance_length']:.2f} tokens per verification")
     return ", ".join(parts)
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `pdspec study run --out` wrote.")],
+    json: Json = False,
+) -> None:
+    """One page of pictures that opens offline (report.html), and the same as Markdown with PNG files."""
+    with only_json(json):
+        from pdspec.study.cells.report import report as write
+
+        result = write(folder)
+    if json:
+        print_json(result)
+        return
+    print(f"wrote {result['html']} and {result['markdown']}")
