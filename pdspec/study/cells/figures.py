@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pdspec.study.cells.measures import BIN, acceptance, tpot
+from pdspec.study.cells.measures import BIN, acceptance, per_position, tpot
 from pdspec.study.cells.tables import needed
+from pdspec.study.plan.closed import expected_tokens
 
 Row = Mapping[str, Any]
 _STYLES = ("-", "--", ":", "-.")
+_CHAIN = re.compile(r"chain\((\d+)\)")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -38,7 +40,7 @@ class Series:
 
     def __init__(self, cells: Sequence[Row]) -> None:
         self.cells = cells
-        self._several = [key for key in ("model", "pd", "handoff") if len({row[key] for row in cells}) > 1]
+        self._several = [key for key in ("model", "pd", "handoff") if len({row[key] for row in cells} - {""}) > 1]
         self._places = list(dict.fromkeys(self.place(row) for row in cells))
         self._drafters = list(dict.fromkeys(self.drafter(row) for row in cells))
 
@@ -95,7 +97,7 @@ def pictures(cells: Sequence[Row], requests: Sequence[Row]) -> list[Picture]:
     series = Series(able)
     found = [_pareto(series), _cdfs(series, answered), _timeline(series, answered), _topologies(series)]
     if any(row["acceptance_per_position"] for row in able):
-        found[3:3] = [_along(series, answered), _positions(series)]
+        found[3:3] = [_along(series, answered), _positions(series, answered)]
     return found
 
 
@@ -148,6 +150,7 @@ def _timeline(series: Series, requests: Sequence[Row]) -> Picture:
         axes.plot(moments, [place] * len(moments), "|", color="black", markersize=5, markeredgewidth=0.4,
                   label="" if place else "a verification's tokens arrive")  # fmt: skip
     axes.set(xlabel="seconds since the first request", ylabel="request")
+    _whole(axes.yaxis)
     axes.invert_yaxis()
     axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, 1.1), ncols=3)
     caption = f"One run, {series.label(chosen)}, {chosen['load']}: the disaggregated cell with the highest throughput."
@@ -173,13 +176,14 @@ def _along(series: Series, requests: Sequence[Row]) -> Picture:
             axes[1].bar(place + shift, height, 0.38, color=colour, alpha=alpha)
             axes[1].text(place + shift, height, f"{height:.2f}", ha="center", va="bottom", fontsize=7)
     axes[0].set(xlabel=f"place in the answer (tokens, bins of {BIN})", ylabel="tokens per verification")
+    axes[0].set_ylim(bottom=0.95)
     axes[0].legend(fontsize=7)
     names = list(Series(drafting).grouped(series.drafter))
     axes[1].set_xticks(range(len(names)), names)
     axes[1].set(ylabel="tokens per verification", xlabel="all (solid), outside repeated 8-grams (pale)")
     caption = (
-        "Tokens per verification along the answers, all cells of a drafter together; at the right over all answers, and "
-        "for the verifications that begin outside 8-grams which the answer had before."
+        "Tokens per verification along the answers, all cells of a drafter together; at the right over all answers, "
+        "and for the verifications that begin outside 8-grams which the answer had before."
     )
     return _picture(
         figure, "acceptance", "Acceptance along the answers", caption, "requests.parquet", drafting,
@@ -187,19 +191,33 @@ def _along(series: Series, requests: Sequence[Row]) -> Picture:
     )  # fmt: skip
 
 
-def _positions(series: Series) -> Picture:
+def _positions(series: Series, requests: Sequence[Row]) -> Picture:
     drafting = [row for row in series.cells if row["acceptance_per_position"]]
-    figure, (axes,) = _panels(1)
-    for row in drafting:
-        shares = row["acceptance_per_position"]
-        axes.plot(range(1, len(shares) + 1), shares, label=f"{series.label(row)}, {row['load']}", marker=".",
-                  **series.look(row))  # fmt: skip
-    axes.set(xlabel="depth of the draft", ylabel="accepted, of those reached", ylim=(0, 1))
-    axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    caption = "How often the draft at a depth was accepted where all before it were."
+    figure, axes = _panels(2)
+    _whole(axes[0].xaxis)
+    largest = 1.0
+    for label, rows in Series(drafting).grouped(series.label).items():
+        ids = {row["cell"] for row in rows}
+        own = [one for one in requests if one["cell"] in ids]
+        shares = per_position(own)
+        axes[0].plot(range(1, len(shares) + 1), shares, label=label, marker=".", **series.look(rows[0]))
+        if kind := _CHAIN.fullmatch(rows[0]["tree"]):
+            form = expected_tokens(min(1.0, shares[0]), int(kind[1]))
+            measured = acceptance(own)["acceptance_length"]
+            axes[1].plot(form, measured, series.marker(rows[0]), color=series.colour(rows[0]))
+            largest = max(largest, form, measured)
+    axes[0].set(xlabel="depth of the draft", ylabel="accepted, of those reached", ylim=(0, 1.02))
+    axes[1].plot([1, 1.05 * largest], [1, 1.05 * largest], color="0.6", linewidth=0.8)
+    axes[1].set(xlabel="predicted: (1 − α^(K+1)) / (1 − α)", ylabel="measured tokens per verification")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside right center")
+    caption = (
+        "Left: how often the draft at a depth was accepted where all before it were. Right: the closed form of a chain "
+        "of K drafts with α of depth 1, against what was measured; below the line, later depths are worth less than "
+        "the first, or fewer than K were drafted. Trees that are no chains are not in it."
+    )
     return _picture(
-        figure, "positions", "Acceptance per position", caption, "cells.parquet", drafting,
-        ("pd", "handoff", "drafter", "tree", "load", "acceptance_per_position"),
+        figure, "positions", "Acceptance per position, measured and predicted", caption, "requests.parquet", drafting,
+        ("cell", "accepted_per_position", "reached_per_position", "output_tokens", "verifications"),
     )  # fmt: skip
 
 
@@ -233,6 +251,10 @@ def _panels(count: int) -> tuple[Any, Any]:
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _whole(axis: Any) -> None:
+    axis.set_major_locator(needed("matplotlib.ticker").MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _picture(

@@ -73,9 +73,9 @@ def html(about: Row, cells: Sequence[Row], drawn: Sequence[Picture]) -> str:
 
 
 _NOTE = (
-    "Times in milliseconds. A percentile that has too few samples is not shown: P99 needs 100. Per token: the mean of an "
-    "answer after its first token. Between messages: a message brings the tokens of one verification. All rows are in "
-    "requests.parquet, all figures of the table in cells.parquet."
+    "Times in milliseconds. A percentile that has too few samples is not shown: P99 needs 100. Per token: the mean of "
+    "an answer after its first token. Between messages: a message brings the tokens of one verification. All rows are "
+    "in requests.parquet, all figures of the table in cells.parquet."
 )
 
 
