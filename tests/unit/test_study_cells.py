@@ -33,6 +33,11 @@ def test_a_grid_has_each_cell_once_and_an_id_that_hangs_on_its_values_alone():
     assert other[0].id != grid[0].id
 
 
+def test_cells_share_processes_unless_their_drafter_remembers_answers():
+    grid = cells(study(drafters=["none", "ngram", "suffix"], pd=["1P1D"], loads=["closed 1", "closed 2"]))
+    assert len(grid) == 6 and len({cell.stack for cell in grid}) == 3
+
+
 def test_another_content_of_the_prompts_makes_other_cells(tmp_path):
     path = tmp_path / "own.jsonl"
     ids = []

@@ -104,7 +104,7 @@ def pictures(cells: Sequence[Row], requests: Sequence[Row]) -> list[Picture]:
 def _pareto(series: Series) -> Picture:
     figure, (axes,) = _panels(1)
     for label, rows in series.grouped(series.label).items():
-        points = sorted((row["tokens_per_second"], row["tpot_ms_p50"]) for row in rows)
+        points = [(row["tokens_per_second"], row["tpot_ms_p50"]) for row in rows]
         axes.plot(*zip(*points, strict=True), label=label, marker=series.marker(rows[0]), **series.look(rows[0]))
     best = front((row["tokens_per_second"], row["tpot_ms_p50"]) for row in series.cells)
     axes.plot(*zip(*best, strict=True), color="black", linewidth=5, alpha=0.15, label="Pareto front", zorder=0)

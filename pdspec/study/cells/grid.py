@@ -24,6 +24,7 @@ from pdspec.errors import ConfigError
 from pdspec.settings import Settings, option, unknown_name
 from pdspec.spec.registry import family
 from pdspec.study.cells.loads import parse_load
+from pdspec.study.ways import REMEMBERING
 from pdspec.study.workloads import workload
 from pdspec.telemetry import usable_cores
 
@@ -104,9 +105,11 @@ class Cell:
         return f"{self.prefill}P{self.decode}D"
 
     @property
-    def stack(self) -> tuple[str, int, int, str]:
-        """Cells that agree in this run on the same processes."""
-        return self.model, self.prefill, self.decode, self.worker
+    def stack(self) -> tuple[str, int, int, str, str]:
+        """Cells that agree in this run on the same processes. A drafter that remembers answers gets new ones for each
+        cell: it would know all answers from the cell before."""
+        alone = self.id if self.drafter in REMEMBERING else ""
+        return self.model, self.prefill, self.decode, self.worker, alone
 
     def __str__(self) -> str:
         return " ".join(part for part in (self.pd, self.handoff, self.drafter, self.tree, self.load) if part)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +42,11 @@ def run(
         missing = [cell for cell in grid if not store.has(cell)]
         progress(f"{len(grid)} cells, {len(grid) - len(missing)} of them complete")
         clock = Clock(missing, progress, advance)
-        for _, found in groupby(missing, key=lambda cell: cell.stack):
-            _on_one_stack(list(found), [cell.drafter for cell in grid], prompts, store, clock)
+        stacks: dict[tuple[object, ...], list[Cell]] = {}
+        for cell in missing:
+            stacks.setdefault(cell.stack, []).append(cell)
+        for found in stacks.values():
+            _on_one_stack(found, [cell.drafter for cell in grid], prompts, store, clock)
         table = tables.write(store, study, grid)
     return {"ok": True, "out": str(out), "measured": len(missing), "cells": table}
 
