@@ -1,15 +1,16 @@
-"""The requests of one cell, sent to a router at their moments; each answer becomes one row as soon as it ends."""
+"""The requests of one cell, sent at their moments; each answer becomes one row as soon as it ends."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol, Self
 
 from pdspec.async_client import AsyncRouterClient
+from pdspec.client import Access
 from pdspec.errors import DeadlineExceeded, Overloaded, PdspecError, PeerLost
 from pdspec.study.cells.loads import Load, starts
 from pdspec.types import GenerationStats, UserRequest
@@ -32,18 +33,68 @@ class Asked:
     about: Row
 
 
+@dataclass(frozen=True, kw_only=True)
+class Heard:
+    """A message of an answer. ``token_ids`` is empty where a server does not say; ``finish_reason``, ``output_tokens``
+    (0: as many as came) and ``stats`` come with the last."""
+
+    token_ids: tuple[int, ...] = ()
+    brings: bool = True  # something of the answer
+    finish_reason: str = ""
+    output_tokens: int = 0
+    stats: GenerationStats | None = None
+
+
+class Source(Protocol):
+    """Whoever answers."""
+
+    def stream(self, request: UserRequest) -> AsyncGenerator[Heard, None]:
+        """An answer as it comes. Raises PdspecError."""
+
+
+Opened = AbstractAsyncContextManager[Source]
+
+
+class RouterSource:
+    """A router of this project, over gRPC."""
+
+    def __init__(self, endpoint: str, token: str = "") -> None:
+        self.endpoint, self._token = endpoint, token
+
+    async def __aenter__(self) -> Self:
+        self._client = AsyncRouterClient(self.endpoint, Access(token=self._token))
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._client.close()
+
+    async def stream(self, request: UserRequest) -> AsyncGenerator[Heard, None]:
+        """Raises PeerLost for a gap or a repeat, too."""
+        count = 0
+        async with aclosing(self._client.stream(request)) as pieces:
+            async for piece in pieces:
+                chunk = piece.chunk
+                if chunk.start != count:
+                    raise PeerLost(f"tokens {count}..{chunk.start} of an answer are missing or repeated")
+                count += len(chunk.token_ids)
+                yield Heard(
+                    token_ids=chunk.token_ids, brings=bool(chunk.token_ids), output_tokens=count,
+                    finish_reason=str(chunk.finish_reason) if chunk.finish_reason else "", stats=chunk.stats,
+                )  # fmt: skip
+
+
 def send(
-    endpoint: str, asked: Sequence[Asked], load: Load, *, seed: int, on_row: Callable[[Row], object]
+    source: Opened, asked: Sequence[Asked], load: Load, *, seed: int, on_row: Callable[[Row], object]
 ) -> None:
     """Send all, wait for all. ``on_row`` gets each row when its answer ends: times in milliseconds, ``asked_s`` in
     seconds since the first request. Raises the first PdspecError that is no refusal; what is left is cancelled then."""
-    asyncio.run(_send(endpoint, asked, load, seed, on_row))
+    asyncio.run(_send(source, asked, load, seed, on_row))
 
 
 async def _send(
-    endpoint: str, asked: Sequence[Asked], load: Load, seed: int, on_row: Callable[[Row], object]
+    source: Opened, asked: Sequence[Asked], load: Load, seed: int, on_row: Callable[[Row], object]
 ) -> None:
-    async with AsyncRouterClient(endpoint) as client:
+    async with source as client:
         began = time.perf_counter()
 
         async def one(item: Asked, due_s: float | None) -> None:
@@ -73,31 +124,27 @@ def _first(group: BaseExceptionGroup[PdspecError]) -> PdspecError:
     return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
 
 
-async def _answer(client: AsyncRouterClient, item: Asked, began: float, due_s: float | None) -> Row:
+async def _answer(client: Source, item: Asked, began: float, due_s: float | None) -> Row:
     """``due_s``: when an open load wanted it; its delays count from then."""
     sent = time.perf_counter()
     origin = sent if due_s is None else min(sent, began + due_s)
     times, counts, ids = list[float](), list[int](), list[int]()
-    last, error = None, ""
+    last, error = Heard(), ""
     try:
-        async with aclosing(client.stream(item.request)) as pieces:
-            async for piece in pieces:
-                if piece.chunk.start != len(ids):
-                    raise PeerLost(f"tokens {len(ids)}..{piece.chunk.start} of an answer are missing or repeated")
-                last = piece.chunk
-                if last.token_ids:
+        async with aclosing(client.stream(item.request)) as messages:
+            async for last in messages:
+                if last.brings:
                     times.append(1e3 * (time.perf_counter() - origin))
                     counts.append(len(last.token_ids))
                     ids += last.token_ids
     except _REFUSED as refused:
-        error = f"{type(refused).__name__}: {refused}"
-    if not error and (last is None or last.finish_reason is None or not ids):
+        error, last = f"{type(refused).__name__}: {refused}", Heard()
+        times, counts, ids = [], [], []
+    if not error and not (last.finish_reason and times):
         raise PeerLost("an answer ended without its last message")
-    stats = (last.stats if last is not None else None) or GenerationStats()
-    kept = {name: value for name, value in asdict(stats).items() if name in _KEPT}
+    kept = {name: value for name, value in asdict(last.stats or GenerationStats()).items() if name in _KEPT}
     return {
-        **item.about, **kept, "asked_s": origin - began, "output_tokens": len(ids), "token_ids": ids,
-        "ttft_ms": times[0] if times else None, "total_ms": times[-1] if times else None, "piece_ms": times,
-        "piece_tokens": counts, "finish_reason": str(last.finish_reason) if last and last.finish_reason else "",
-        "error": error,
+        **item.about, **kept, "asked_s": origin - began, "output_tokens": last.output_tokens or len(times),
+        "token_ids": ids, "ttft_ms": times[0] if times else None, "total_ms": times[-1] if times else None,
+        "piece_ms": times, "piece_tokens": counts if ids else [], "finish_reason": last.finish_reason, "error": error,
     }  # fmt: skip

@@ -60,7 +60,9 @@ class StudyConfig(Settings):
     name: str = option("study", "title of the report")
     models: tuple[str, ...] = option(("smollm2-135m",), "targets")
     drafters: tuple[str, ...] = option(("none", "ngram"), "families, with a tree if not the default: eagle3 chain(3)")
-    pd: tuple[str, ...] = option(("0P1D", "1P1D"), "workers; 0P: colocated, decode workers prefill")
+    pd: tuple[str, ...] = option(
+        ("0P1D", "1P1D"), "workers (0P: colocated, decode workers prefill), live HOST:PORT of a router, or openai URL"
+    )
     handoffs: tuple[str, ...] = option(("direct",), "paths of the KV; colocated cells have none")
     loads: tuple[str, ...] = option(
         ("closed 4",), "closed N, poisson RATE, bursty RATE SIZE, or trace FILE SPEED; rates in requests per second"
@@ -73,14 +75,16 @@ class StudyConfig(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One measurement. ``worker`` is JSON: the settings of the workers beside those named here."""
+    """One measurement. ``worker`` is JSON: the settings of the workers beside those named here. ``endpoint`` is that of
+    a deployment which is there already, of which nothing else is known: 0 workers."""
 
     model: str
     drafter: str
     tree: str
     prefill: int
     decode: int
-    handoff: str  # empty: colocated
+    handoff: str  # empty: colocated, or as the endpoint has it
+    endpoint: str  # empty: own processes
     load: str
     prompts: str
     prompts_sha256: str
@@ -102,14 +106,14 @@ class Cell:
     @property
     def pd(self) -> str:
         """The workers as a study file writes them."""
-        return f"{self.prefill}P{self.decode}D"
+        return self.endpoint or f"{self.prefill}P{self.decode}D"
 
     @property
-    def stack(self) -> tuple[str, int, int, str, str]:
+    def stack(self) -> tuple[str, int, int, str, str, str]:
         """Cells that agree in this run on the same processes. A drafter that remembers answers gets new ones for each
         cell: it would know all answers from the cell before."""
         alone = self.id if self.drafter in REMEMBERING else ""
-        return self.model, self.prefill, self.decode, self.worker, alone
+        return self.model, self.prefill, self.decode, self.worker, self.endpoint, alone
 
     def __str__(self) -> str:
         return " ".join(part for part in (self.pd, self.handoff, self.drafter, self.tree, self.load) if part)
@@ -123,11 +127,11 @@ def cells(study: StudyConfig) -> list[Cell]:
     found = [
         Cell(
             model=model, drafter=drafter, tree=tree, prefill=prefill, decode=decode, handoff=handoff, load=load,
-            worker=_worker(study, prefill + decode), **asked,
+            worker="{}" if endpoint else _worker(study, prefill + decode), endpoint=endpoint, **asked,
         )
-        for model, (prefill, decode) in product(study.models, map(_workers, study.pd))
+        for model, (endpoint, prefill, decode) in product(study.models, map(_workers, study.pd))
         for load, (drafter, tree), handoff in product(
-            map(_load, study.loads), _drafters(study), _handoffs(study, prefill)
+            map(_load, study.loads), _drafters(study, endpoint), _handoffs(study, prefill)
         )
     ]  # fmt: skip
     if not found:
@@ -140,11 +144,16 @@ def prompts_file(asked: WorkloadConfig) -> Path:
     return Path(asked.prompts) if Path(asked.prompts).is_file() else Path(workload(asked.prompts))
 
 
-def _workers(text: str) -> tuple[int, int]:
+def _workers(text: str) -> tuple[str, int, int]:
+    """(endpoint, prefill, decode); either there is an endpoint or there are workers."""
+    kind, _, where = text.partition(" ")
+    if kind in ("live", "openai") and where:
+        return text, 0, 0
     found = _PD.fullmatch(text)
     if not found or not int(found[2]):
-        raise ConfigError(f"{text!r} names no workers", field="pd", remedy="write 0P1D (colocated), 1P1D, 2P2D, ...")
-    return int(found[1]), int(found[2])
+        remedy = "write 0P1D (colocated), 1P1D, 2P2D, ..., live HOST:PORT, or openai URL"
+        raise ConfigError(f"{text!r} names no workers", field="pd", remedy=remedy)
+    return "", int(found[1]), int(found[2])
 
 
 def _load(text: str) -> str:
@@ -158,7 +167,10 @@ def _handoffs(study: StudyConfig, prefill: int) -> tuple[str, ...]:
     return study.handoffs if prefill else ("",)
 
 
-def _drafters(study: StudyConfig) -> Iterator[tuple[str, str]]:
+def _drafters(study: StudyConfig, endpoint: str) -> Iterator[tuple[str, str]]:
+    if endpoint.startswith("openai "):
+        yield "served", ""
+        return
     for text in study.drafters:
         name, _, tree = text.partition(" ")
         described = family(name, tuple(study.worker.get("plugins", ()))).DESCRIPTION

@@ -82,6 +82,7 @@ def acceptance(rows: Sequence[Row]) -> dict[str, Any]:
     outside repeated 8-grams: a drafter that copies shines on repetition."""
     verifications = sum(row["verifications"] for row in rows)
     later = sum(row["output_tokens"] - 1 for row in rows)
+    answers = [row["token_ids"] for row in rows if row["token_ids"]]
     drafted, accepted = (sum(row[name] for row in rows) for name in ("drafted_tokens", "accepted_tokens"))
     steps = [step for row in rows for step in verified(row)]
     fresh = [tokens for _, tokens, repeated in steps if not repeated]
@@ -90,7 +91,7 @@ def acceptance(rows: Sequence[Row]) -> dict[str, Any]:
         "accepted_share": accepted / drafted if drafted else None,
         "acceptance_per_position": per_position(rows),
         "acceptance_along": along(steps),
-        "repeated_8gram_share": repeated_share([row["token_ids"] for row in rows]),
+        "repeated_8gram_share": repeated_share(answers) if answers else None,
         "acceptance_length_not_repeated": sum(fresh) / len(fresh) if fresh else None,
         "verifications": verifications, "verifications_not_repeated": len(fresh),
     }  # fmt: skip

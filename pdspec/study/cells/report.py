@@ -106,10 +106,11 @@ def sentences(about: Row, cells: Sequence[Row]) -> list[str]:
         " on average.",
     ]
     for load in dict.fromkeys(row["load"] for row in cells):
+        own = [row for row in cells if row["load"] == load and row["decode"]]
         best = [
             max(some, key=lambda row: row["tokens_per_second"])
             for apart in (False, True)
-            if (some := [row for row in cells if row["load"] == load and (row["prefill"] > 0) == apart])
+            if (some := [row for row in own if (row["prefill"] > 0) == apart])
         ]
         if len(best) == 2 and best[0]["tokens_per_second"]:
             ratio = best[1]["tokens_per_second"] / best[0]["tokens_per_second"]
@@ -127,11 +128,15 @@ def values(row: Row) -> tuple[str, ...]:
     return (
         row["cell"], row["pd"], row["handoff"] or "–", row["drafter"], row["tree"] or "–", row["load"],
         _number(row["tokens_per_second"], 1), *times, _number(row["acceptance_length"], 2),
-        _number(row["acceptance_length_not_repeated"], 2), f"{row['repeated_8gram_share']:.0%}",
-        f"{row['good_share']:.0%}", _number(row["goodput_tokens_per_second"], 1),
+        _number(row["acceptance_length_not_repeated"], 2), _percent(row["repeated_8gram_share"]),
+        _percent(row["good_share"]), _number(row["goodput_tokens_per_second"], 1),
         _number(row["cost_per_million_tokens"], 3),
     )  # fmt: skip
 
 
 def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.0%}"

@@ -7,27 +7,25 @@ wants. Before a drafter's first cell one short answer is thrown away.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pdspec.config import WorkerConfig
-from pdspec.model.tokenizer import load_tokenizer
 from pdspec.prompts import Prompt, load_prompts
 from pdspec.study.cells import tables
-from pdspec.study.cells.client import Asked, Row, send
+from pdspec.study.cells.client import Asked, Opened, RouterSource, Row, send
 from pdspec.study.cells.grid import Cell, StudyConfig, cells, prompts_file
-from pdspec.study.cells.loads import of_trace, parse_load
+from pdspec.study.cells.loads import parse_load
+from pdspec.study.cells.openai_source import OpenAISource
+from pdspec.study.cells.requests import Chats, Requests
 from pdspec.study.cells.store import Store
 from pdspec.study.heads import worker_config
 from pdspec.study.stack import Stack
-from pdspec.types import SamplingParams, UserRequest
 
 Progress = Callable[[str], object]
 Advance = Callable[[int, int], object]
-_WARM_TOKENS = 8
-
 
 def run(
     study: StudyConfig, out: str | Path, *, progress: Progress, advance: Advance = lambda done, of: None
@@ -85,20 +83,38 @@ def _on_one_stack(
     found: Sequence[Cell], drafters: Sequence[str], prompts: Sequence[Prompt], store: Store, clock: Clock
 ) -> None:
     """All drafters of the study are loaded, also where only one is left to measure: as in a run without a break."""
-    first = found[0]
+    first, began = found[0], time.monotonic()
+    if first.endpoint:
+        clock.stack(0.0)
+        _in_turn(found, lambda: source_of(first.endpoint), Chats(prompts), store, clock)
+        return
     config = worker_config({"model": first.model, **json.loads(first.worker)}, drafters)
-    made, began = Requests(config, prompts), time.monotonic()
+    made = Requests(config, prompts)
     with Stack(config, prefill=first.prefill, decode=first.decode, progress=clock.progress) as stack:
         clock.stack(time.monotonic() - began)
-        warm = set[tuple[str, str]]()
-        for cell in found:
-            if (cell.drafter, cell.tree) not in warm:
-                send(stack.endpoint, made.warming(cell), parse_load("closed 1"), seed=0, on_row=lambda row: None)
-                warm.add((cell.drafter, cell.tree))
-            measure(stack.endpoint, cell, made.of(cell), store, clock)
+        _in_turn(found, lambda: RouterSource(stack.endpoint), made, store, clock)
 
 
-def measure(endpoint: str, cell: Cell, asked: Sequence[Asked], store: Store, clock: Clock) -> None:
+def source_of(endpoint: str) -> Opened:
+    """Of ``live HOST:PORT`` or ``openai URL``; a token comes from PDSPEC_TOKEN or OPENAI_API_KEY."""
+    kind, _, where = endpoint.partition(" ")
+    if kind == "openai":
+        return OpenAISource(where, os.environ.get("OPENAI_API_KEY", ""))
+    return RouterSource(where, os.environ.get("PDSPEC_TOKEN", ""))
+
+
+def _in_turn(
+    found: Sequence[Cell], source: Callable[[], Opened], made: Requests | Chats, store: Store, clock: Clock
+) -> None:
+    warm = set[tuple[str, str]]()
+    for cell in found:
+        if (cell.drafter, cell.tree) not in warm:
+            send(source(), made.warming(cell), parse_load("closed 1"), seed=0, on_row=lambda row: None)
+            warm.add((cell.drafter, cell.tree))
+        measure(source(), cell, made.of(cell), store, clock)
+
+
+def measure(source: Opened, cell: Cell, asked: Sequence[Asked], store: Store, clock: Clock) -> None:
     """One cell. Raises what ``send`` raises; the cell is missing then."""
     began, tokens = time.monotonic(), 0
     with store.writing(cell) as write:
@@ -109,54 +125,5 @@ def measure(endpoint: str, cell: Cell, asked: Sequence[Asked], store: Store, clo
             write(row)
             clock.request()
 
-        send(endpoint, asked, parse_load(cell.load), seed=cell.seed, on_row=on_row)
+        send(source, asked, parse_load(cell.load), seed=cell.seed, on_row=on_row)
     clock.cell(cell, tokens, time.monotonic() - began)
-
-
-class Requests:
-    """What is asked of a deployment: prompts as a chat's first turn; equal cells ask equal things."""
-
-    def __init__(self, config: WorkerConfig, prompts: Sequence[Prompt]) -> None:
-        tokenizer = load_tokenizer(config.model, config.cache_dir or None)
-        self.prompts = prompts
-        self.ids = [tuple(tokenizer.apply_chat([{"role": "user", "content": one.text}])) for one in prompts]
-
-    def of(self, cell: Cell) -> list[Asked]:
-        """The requests of a cell, in order. A trace brings the lengths of prompts and answers, too (answers of at most
-        the cell's ``max_tokens``): such prompts are the set's, one behind the other, cut."""
-        load = parse_load(cell.load)
-        traced = of_trace(load, cell.requests) if load.kind == "trace" else None
-        found = []
-        for index in range(cell.requests):
-            place = index // cell.samples % len(self.ids)
-            ids, tokens = self.ids[place], cell.max_tokens
-            if traced:
-                ids, tokens = self._long(place, traced[index].prompt), max(2, min(tokens, traced[index].output))
-            found.append(self._asked(cell, index, place, ids, tokens))
-        return found
-
-    def warming(self, cell: Cell) -> list[Asked]:
-        """One short answer."""
-        return [self._asked(cell, 0, 0, self.ids[0], _WARM_TOKENS)]
-
-    def _asked(self, cell: Cell, index: int, place: int, ids: tuple[int, ...], tokens: int) -> Asked:
-        seed = cell.seed + index
-        params = SamplingParams(
-            temperature=cell.temperature, top_p=cell.top_p, max_tokens=tokens, ignore_eos=cell.ignore_eos, seed=seed
-        )
-        request = UserRequest(
-            prompt_ids=ids, drafter=cell.drafter, tree=cell.tree, handoff=cell.handoff, sampling=params
-        )
-        prompt = self.prompts[place]
-        return Asked(
-            request=request,
-            about={"index": index, "prompt": prompt.id, "category": prompt.category, "seed": seed,
-                   "sample": index % cell.samples},
-        )  # fmt: skip
-
-    def _long(self, place: int, tokens: int) -> tuple[int, ...]:
-        ids: list[int] = []
-        while len(ids) < tokens:
-            ids += self.ids[place % len(self.ids)]
-            place += 1
-        return tuple(ids[:tokens])
