@@ -15,7 +15,7 @@ from pdspec.cli.output import notes, only_json, print_json
 def run(
     file: Annotated[Path, typer.Argument(help="The study as YAML or TOML, e.g. examples/long_cot.yaml.")],
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the results, where a killed study goes on (default: build/NAME of FILE).")
+        Path | None, typer.Option(help="Folder of results, where a killed study goes on (default: build/NAME).")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -29,7 +29,8 @@ def run(
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("requests", total=None)
             result = study(
-                StudyConfig.load(file), out or Path("build") / file.stem, progress=lambda text: console.print(text, soft_wrap=True),
+                StudyConfig.load(file), out or Path("build") / file.stem,
+                progress=lambda text: console.print(text, soft_wrap=True),
                 advance=lambda done, of: bar.update(task, completed=done, total=of),
             )  # fmt: skip
     if json:
