@@ -47,6 +47,25 @@ def test_another_content_of_the_prompts_makes_other_cells(tmp_path):
     assert ids[0] != ids[1]
 
 
+def test_another_content_of_a_trace_makes_other_cells(tmp_path):
+    path = tmp_path / "own.jsonl"
+    ids = []
+    for length in (5, 6):
+        path.write_text(json.dumps({"timestamp": 0, "input_length": length, "output_length": 3}) + "\n")
+        ids.append(cells(study(loads=[f"trace {path} 1"]))[0].id)
+    assert ids[0] != ids[1]
+    with pytest.raises(ConfigError, match="cannot read"):
+        cells(study(loads=["trace nowhere.jsonl 1"]))
+
+
+def test_a_study_that_moves_keeps_both_machines(tmp_path, monkeypatch):
+    store, grid = Store(tmp_path), cells(study())
+    assert [store.describe(study(), grid) for _ in range(2)] == [1, 1]
+    monkeypatch.setattr("pdspec.study.cells.store.versions", lambda: {"torch": "0"})
+    assert store.describe(study(), grid) == 2
+    assert len(json.loads((tmp_path / "study.json").read_text())["runs"]) == 2
+
+
 def test_the_shipped_study_is_the_grid_that_it_promises():
     grid = cells(StudyConfig.load(example_folder().parent / "long_cot.yaml"))
     assert len(grid) == 24 and len({cell.stack for cell in grid}) == 2

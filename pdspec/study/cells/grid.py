@@ -24,6 +24,7 @@ from pdspec.errors import ConfigError
 from pdspec.settings import Settings, option, unknown_name
 from pdspec.spec.registry import family
 from pdspec.study.cells.loads import parse_load
+from pdspec.study.simulator.traces import read_trace
 from pdspec.study.ways import REMEMBERING
 from pdspec.study.workloads import workload
 from pdspec.telemetry import usable_cores
@@ -87,7 +88,7 @@ class Cell:
     endpoint: str  # empty: own processes
     load: str
     prompts: str
-    prompts_sha256: str
+    input_sha256: str  # of the prompts, and of the trace where there is one
     requests: int
     samples: int
     max_tokens: int
@@ -122,12 +123,12 @@ class Cell:
 def cells(study: StudyConfig) -> list[Cell]:
     """The grid, each cell once, those of one stack after each other. Raises ConfigError and UnknownName."""
     file = prompts_file(study.workload)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    asked = {**study.workload.to_mapping(), "prompts_sha256": digest}
+    asked = study.workload.to_mapping()
     found = [
         Cell(
             model=model, drafter=drafter, tree=tree, prefill=prefill, decode=decode, handoff=handoff, load=load,
-            worker="{}" if endpoint else _worker(study, prefill + decode), endpoint=endpoint, **asked,
+            worker="{}" if endpoint else _worker(study, prefill + decode), endpoint=endpoint,
+            input_sha256=_digest(file, load), **asked,
         )
         for model, (endpoint, prefill, decode) in product(study.models, map(_workers, study.pd))
         for load, (drafter, tree), handoff in product(
@@ -158,6 +159,15 @@ def _workers(text: str) -> tuple[str, int, int]:
 
 def _load(text: str) -> str:
     return str(parse_load(text))
+
+
+def _digest(prompts: Path, load: str) -> str:
+    """Raises ConfigError for a trace that cannot be read."""
+    found = hashlib.sha256(prompts.read_bytes())
+    if trace := parse_load(load).file:
+        read_trace(trace)
+        found.update(Path(trace).read_bytes())
+    return found.hexdigest()
 
 
 def _handoffs(study: StudyConfig, prefill: int) -> tuple[str, ...]:

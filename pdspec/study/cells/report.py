@@ -105,6 +105,8 @@ def sentences(about: Row, cells: Sequence[Row]) -> list[str]:
         f"A good request has its first token within {goal['ttft_ms']:g} ms and each other within {goal['tpot_ms']:g} ms"
         " on average.",
     ]
+    if len(about["runs"]) > 1:
+        found.append(f"Cells come from {len(about['runs'])} machines or sets of versions (runs in study.json).")
     for load in dict.fromkeys(row["load"] for row in cells):
         own = [row for row in cells if row["load"] == load and row["decode"]]
         best = [

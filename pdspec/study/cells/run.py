@@ -36,7 +36,8 @@ def run(
     grid, store = cells(study), Store(out)
     prompts = load_prompts(prompts_file(study.workload))
     with store.held():
-        store.describe(study, grid)
+        if (count := store.describe(study, grid)) > 1:
+            progress(f"{out} was begun on another machine or with other versions: {count} are in study.json, runs")
         missing = [cell for cell in grid if not store.has(cell)]
         progress(f"{len(grid)} cells, {len(grid) - len(missing)} of them complete")
         clock = Clock(missing, progress, advance)

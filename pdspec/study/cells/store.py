@@ -75,13 +75,19 @@ class Store:
             os.fsync(file.fileno())
         os.replace(partial, self.path(cell))
 
-    def describe(self, study: StudyConfig, cells: Sequence[Cell]) -> None:
-        """Write study.json, whole or not at all."""
+    def describe(self, study: StudyConfig, cells: Sequence[Cell]) -> int:
+        """Write study.json, whole or not at all. How many different machines or sets of versions ran this study so far,
+        this one with them: they are kept in ``runs``."""
+        now = {"hardware": hardware(), "versions": versions()}
+        path = self.folder / "study.json"
+        runs = [*(described(self.folder).get("runs", ()) if path.exists() else ()), now]
+        runs = [run for place, run in enumerate(runs) if run not in runs[:place]]
         listed = [{"cell": cell.id, **dataclasses.asdict(cell)} for cell in cells]
-        whole = {"study": study.to_mapping(), "cells": listed, "hardware": hardware(), "versions": versions()}
+        whole = {"study": study.to_mapping(), "cells": listed, **now, "runs": runs}
         fresh = self.folder / ".study.json"
         fresh.write_text(json.dumps(whole, ensure_ascii=False, indent=1), encoding="utf-8")
-        os.replace(fresh, self.folder / "study.json")
+        os.replace(fresh, path)
+        return len(runs)
 
 
 def described(folder: Path) -> Mapping[str, Any]:
