@@ -30,6 +30,7 @@ from pdspec.cli import (
     plan_calibrate,
     plan_traces,
     study,
+    study_cells,
     study_training,
     top,
     trace,
@@ -98,9 +99,10 @@ def build_app() -> typer.Typer:
     compared = {name: study.comparison(name, *rest) for name, rest in study.COMPARISONS.items()}
     stepped = {name: study.stepping(name, *rest) for name, rest in study.STEPPINGS.items()}
     training = {"ttt": study_training.ttt, "draft-vocab": study_training.draft_vocab}
+    cells = {"run": study_cells.run, "report": study_cells.report}
     studies = {
-        "acceptance": study.acceptance, **compared, **stepped, "sparse": study.sparse, "wire-kv": study.wire_kv,
-        **training,
+        **cells, "acceptance": study.acceptance, **compared, **stepped, "sparse": study.sparse,
+        "wire-kv": study.wire_kv, **training,
     }  # fmt: skip
     app.add_typer(_group("Comparisons.", studies), name="study")
     return app
