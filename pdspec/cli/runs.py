@@ -9,7 +9,7 @@ puts the options behind the command's own, and hands them over as one value.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -65,15 +65,21 @@ def shared_options(*, num_prompts: int, max_tokens: int) -> Callable[[Command], 
         values: list[tuple[str, Any, Any]] = [(name, kind, None) for name, kind in _WORKER.items()]
         values += [("prompts", Prompts, None), ("workload", _Workload, ""), ("num_prompts", _NumPrompts, num_prompts)]
         values += [("max_tokens", _MaxTokens, max_tokens), ("json", Json, False)]
-        own = inspect.signature(command, eval_str=True).parameters.values()
-        parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own if one.name != "shared"]
-        parameters += [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-            for name, kind, default in values
-        ]
-        flat.__name__, flat.__doc__ = command.__name__, command.__doc__
-        flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        flat.__annotations__ = {one.name: one.annotation for one in parameters}
-        return flat
+        return with_options(command, "shared", values, flat)
 
     return decorate
+
+
+def with_options(command: Command, taken: str, values: Sequence[tuple[str, Any, Any]], run: Command) -> Command:
+    """``run`` under name, text and options of ``command``, without the argument ``taken``. Behind them stand those of
+    ``values``: name, type and default of each."""
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own if one.name != taken]
+    parameters += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, kind, default in values
+    ]
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    return run

@@ -150,12 +150,7 @@ def _fastest(resources: Resources, pages: list[int], count: int, prefix: int) ->
         ancestors=np.ascontiguousarray(slots[:, None]), page_table=page_table([pages]),
         logit_rows=np.arange(count, dtype=np.int32),
     )
-    times = []
-    for _ in range(1 + _REPEATS):
-        began = time.perf_counter()
-        float(resources.runner.forward(batch, resources.cache).logits[0, 0])  # waits for the device
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
+    return _best_of(_REPEATS, resources, batch, warm=1)
 
 
 def measure_prompts(resources: Resources) -> list[tuple[int, float]]:
@@ -180,11 +175,11 @@ def measure_prompts(resources: Resources) -> list[tuple[int, float]]:
     return found
 
 
-def _best_of(repeats: int, resources: Resources, batch: ForwardBatch) -> float:
-    """Seconds of the fastest forward."""
+def _best_of(repeats: int, resources: Resources, batch: ForwardBatch, *, warm: int = 0) -> float:
+    """Seconds of the fastest forward, after ``warm`` that do not count."""
     times = []
-    for _ in range(repeats):
+    for _ in range(warm + repeats):
         began = time.perf_counter()
         float(resources.runner.forward(batch, resources.cache).logits[0, 0])  # waits for the device
         times.append(time.perf_counter() - began)
-    return min(times)
+    return min(times[warm:])
