@@ -46,13 +46,12 @@ def head(family: str, summary: str) -> Callable[..., None]:
         ] = False,
         draft_vocab: Annotated[int, typer.Option(help="Size of the draft vocabulary.")] = 4096,
         intermediate: Annotated[
-            int, typer.Option(min=0, help="Width of a new head's MLP; 0: the target's (draft-model: 4 x its own).")
+            int, typer.Option(min=0, help="Width of a new head's MLP; 0: the target's.")
         ] = 0,
         tied_output: Annotated[
             bool, typer.Option("--tied-output", help="eagle3: the target's output rows serve, none are learnt.")
         ] = False,
-        hidden: Annotated[int, typer.Option(help="draft-model: its width (0: 128 at most).")] = 0,
-        layers: Annotated[int, typer.Option(help="draft-model: its decoder layers.")] = 4,
+        layers: Annotated[int, typer.Option(help="draft-model: its decoder layers.")] = 2,
         learning_rate: Annotated[float, typer.Option()] = 6e-4,
         batch: Annotated[int, typer.Option(help="Samples of one step.")] = 8,
         max_length: Annotated[int, typer.Option(help="Tokens of one sample.")] = 768,
@@ -92,7 +91,7 @@ def head(family: str, summary: str) -> Callable[..., None]:
                 model=model or default_model(), out=out, prompts=tuple(prompts or ()), holdout=holdout,
                 self_share=self_share, minutes=minutes, draft_vocab=draft_vocab, intermediate=intermediate,
                 tied_output=tied_output,
-                hidden=hidden, layers=layers, learning_rate=learning_rate, batch=batch, max_length=max_length,
+                layers=layers, learning_rate=learning_rate, batch=batch, max_length=max_length,
                 seed=seed, threads=threads or 0, loss=loss, optimiser=optimiser, precision=precision, head=head,
                 recount=recount, data=tuple(data or ()), work=work, keep_hidden=keep_hidden or quick, resume=resume,
                 **{**sizes, **given, **length},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,11 +29,13 @@ RunLayers = Callable[[ForwardBatch, PagedCache, torch.Tensor, int, int], None]  
 
 class Runner:
     """A decoder with packed weights. ``weights`` has Hugging Face keys, in ``dtype`` (KV rows are in ``dtype`` too); it
-    is emptied while packing, so that no second copy stays in memory. ``group`` names the cache group of its KV rows."""
+    is emptied while packing, so that no second copy stays in memory. ``group`` names the cache group of its KV rows.
+    ``embedding`` and ``lm_head`` (some rows suffice) are another model's, packed by the same ``ops``; without them those
+    in ``weights`` serve."""
 
     def __init__(
         self, config: ModelConfig, weights: dict[str, torch.Tensor], *, ops: Ops, dtype: str = "bfloat16",
-        group: str = "target",
+        group: str = "target", embedding: Any = None, lm_head: Any = None,
     ) -> None:
         self.config, self.ops, self.dtype = config, ops, dtype
         if isinstance(ops, NativeOps):
@@ -45,8 +48,8 @@ class Runner:
             scaling=config.rope_scaling,
             device=ops.device,
         )
-        self.embedding = ops.pack(weights["model.embed_tokens.weight"])
-        self.lm_head = self.embedding if config.tie_embeddings else ops.pack(weights.pop("lm_head.weight"))
+        self.embedding = ops.pack(weights["model.embed_tokens.weight"]) if embedding is None else embedding
+        self.lm_head = self._output_rows(weights) if lm_head is None else lm_head
         self.final_norm = weights.pop("model.norm.weight").float().to(ops.device)
         self.layers: list[Layer] = []
         self._run = self._load_layers(weights)
@@ -93,6 +96,9 @@ class Runner:
             captured=None if captured is None else captured.transpose(0, 1).contiguous(),
             final=final,
         )
+
+    def _output_rows(self, weights: dict[str, torch.Tensor]) -> Any:
+        return self.embedding if self.config.tie_embeddings else self.ops.pack(weights.pop("lm_head.weight"))
 
     def _load_layers(self, weights: dict[str, torch.Tensor]) -> RunLayers:
         """Pack the layers; what runs them."""

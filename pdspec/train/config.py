@@ -31,9 +31,8 @@ class TrainConfig:
     ttt: int = 4
     draft_vocab: int = 4096
     recount: bool = False  # with ``head``: choose its draft vocabulary anew, by ``draft_vocab`` and the data
-    hidden: int = 0  # draft-model: width; 0: half the target's, 128 at most
-    layers: int = 4  # draft-model: decoder layers
-    intermediate: int = 0  # 0: the target's; draft-model: four times its width
+    layers: int = 2  # draft-model: decoder layers, the target's to begin with
+    intermediate: int = 0  # width of a new head's MLP; 0: the target's
     tied_output: bool = False  # eagle3: no output rows of its own, the target's serve; a larger draft vocabulary fits
     learning_rate: float = 6e-4
     warmup: float = 0.03  # share of the run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -15,18 +14,22 @@ from pdspec.model.hub import locate
 from pdspec.model.loader import load_weights, torch_dtype
 from pdspec.model.tokenizer import load_tokenizer
 from pdspec.spec.draft_model.config import draft_name, random_config
-from pdspec.spec.draft_model.trained import is_trained, load_trained, trained_hash
+from pdspec.spec.draft_model.trained import Trained, is_trained, load_trained
 from pdspec.spec.family import Setting
+from pdspec.spec.headfile import check_target
 from pdspec.spec.heads import random_seed
 
 
 @dataclass(frozen=True, kw_only=True)
 class DraftModel:
-    """``weights`` by Hugging Face key, in the deployment's dtype."""
+    """``weights`` by Hugging Face key, in the deployment's dtype; embedding and output rows are not among them where
+    it ``borrows`` the target's. ``target_ids`` int64 are those that it may draft."""
 
     config: ModelConfig
     weights: dict[str, torch.Tensor]
     content_hash: str
+    target_ids: torch.Tensor
+    borrows: bool = False
 
 
 def open_model(setting: Setting) -> DraftModel:
@@ -36,24 +39,28 @@ def open_model(setting: Setting) -> DraftModel:
     if (seed := random_seed(name)) is not None:
         config = random_config(setting.target.config)
         weights = _random_weights(config, seed, torch_dtype(setting.dtype))
-        return DraftModel(config=config, weights=weights, content_hash=f"random:{seed}")
+        return DraftModel(config=config, weights=weights, content_hash=f"random:{seed}",
+                          target_ids=_common_ids(setting, config))
     where = locate(name, setting.cache_dir or None)
     if where.path is not None and is_trained(where.path):
-        return _open_trained(setting, where.path)
+        return _open_trained(setting, load_trained(where.path), name)
     files = resolve(name, setting.cache_dir or None)
     check_tokenizers(setting.target, files)
     weights = load_weights(files, setting.dtype)
-    return DraftModel(config=files.config, weights=weights, content_hash=files.content_hash)
+    return DraftModel(config=files.config, weights=weights, content_hash=files.content_hash,
+                      target_ids=_common_ids(setting, files.config))
 
 
-def _open_trained(setting: Setting, folder: Path) -> DraftModel:
-    config, tensors, made_for = load_trained(folder)
-    ours, theirs = setting.identity.tokenizer_hash, made_for.tokenizer_hash
-    if ours != theirs:
-        raise Incompatible(f"the draft model in {folder} has the tokenizer {theirs}, the target {ours}",
-                           field="heads.draft_model", remedy="choose a draft model made for this target")
-    weights = {key: tensor.to(torch_dtype(setting.dtype)) for key, tensor in tensors.items()}
-    return DraftModel(config=config, weights=weights, content_hash=trained_hash(config, tensors))
+def _open_trained(setting: Setting, head: Trained, where: str) -> DraftModel:
+    check_target(head, setting.identity, where, strict=setting.strict)
+    weights = {key: tensor.to(torch_dtype(setting.dtype)) for key, tensor in head.tensors.items()}
+    return DraftModel(config=head.config, weights=weights, content_hash=head.fingerprint(),
+                      target_ids=head.target_ids, borrows=True)
+
+
+def _common_ids(setting: Setting, draft: ModelConfig) -> torch.Tensor:
+    """Ids that both models have rows for."""
+    return torch.arange(min(draft.vocab_size, setting.target.config.vocab_size))
 
 
 def check_tokenizers(target: ModelFiles, draft: ModelFiles) -> None:

@@ -50,8 +50,8 @@ class ModelState:
 
 
 class ModelDrafter(TreeDrafter):
-    """``runner`` over its group of ``cache``. Ids below ``vocab_size``, which both models have, are drafted; an id that
-    only the target's padding has is read as the draft model's last."""
+    """``runner`` over its group of ``cache``; ``target_ids`` int64 [draft vocabulary] are the ids of its logits, further
+    ones are padding. An id that only the target's padding has is read as the draft model's last."""
 
     capture: tuple[int, ...] = ()
     ahead = carry = 0
@@ -59,19 +59,20 @@ class ModelDrafter(TreeDrafter):
     want_final = False
 
     def __init__(
-        self, runner: Runner, cache: PagedCache, *, vocab_size: int, content_hash: str, tree: str = "chain(4)",
-        max_nodes: int = 64,
+        self, runner: Runner, cache: PagedCache, *, target_ids: torch.Tensor, content_hash: str,
+        tree: str = "chain(4)", max_nodes: int = 64,
     ) -> None:
-        super().__init__("draft_model", target_ids=torch.arange(vocab_size), tree=tree, max_nodes=max_nodes)
+        super().__init__("draft_model", target_ids=target_ids, tree=tree, max_nodes=max_nodes)
         self.runner, self.cache = runner, cache
         self.groups: tuple[CacheGroup, ...] = (cache.layout(runner.group.name),)
         self.max_positions = runner.config.max_context
         content = content_fingerprint(runner.config, content_hash, runner.dtype, self.groups)
-        known = f"draft_model/1 {content} {vocab_size} {self.max_positions}"
+        ids = xxhash.xxh3_128_hexdigest(target_ids.numpy().data)
+        known = f"draft_model/2 {content} {ids} {self.max_positions}"
         self._fingerprint = xxhash.xxh3_128_hexdigest(known.encode())
 
     def fingerprint(self) -> str:
-        """Hash of weights, geometry, context, common vocabulary and compute dtype."""
+        """Hash of weights, geometry, context, draft vocabulary and compute dtype."""
         return self._fingerprint
 
     def rows_at(self, num_tokens: int) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pdspec.spec.draft_model.config import GROUP, draft_config, draft_name
 from pdspec.spec.family import Description, Parts, Setting
@@ -31,17 +31,22 @@ def groups(setting: Setting) -> tuple[CacheGroup, ...]:
 
 
 def make(setting: Setting, parts: Parts) -> Drafter:
-    """The model that ``heads.draft_model`` names. Raises Incompatible for another tokenizer, naming the first token in
-    which they differ."""
+    """The model that ``heads.draft_model`` names. Raises Incompatible for another tokenizer (naming the first token in
+    which they differ), and for one trained for another target."""
+    from pdspec.cache.paged import DTYPES
     from pdspec.model.runner import Runner
     from pdspec.spec.draft_model.checkpoint import open_model
     from pdspec.spec.draft_model.drafter import ModelDrafter
+    from pdspec.spec.feature_rows import output_rows
 
     def load() -> tuple[DraftModel, Runner]:
         model = open_model(setting)
-        return model, Runner(model.config, model.weights, ops=parts.ops, dtype=setting.dtype, group=GROUP)
+        shared: dict[str, Any] = {}
+        if model.borrows:
+            rows = output_rows(parts.ops, parts.runner.lm_head, model.target_ids, DTYPES[setting.dtype])
+            shared = {"embedding": parts.runner.embedding, "lm_head": rows}
+        return model, Runner(model.config, model.weights, ops=parts.ops, dtype=setting.dtype, group=GROUP, **shared)
 
     model, runner = parts.once(DESCRIPTION.name, draft_name(setting), load)
     tree = _TREE if parts.ops.device.type == "cpu" else _TREE_GPU
-    vocabulary = min(model.config.vocab_size, setting.target.config.vocab_size)
-    return ModelDrafter(runner, parts.cache, vocab_size=vocabulary, content_hash=model.content_hash, tree=tree)
+    return ModelDrafter(runner, parts.cache, target_ids=model.target_ids, content_hash=model.content_hash, tree=tree)
