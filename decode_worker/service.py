@@ -17,13 +17,14 @@ from contextlib import aclosing
 
 import grpc
 
+from decode_worker.answer import Answer
 from decode_worker.host import DecodeHost
 from decode_worker.links import Links
 from decode_worker.metrics import metrics_of, totals
 from decode_worker.run import COUNTED, Run
 from pdspec.config import WorkerConfig
 from pdspec.engine.local import checked
-from pdspec.engine.serving import RunningWorker, StatusService, describe
+from pdspec.engine.serving import RunningWorker, WorkerService, describe
 from pdspec.engine.thread import EngineThread
 from pdspec.errors import DeadlineExceeded
 from pdspec.parallel.ranks import RankProcess, StartRank
@@ -32,7 +33,6 @@ from pdspec.tracing import tracer_of
 from pdspec.transfer.segment import sweep
 from pdspec.transfer.shm_stream import Offers
 from pdspec.types import (
-    GenerateRequest,
     Route,
     TokenChunk,
     WorkerInfo,
@@ -41,6 +41,7 @@ from pdspec.wire import pdspec_pb2 as pb
 from pdspec.wire import pdspec_pb2_grpc as rpc
 from pdspec.wire.channels import make_channel
 from pdspec.wire.codec import chunk_to_pb, decode_request_from_pb
+from pdspec.wire.doors import Doors
 from pdspec.wire.trust import Trust
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class DecodeService(rpc.DecodeWorkerServicer):
         self.worker_id, self.address = config.worker_id, ""
         self._epochs = itertools.count(secrets.randbits(40))
         self._channels: dict[str, grpc.aio.Channel] = {}
-        self.trust = Trust.of(config)
+        self.trust, self.doors = Trust.of(config), Doors()
         self.metrics, self.tracer = metrics_of(host), tracer_of(config.traces, "decode")
         self.offers = Offers(config.mover)
         self.links = Links()
@@ -67,14 +68,15 @@ class DecodeService(rpc.DecodeWorkerServicer):
         asked, route = decode_request_from_pb(request)
         REQUEST_ID.set(asked.request_id)
         await checked(self.host.resources, asked)
-        async with aclosing(self._answer(asked, route)) as chunks:
-            async for chunk in chunks:
-                yield chunk_to_pb(chunk)
+        answer = self.host.new_answer(asked, asyncio.get_running_loop())
+        with self.doors.inside(answer.queue.put_nowait):
+            async with aclosing(self._chunks(answer, route)) as chunks:
+                async for chunk in chunks:
+                    yield chunk_to_pb(chunk)
 
-    async def _answer(self, request: GenerateRequest, route: Route) -> AsyncGenerator[TokenChunk, None]:
-        loop = asyncio.get_running_loop()
+    async def _chunks(self, answer: Answer, route: Route) -> AsyncGenerator[TokenChunk, None]:
+        loop, request = asyncio.get_running_loop(), answer.request
         deadline = None if request.deadline_s is None else loop.time() + request.deadline_s
-        answer = self.host.new_answer(request, loop)
         run = Run(self, answer, route)
         filling = asyncio.ensure_future(run.fill())
         # After landing has stopped, whatever cancels this coroutine meanwhile.
@@ -147,6 +149,6 @@ def launch(config: WorkerConfig, start: StartRank = RankProcess) -> RunningWorke
         service.address = address
         service.worker_id = config.worker_id or f"decode@{address}"
         rpc.add_DecodeWorkerServicer_to_server(service, server)
-        rpc.add_WorkerServicer_to_server(StatusService(service.info), server)
+        rpc.add_WorkerServicer_to_server(WorkerService(service.info, service.doors, config.drain_s), server)
 
     return RunningWorker(config, engine, ("DecodeWorker",), register, service.metrics, service.tracer, service)

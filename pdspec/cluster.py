@@ -31,14 +31,13 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from decode_worker.actor import DecodeActor
 from pdspec.client import Access, RouterClient
-from pdspec.config import ClusterConfig, HttpConfig, RouterConfig, WorkerConfig
+from pdspec.config import ROLES, ClusterConfig, HttpConfig, RouterConfig, WorkerConfig
 from pdspec.errors import ConfigError, PdspecError, PeerLost
 from pdspec.gateway.actor import HttpActor
 from pdspec.placement import share
 from pdspec.wire.status import error_from_dict
-from prefill_worker.actor import PrefillActor
+from pdspec.worker_actor import WorkerActor
 from router.actor import RelayActor, RouterActor
 
 log = logging.getLogger(__name__)
@@ -226,16 +225,23 @@ class Cluster:
 
     def _start_workers(self, configs: Sequence[WorkerConfig]) -> None:
         for config, (group, index) in zip(configs, self._slots, strict=True):
-            kind = PrefillActor if config.role == "prefill" else DecodeActor
             bundle = group.bundle_specs[index]
-            actor = ray.remote(kind).options(
+            actor = ray.remote(WorkerActor).options(
                 name=self._actor_name(config.worker_id),
                 num_cpus=bundle.get("CPU", 0),
                 num_gpus=bundle.get("GPU", 0),
                 max_restarts=-1,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, index),
             )
-            self.actors[config.worker_id] = actor.remote(config, self._actor_name("router"))
+            roles = {config.role: config, **self._other_role(config)}
+            self.actors[config.worker_id] = actor.remote(roles, config.role, self._actor_name("router"))
+
+    def _other_role(self, config: WorkerConfig) -> dict[str, WorkerConfig]:
+        """What a worker becomes when its role is switched."""
+        index = int(config.worker_id.rpartition("-")[2])
+        (other,) = (role for role in ROLES if role != config.role)
+        found = self._reachable(self.config.worker_config(config.role, index, now=other))
+        return {other: found} if found.tp == config.tp == 1 else {}  # ranks have their places
 
     def _await_started(self) -> None:
         waiting = {actor.failure.remote(): name for name, actor in self.actors.items()}

@@ -6,11 +6,11 @@ Every field is a key of a config file and a flag (``cache_dir`` is ``--cache-dir
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from pdspec.errors import ConfigError
 from pdspec.settings import Settings, option, unknown_name
+from pdspec.tls import TlsConfig, check_members, make_absolute, whole_path
 
 ROLES = ("prefill", "decode")
 DTYPES = ("bfloat16", "float32")
@@ -24,44 +24,6 @@ PREFILL_CHOICES = ("remote", "measured")
 PREFIX_CACHES = ("auto", "all", "prompt", "off")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TlsConfig(Settings):
-    """Certificates as PEM files, whose paths hold on every node. All empty: plain text."""
-
-    cert: str = option("", "certificate chain of this process")
-    key: str = option("", "private key of cert")
-    ca: str = option("", "authority that signs the certificates of the cluster's members")
-    client_ca: str = option("", "authority of users' certificates, which the router then asks for")
-    name: str = option("", "name in the certificates, where addresses are not in them")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _make_absolute(self, "cert", "key", "ca", "client_ca")
-        if bool(self.cert) != bool(self.key):
-            missing = "tls.key" if self.cert else "tls.cert"
-            raise ConfigError("a certificate and its key belong together", field=missing, remedy=f"give {missing}")
-        if self.client_ca and not self.cert:
-            raise ConfigError("without tls.cert nothing is encrypted", field="tls.cert", remedy="give tls.cert")
-
-
-def _make_absolute(settings: Settings, *names: str) -> None:
-    """Workers run in folders of their own: a path counts from where the settings were made."""
-    for name in names:
-        if path := getattr(settings, name):
-            object.__setattr__(settings, name, _whole(path))
-
-
-def _whole(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
-
-
-def _check_members(tls: TlsConfig) -> None:
-    """A member both shows a certificate and checks those of others. Raises ConfigError."""
-    if bool(tls.cert) != bool(tls.ca):
-        missing = "tls.ca" if tls.cert else "tls.cert"
-        raise ConfigError("members show certificates to each other", field=missing, remedy=f"give {missing}, too")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,6 +94,7 @@ class WorkerConfig(Settings):
         1 << 30, "bytes of host memory for retracted KV; beyond it rows are computed anew", low=0
     )  # fmt: skip
     stream_buffer: int = option(256, "messages that may wait for an answer's reader before the answer pauses", low=1)
+    drain_s: float = option(20.0, "answers under way may end for so long when it drains; then they move", low=0)
     stall_timeout_s: float = option(5.0, "a peer that makes no progress for so long is cut", low=0.05)
     handoff_timeout_s: float = option(600.0, "for a whole handoff, however busy the peer says it is", low=0.05)
     strict_target: bool = option(False, "refuse a head trained on other weights of the same geometry")
@@ -158,9 +121,10 @@ class WorkerConfig(Settings):
         if self.lossy_wire and self.numerics == "exact":
             message = f"wire_kv {self.wire_kv} is lossy: rows behind a handoff lose the bits that numerics exact means"
             raise ConfigError(message, field="wire_kv", remedy="use wire_kv whole, or numerics fast")
-        _check_members(self.tls)
-        _make_absolute(self, "cluster_token_file")
-        object.__setattr__(self, "plugins", tuple(_whole(one) if one.endswith(".py") else one for one in self.plugins))
+        check_members(self.tls)
+        make_absolute(self, "cluster_token_file")
+        plugins = tuple(whole_path(one) if one.endswith(".py") else one for one in self.plugins)
+        object.__setattr__(self, "plugins", plugins)
         for name in self.heads:
             if name not in self.drafters:
                 raise unknown_name("drafter", name, self.drafters, field="heads", where="drafters")
@@ -203,6 +167,7 @@ class RouterConfig(Settings):
         "remote", "who computes a prompt where there are prefill workers: remote, they do; measured, the decode worker"
         " where its measured times, waits of its running answers counted, promise less", choices=PREFILL_CHOICES,
     )  # fmt: skip
+    drain_s: float = option(20.0, "streams under way may end for so long when it is told to end", low=0)
     stall_s: float = option(5.0, "a worker that has work and makes no step for so long is lost", low=0.1)
     failover_wait_s: float = option(15.0, "an answer waits so long for a worker to come back", low=0)
     max_replays: int = option(16, "times that one answer may move to another worker", low=0)
@@ -222,8 +187,8 @@ class RouterConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_members(self.tls)
-        _make_absolute(self, "cluster_token_file", "token_file")
+        check_members(self.tls)
+        make_absolute(self, "cluster_token_file", "token_file")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -238,13 +203,14 @@ class HttpConfig(Settings):
     tls: TlsConfig = dataclasses.field(default_factory=TlsConfig)
     max_tokens: int = option(1024, "of chats that name none; lowered to what the context leaves", low=1)
     max_body_bytes: int = option(4 << 20, "largest request taken", low=1024)
+    drain_s: float = option(20.0, "answers under way may end for so long when it is told to end", low=0)
     log_level: str = option("info", "least level written to stderr", choices=LOG_LEVELS)
     log_format: str = option("text", "of what is written to stderr", choices=LOG_FORMATS)
     metrics_port: int = option(-1, "Prometheus metrics over HTTP; 0: any free port, -1: none", low=-1, high=65535)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _make_absolute(self, "cert", "key")
+        make_absolute(self, "cert", "key")
         if bool(self.cert) != bool(self.key):
             missing = "key" if self.cert else "cert"
             raise ConfigError("a certificate and its key belong together", field=missing, remedy=f"give {missing}")
@@ -279,13 +245,15 @@ class ClusterConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _make_absolute(self, "cluster_token_file")
+        make_absolute(self, "cluster_token_file")
 
-    def worker_config(self, role: str, index: int) -> WorkerConfig:
-        """The config of the ``index``-th worker of ``role``, its changed keys applied."""
-        changes = self.prefill_worker if role == "prefill" else self.decode_worker
+    def worker_config(self, role: str, index: int, *, now: str = "") -> WorkerConfig:
+        """The config of the ``index``-th worker of ``role``, its changed keys applied; ``now`` is what that worker does
+        after a switch of its role."""
+        serving = now or role
+        changes = self.prefill_worker if serving == "prefill" else self.decode_worker
         values = {**self.worker.to_mapping(), **self._shared(self.worker), **self._numerics(), **changes}
-        return WorkerConfig.from_mapping({**values, "role": role, "worker_id": f"{role}-{index}"})
+        return WorkerConfig.from_mapping({**values, "role": serving, "worker_id": f"{role}-{index}"})
 
     def pinned(self, role: str) -> tuple[dict[str, float], dict[str, str]]:
         """Resources and labels that a node must have for a worker of ``role``."""

@@ -12,10 +12,12 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol
+from importlib import import_module
+from typing import Any, Protocol, cast
 
 from pdspec.errors import PdspecError
 from pdspec.telemetry import setup_logging, usable_cores
+from pdspec.wire.doors import Wish
 from pdspec.wire.memory import keep_freed_memory
 from pdspec.wire.status import error_to_dict
 
@@ -36,6 +38,21 @@ class Running(Protocol):
 
     def stop(self) -> None:
         """End its threads and close its port; a second call does nothing."""
+
+
+class RunningWorker(Running, Protocol):
+    """A worker that runs in this process: what ``<role>_worker.service.launch`` returns."""
+
+    def wish(self) -> Wish | None:
+        """What ``Worker/Drain`` asked for, if it was called."""
+
+    def drain(self, deadline_s: float, hurry: threading.Event) -> None:
+        """Take nothing new; return when nobody is inside. See Doors."""
+
+
+def launcher(role: str) -> Callable[..., RunningWorker]:
+    """``launch`` of a role. Imports torch."""
+    return cast(Callable[..., RunningWorker], import_module(f"{role}_worker.service").launch)
 
 
 class Host:
@@ -101,12 +118,17 @@ class Host:
             if not self.running().alive():
                 log.critical("the service is dead; ending the process")
                 os._exit(EXIT_STATUS)
+            self._look()
+
+    def _look(self) -> None:
+        """Twice a second, while the service lives."""
 
 
 def settle() -> None:
     """What stands once a worker has started stays until it ends: the garbage collector need not visit the hundreds of
     thousands of objects of torch and its kin between decode steps (a pause of 0.1 s and more). And what messages leave
     behind is used again."""
+    gc.unfreeze()  # what an earlier role left
     gc.collect()
     gc.freeze()
     keep_freed_memory()

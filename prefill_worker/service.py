@@ -24,7 +24,7 @@ from pdspec.config import WorkerConfig
 from pdspec.engine.claims import entered
 from pdspec.engine.local import checked, new_context
 from pdspec.engine.resources import check_fingerprint
-from pdspec.engine.serving import RunningWorker, StatusService, describe
+from pdspec.engine.serving import RunningWorker, WorkerService, describe
 from pdspec.engine.thread import EngineThread, tell
 from pdspec.errors import DeadlineExceeded, PdspecError
 from pdspec.metrics import PrefillMetrics
@@ -43,6 +43,7 @@ from pdspec.transfer.segment import sweep
 from pdspec.transfer.shm_serve import Lanes
 from pdspec.types import CacheGroup, DraftPrefill, GenerateRequest, TokenLogprob, WorkerInfo
 from pdspec.wire import pdspec_pb2_grpc as rpc
+from pdspec.wire.doors import Doors
 from prefill_worker.host import PrefillHost, QueuedPrompt
 
 
@@ -98,7 +99,7 @@ class PrefillService:
             prefix=host.prefixes.counts,
             wire_kv=config.wire_kv,
         )
-        self.lanes = Lanes(config.mover)
+        self.lanes, self.doors = Lanes(config.mover), Doors()
 
     async def serve(self, stream: PrefillStream) -> None:
         """One Prefill call. Raises typed errors, which the handler sends as ErrorFrame and status."""
@@ -115,6 +116,11 @@ class PrefillService:
         )
         await checked(resources, request)
         events = Events(asyncio.get_running_loop())
+        with self.doors.inside(events.failed):
+            await self._prefill(stream, request, events)
+
+    async def _prefill(self, stream: PrefillStream, request: GenerateRequest, events: Events) -> None:
+        opening, resources = stream.open, self.host.resources
         prompt = self._prompt(request, opening.have_rows, events)
         try:
             await entered(self.engine, partial(self.host.enter, prompt))
@@ -287,6 +293,6 @@ def launch(config: WorkerConfig, start: StartRank = RankProcess) -> RunningWorke
             lanes=service.lanes, pace=Pace(config.link_limit), faults=faults,
         )  # fmt: skip
         server.add_generic_rpc_handlers((handler,))
-        rpc.add_WorkerServicer_to_server(StatusService(service.info), server)
+        rpc.add_WorkerServicer_to_server(WorkerService(service.info, service.doors, config.drain_s), server)
 
     return RunningWorker(config, engine, ("PrefillWorker",), register, service.metrics, service.tracer, service)

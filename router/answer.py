@@ -34,7 +34,7 @@ from pdspec.wire.status import from_peer_error, is_broken
 from router.failover import Failures, WorkerDied
 from router.fleet import Fleet, Ticket
 from router.placement import Estimate
-from router.policy import MAX_WAITING, RETRY_AFTER_MS, WorkerState, choose, placed
+from router.policy import MAX_WAITING, RETRY_AFTER_MS, choose, placed
 from router.prefixes import PrefixMap
 from router.tally import Tally
 
@@ -131,7 +131,7 @@ class Answer:
             self._on_placed(estimate)
             return route
         except (PeerLost, Overloaded) as error:
-            coming = any(view.state in (WorkerState.LOST, WorkerState.UNKNOWN) for view in views)
+            coming = any(view.may_return for view in views)
             since = since if views else self._fleet.began
             if self._failures.may_wait(error, since=since, coming=coming or not views, sent=bool(self._ids)):
                 raise _NotNow from error

@@ -82,8 +82,8 @@ class Worker:
             return
         info = worker_info_from_pb(status)
         if info.role != self.role:
-            self._missed(f"is a {info.role} worker, expected {self.role}")
-            return
+            log.warning("%s is a %s worker now, not a %s worker", self.address, info.role, self.role)
+            self.role = info.role
         if not info.stepping or self.info is None or info.steps != self.info.steps:
             self.moved_at = asked_at
         self.ended = [(sent, end) for sent, end in self.ended if end >= asked_at]

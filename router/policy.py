@@ -38,6 +38,12 @@ class WorkerView:
     pending_tokens: int = 0  # of the prompts of those that were sent since
 
     @property
+    def may_return(self) -> bool:
+        """Whether it may take requests again: silent, or draining, which ends in a restart or in another role."""
+        draining = self.state is WorkerState.DRAINING and self.info is not None and self.info.draining
+        return draining or self.state in (WorkerState.LOST, WorkerState.UNKNOWN)
+
+    @property
     def load(self) -> int:
         """Requests it is believed to have."""
         reported = self.info.queued + self.info.running if self.info else 0

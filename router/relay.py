@@ -30,7 +30,7 @@ class Relay:
     """The relay's service. ``address`` is where it listens, once it does."""
 
     def __init__(self, trust: Trust = OPEN) -> None:
-        self.address, self._trust, self._running = "", trust, 0
+        self.address, self.grace_s, self._trust, self._running = "", 0.0, trust, 0
         self.metrics = RelayMetrics(running=lambda: self._running)
         self._channels: dict[str, grpc.aio.Channel] = {}
 
@@ -93,7 +93,7 @@ async def serving(config: RouterConfig) -> AsyncIterator[Relay]:
             yield relay
         finally:
             await servicer.enter_graceful_shutdown()
-            await server.stop(0)
+            await server.stop(relay.grace_s)
             await relay.close()
 
 

@@ -44,7 +44,7 @@ class RouterService(rpc.RouterServicer):
     """``pdspec.v1.Router`` over a fleet. ``address`` is where it listens, once it does."""
 
     def __init__(self, config: RouterConfig, tokenizer: RouterTokenizer, trust: Trust = OPEN) -> None:
-        self.config, self.address = config, ""
+        self.config, self.address, self.grace_s = config, "", 0.0
         self.fleet = Fleet(
             heartbeat_s=config.heartbeat_s, lost_after_s=config.lost_after_s, stall_s=config.stall_s,
             on_change=self._changed, trust=trust,
@@ -188,7 +188,7 @@ async def serving(config: RouterConfig, tokenizer: RouterTokenizer | None = None
             yield service
         finally:
             await servicer.enter_graceful_shutdown()
-            await server.stop(0)
+            await server.stop(service.grace_s)
             await service.fleet.close()
             if service.tracer:
                 service.tracer.close()

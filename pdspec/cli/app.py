@@ -16,6 +16,7 @@ from pdspec.cli import (
     bench_load,
     chaos,
     chaos_faults,
+    chaos_life,
     chaos_pressure,
     check,
     data,
@@ -29,6 +30,7 @@ from pdspec.cli import (
     plan,
     plan_calibrate,
     plan_traces,
+    scale,
     study,
     study_cells,
     study_training,
@@ -59,6 +61,8 @@ def build_app() -> typer.Typer:
     app.command("trace")(trace.trace)
     app.command("http")(http.http)
     app.command("top")(top.top)
+    app.command("drain")(scale.drain)
+    app.command("scale")(scale.scale)
     app.command("doctor")(doctor.doctor)
     app.command("demo")(demo.demo)
     group = _group("The names that --model takes; their weights for other engines.", {"export": models.export})
@@ -78,6 +82,7 @@ def build_app() -> typer.Typer:
     faults = {
         "kill-decode": chaos_faults.kill_decode, "detect": chaos_faults.detect, "fuzz": chaos.fuzz, "tls": chaos.tls,
         "pressure": chaos_pressure.pressure, "overload": chaos_pressure.overload,
+        "drain": chaos_life.drain, "soak": chaos_life.soak,
     }  # fmt: skip
     group = _group("Faults, bad peers and bad input.", faults)
     group.callback(invoke_without_command=True)(chaos_faults.chaos)

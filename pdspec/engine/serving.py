@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -20,22 +23,29 @@ from pdspec.wire import pdspec_pb2 as pb
 from pdspec.wire import pdspec_pb2_grpc as rpc
 from pdspec.wire.channels import add_health, bind, make_server, service_name
 from pdspec.wire.codec import worker_info_to_pb
+from pdspec.wire.doors import Doors, Wish, wish_from_pb
 from pdspec.wire.gate import Gate
 from pdspec.wire.serving import ServiceThread
 from pdspec.wire.trust import Trust
 
+log = logging.getLogger(__name__)
 Register = Callable[[grpc.aio.Server, str], Any]
 
 
-class StatusService(rpc.WorkerServicer):
-    """``Worker/Status``: what the router decides from."""
+class WorkerService(rpc.WorkerServicer):
+    """``Worker/Status``, what the router decides from, and ``Worker/Drain``."""
 
-    def __init__(self, info: Callable[[], WorkerInfo]) -> None:
-        self._info = info
+    def __init__(self, info: Callable[[], WorkerInfo], doors: Doors, drain_s: float) -> None:
+        self._info, self._doors, self._drain_s = info, doors, drain_s
 
     async def Status(self, request: pb.StatusRequest, context: grpc.aio.ServicerContext) -> pb.WorkerStatus:
         """The worker's state now."""
-        return worker_info_to_pb(self._info())
+        return worker_info_to_pb(dataclasses.replace(self._info(), draining=self._doors.shut))
+
+    async def Drain(self, request: pb.DrainRequest, context: grpc.aio.ServicerContext) -> pb.WorkerStatus:
+        """Take nothing new from now on; the rest is done by whoever runs this process. Raises InvalidRequest."""
+        self._doors.ask(wish_from_pb(request, default_s=self._drain_s))
+        return await self.Status(pb.StatusRequest(), context)
 
 
 def describe(
@@ -121,6 +131,19 @@ class RunningWorker:
     def alive(self) -> bool:
         """Whether both threads still make progress, and other ranks live; False is final."""
         return self._service.alive() and self.engine.alive() and self.engine.host.resources.alive()
+
+    def wish(self) -> Wish | None:
+        """What ``Worker/Drain`` asked for, if it was called."""
+        wish: Wish | None = self.service.doors.wish
+        return wish
+
+    def drain(self, deadline_s: float, hurry: threading.Event) -> None:
+        """Take nothing new and return when nobody is inside: after ``deadline_s``, or when ``hurry`` is set, calls that
+        still run are sent elsewhere."""
+        doors: Doors = self.service.doors
+        log.info("draining: %d calls may take %g s", len(doors), deadline_s)
+        if left := doors.drain(self._service.call, deadline_s, hurry):
+            log.warning("drained: %d calls were sent to other workers", left)
 
     def stop(self) -> None:
         """Cut running calls, free the port, end both threads. Idempotent."""

@@ -46,6 +46,8 @@ class Gateway:
     client: AsyncRouterClient
     metrics: HttpMetrics
     address: str = ""
+    grace_s: float = 0.0
+    running: int = 0  # requests
 
     def app(self) -> web.Application:
         """Routes and what stands around them."""
@@ -145,11 +147,13 @@ class Gateway:
         began, resource = time.perf_counter(), request.match_info.route.resource
         route = resource.canonical if resource else "unknown"
         status = 499  # nginx's, for a client that went away
+        self.running += 1
         try:
             response = await self._shaped(request, handler)
             status = response.status
             return response
         finally:
+            self.running -= 1
             self.metrics.requests.labels(route, str(status)).inc()
             self.metrics.seconds.labels(route).observe(time.perf_counter() - began)
 
@@ -192,9 +196,18 @@ async def serving(config: HttpConfig) -> AsyncIterator[Gateway]:
         gateway.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         with exposed(gateway.metrics, host=config.host, port=config.metrics_port):
             yield gateway
+            await _drained(gateway, site)
     finally:
         await runner.cleanup()
         await client.close()
+
+
+async def _drained(gateway: Gateway, site: web.TCPSite) -> None:
+    """Nobody new is let in; requests under way may end."""
+    await site.stop()
+    until = time.monotonic() + gateway.grace_s
+    while gateway.running and time.monotonic() < until:
+        await asyncio.sleep(0.05)
 
 
 def launch(config: HttpConfig) -> ServiceThread[Gateway]:

@@ -30,8 +30,8 @@ RunLayers = Callable[[ForwardBatch, PagedCache, torch.Tensor, int, int], None]  
 class Runner:
     """A decoder with packed weights. ``weights`` has Hugging Face keys, in ``dtype`` (KV rows are in ``dtype`` too); it
     is emptied while packing, so that no second copy stays in memory. ``group`` names the cache group of its KV rows.
-    ``embedding`` and ``lm_head`` (some rows suffice) are another model's, packed by the same ``ops``; without them those
-    in ``weights`` serve."""
+    ``embedding`` and ``lm_head`` (some rows suffice) are another model's, packed by the same ``ops``; without them
+    those in ``weights`` serve."""
 
     def __init__(
         self, config: ModelConfig, weights: dict[str, torch.Tensor], *, ops: Ops, dtype: str = "bfloat16",

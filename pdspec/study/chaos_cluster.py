@@ -18,6 +18,8 @@ from pdspec.errors import ConfigError
 from pdspec.study.stack import Stack
 from pdspec.wire import pdspec_pb2 as pb
 from pdspec.wire import pdspec_pb2_grpc as rpc
+from pdspec.wire.doors import ask_to_drain
+from pdspec.wire.trust import Trust
 
 POLL_S = 0.25
 _INJECTED = re.compile(r"injected (\w+) into a \w+ frame of epoch=(\d+)")
@@ -66,6 +68,16 @@ class ChaosCluster(Stack):
         self._killed.add(name)
         self._down.add(name)
         self.processes[name].send_signal(signal.SIGKILL)
+
+    def drain(self, name: str) -> None:
+        """SIGTERM: it ends when its calls have, or when its ``drain_s`` is over."""
+        self._killed.add(name)
+        self._down.add(name)
+        self.processes[name].send_signal(signal.SIGTERM)
+
+    def switch(self, name: str, role: str, deadline_s: float) -> None:
+        """Have a worker drained and serve ``role`` from then on, in the same process."""
+        ask_to_drain(self.address_of(name), role, deadline_s, Trust.of(self.worker))
 
     def pause(self, name: str, seconds: float) -> None:
         """SIGSTOP now, SIGCONT after ``seconds``, unless it was killed meanwhile."""

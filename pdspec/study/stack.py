@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -131,7 +132,7 @@ class Stack:
     def stop(self) -> None:
         """End every process and remove the files. Safe to repeat."""
         for process in self.processes.values():
-            process.terminate()
+            process.send_signal(signal.SIGINT)  # SIGTERM drains
         for process in self.processes.values():
             try:
                 process.wait(_STOP_S)

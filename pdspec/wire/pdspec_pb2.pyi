@@ -386,3 +386,11 @@ class WorkerStatus(_message.Message):
     overcommit: float
     pending: int
     def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., drafters: _Optional[_Iterable[str]] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., free_pages: _Optional[int] = ..., total_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., max_context: _Optional[int] = ..., vocab_size: _Optional[int] = ..., steps: _Optional[int] = ..., draining: _Optional[bool] = ..., metrics: _Optional[_Mapping[str, float]] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., unreachable: _Optional[_Iterable[str]] = ..., stepping: _Optional[int] = ..., seats: _Optional[int] = ..., overcommit: _Optional[float] = ..., pending: _Optional[int] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("role", "deadline_s")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    role: str
+    deadline_s: float
+    def __init__(self, role: _Optional[str] = ..., deadline_s: _Optional[float] = ...) -> None: ...

@@ -313,6 +313,11 @@ class WorkerStub:
                 request_serializer=pdspec_dot_wire_dot_pdspec__pb2.StatusRequest.SerializeToString,
                 response_deserializer=pdspec_dot_wire_dot_pdspec__pb2.WorkerStatus.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/pdspec.v1.Worker/Drain',
+                request_serializer=pdspec_dot_wire_dot_pdspec__pb2.DrainRequest.SerializeToString,
+                response_deserializer=pdspec_dot_wire_dot_pdspec__pb2.WorkerStatus.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -324,12 +329,23 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
                     request_deserializer=pdspec_dot_wire_dot_pdspec__pb2.StatusRequest.FromString,
+                    response_serializer=pdspec_dot_wire_dot_pdspec__pb2.WorkerStatus.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=pdspec_dot_wire_dot_pdspec__pb2.DrainRequest.FromString,
                     response_serializer=pdspec_dot_wire_dot_pdspec__pb2.WorkerStatus.SerializeToString,
             ),
     }
@@ -359,6 +375,33 @@ class Worker:
             target,
             '/pdspec.v1.Worker/Status',
             pdspec_dot_wire_dot_pdspec__pb2.StatusRequest.SerializeToString,
+            pdspec_dot_wire_dot_pdspec__pb2.WorkerStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdspec.v1.Worker/Drain',
+            pdspec_dot_wire_dot_pdspec__pb2.DrainRequest.SerializeToString,
             pdspec_dot_wire_dot_pdspec__pb2.WorkerStatus.FromString,
             options,
             channel_credentials,

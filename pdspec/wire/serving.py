@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 import threading
@@ -28,18 +29,25 @@ S = TypeVar("S", bound=Service)
 C = TypeVar("C", RouterConfig, HttpConfig)
 
 
-def run_in_foreground(make: Callable[[], AbstractAsyncContextManager[Service]], role: str) -> int:
-    """Serve until SIGINT or SIGTERM. Prints one line, ``ready role=… address=…``, on stdout when it serves, and a typed
-    error on stderr when it cannot. Returns the exit status."""
+def run_in_foreground(
+    make: Callable[[], AbstractAsyncContextManager[Service]], role: str, *, drain_s: float = 0.0
+) -> int:
+    """Serve until SIGINT, or SIGTERM, which makes the service's ``grace_s`` the ``drain_s`` that calls under way may
+    take to end. Prints one line, ``ready role=… address=…``, on stdout when it serves, and a typed error on stderr when
+    it cannot. Returns the exit status."""
 
     async def main() -> None:
-        stop = asyncio.Event()
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
         keep_freed_memory()
         for name in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(name, stop.set)
+            loop.add_signal_handler(name, stop.set)
         async with make() as service:
             print(f"ready role={role} address={service.address}", flush=True)
+            if drain_s:
+                loop.add_signal_handler(signal.SIGTERM, _drain, service, stop, drain_s)
             await stop.wait()
+            for name in (signal.SIGINT, signal.SIGTERM):  # whoever asks again does not want to wait
+                loop.add_signal_handler(name, os._exit, 0)
 
     try:
         asyncio.run(main())
@@ -47,6 +55,11 @@ def run_in_foreground(make: Callable[[], AbstractAsyncContextManager[Service]], 
         print(f"{role}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _drain(service: Any, stop: asyncio.Event, drain_s: float) -> None:
+    service.grace_s = drain_s
+    stop.set()
 
 
 def serve_command(
@@ -60,7 +73,7 @@ def serve_command(
         print(f"{role}: {error}", file=sys.stderr)
         return 1
     setup_logging(config.log_level, name=role, log_format=config.log_format)
-    return run_in_foreground(lambda: serving(config), role)
+    return run_in_foreground(lambda: serving(config), role, drain_s=config.drain_s)
 
 
 class ServiceThread(Generic[S]):

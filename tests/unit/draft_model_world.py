@@ -39,7 +39,8 @@ def make_world(ops, *, page_size=8, **changes):
     runner = Runner(CONFIG, load_weights(FILES, "float32"), ops=ops, dtype="float32", group=GROUP)
     cache = PagedCache((CONFIG.cache_group(GROUP, "float32"),), NUM_PAGES, page_size)
     cache.poison(None, list(range(NUM_PAGES)), 0, NUM_PAGES * page_size)
-    settings = {"target_ids": torch.arange(CONFIG.vocab_size), "content_hash": "c3", "tree": "dynamic(3,3,6)", **changes}
+    ids = torch.arange(CONFIG.vocab_size)
+    settings = {"target_ids": ids, "content_hash": "c3", "tree": "dynamic(3,3,6)", **changes}
     world = World(ModelDrafter(runner, cache, **settings), cache)
     real = runner.forward
 

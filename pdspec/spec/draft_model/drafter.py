@@ -50,8 +50,8 @@ class ModelState:
 
 
 class ModelDrafter(TreeDrafter):
-    """``runner`` over its group of ``cache``; ``target_ids`` int64 [draft vocabulary] are the ids of its logits, further
-    ones are padding. An id that only the target's padding has is read as the draft model's last."""
+    """``runner`` over its group of ``cache``; ``target_ids`` int64 [draft vocabulary] are the ids of its logits,
+    further ones are padding. An id that only the target's padding has is read as the draft model's last."""
 
     capture: tuple[int, ...] = ()
     ahead = carry = 0
