@@ -19,6 +19,8 @@ from pdspec.config import ClusterConfig, RouterConfig, WorkerConfig
 from pdspec.errors import ConfigError, PdspecError, PeerLost, UnknownName
 from pdspec.placement import share
 from pdspec.types import SamplingParams, UserRequest
+from pdspec.wire.doors import ask_to_drain
+from pdspec.wire.trust import Trust
 
 pytestmark = pytest.mark.cluster
 WORKER = WorkerConfig(
@@ -114,6 +116,35 @@ def test_a_killed_process_comes_back(cluster, client, victim):
             assert time.monotonic() < deadline, f"{victim} did not come back"
             time.sleep(0.2)
     assert {worker["role"] for worker in client.workers() if worker["state"] == "ready"} == {"prefill", "decode"}
+
+
+def test_a_worker_switches_its_role_and_back_in_the_same_process(cluster, client):
+    expected, old = client.generate(request("eagle3")).token_ids, cluster.process_ids()["prefill-0"]
+    (address,) = [worker["address"] for worker in client.workers() if worker["role"] == "prefill"]
+    for role in ("decode", "prefill"):
+        ask_to_drain(address, role, 1.0, Trust())
+        _await_state(client, address, role)
+        assert client.generate(request("eagle3"), timeout_s=30).token_ids == expected
+    assert cluster.process_ids()["prefill-0"] == old
+
+
+def test_a_drained_worker_is_started_anew_and_its_answer_moves(cluster, client):
+    expected, old = client.generate(request("eagle3", max_tokens=300)).token_ids, cluster.process_ids()["decode-0"]
+    (address,) = [worker["address"] for worker in client.workers() if worker["role"] == "decode"]
+    stream = client.stream(request("eagle3", max_tokens=300), timeout_s=RESTART_S)
+    first = next(stream)
+    ask_to_drain(address, "", 0.0, Trust())
+    answer = collect([first, *stream])
+    assert answer.token_ids == expected
+    client.wait_ready(workers=2, timeout_s=RESTART_S)
+    assert cluster.process_ids()["decode-0"] != old
+
+
+def _await_state(client, address, role):
+    deadline = time.monotonic() + RESTART_S
+    while not any((w["address"], w["role"], w["state"]) == (address, role, "ready") for w in client.workers()):
+        assert time.monotonic() < deadline, client.workers()
+        time.sleep(0.05)
 
 
 def test_prefill_killed_in_mid_stream_never_cuts_an_answer(cluster, client):
