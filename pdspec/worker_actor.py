@@ -54,6 +54,7 @@ class WorkerActor(Host):
             os._exit(EXIT_STATUS)
         del running
         self._running, self._role = None, wish.role
+        settle()  # weights and cache are given back before there are others
         try:
             self._running = _launch(self._configs[wish.role].replace(port=port))
         except PdspecError as error:

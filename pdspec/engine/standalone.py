@@ -48,7 +48,8 @@ def run_worker(role: str) -> None:
         if not role:
             sys.exit(0)
         config = config.replace(role=role, port=int(worker.address.rpartition(":")[2]))
-        del worker  # and with it weights and cache
+        del worker  # and with it weights and cache, before there are others
+        settle()
         try:
             worker = launcher(role)(config)
         except PdspecError as error:
