@@ -41,7 +41,7 @@ __all__ = [
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
-_TOP_P_PREFILTER = 256
+_TOP_P_FLOORS = (-6.0, -12.0)  # below the largest score
 _TAIL = 32
 
 
@@ -247,14 +247,12 @@ def _truncated(x: Floats, params: SamplingParams) -> Ids | None:
     if 0 < params.top_k < len(x):
         ranked = _best(x, params.top_k)
     if params.top_p < 1.0:
-        total = np.exp(x if ranked is None else x[ranked]).sum(dtype=np.float64)
+        masses = np.exp(x if ranked is None else x[ranked])
+        total = masses.sum(dtype=np.float64)
         if ranked is None:
-            count = _TOP_P_PREFILTER
-            ranked = _best(x, count)
-            while count < len(x) and np.exp(x[ranked]).sum(dtype=np.float64) < params.top_p * total:
-                count *= 8  # a flat distribution: sort more of it, in the end all
-                ranked = _best(x, count)
-        mass = np.exp(x[ranked]).cumsum(dtype=np.float64)
+            ranked = _heaviest(x, masses, params.top_p * total)
+            masses = masses[ranked]
+        mass = masses.cumsum(dtype=np.float64)
         ranked = ranked[: int(np.searchsorted(mass, params.top_p * total)) + 1]
     if params.min_p > 0.0:
         floor = np.float32(np.log(params.min_p))
@@ -262,6 +260,16 @@ def _truncated(x: Floats, params: SamplingParams) -> Ids | None:
     if ranked is None:
         return None
     return np.sort(ranked[x[ranked] > -np.inf])
+
+
+def _heaviest(x: Floats, masses: Floats, least: np.float64) -> Ids:
+    """Ids whose ``masses`` add up to ``least`` at least, best first, ties to the lowest id; as few as a floor for
+    scores gives, since only they are sorted."""
+    for floor in _TOP_P_FLOORS:
+        ids = np.flatnonzero(x >= np.float32(floor))
+        if masses[ids].sum(dtype=np.float64) >= least:
+            return ids[_descending(x[ids])]
+    return _descending(x)  # a flat distribution
 
 
 def _best(x: Floats, count: int) -> Ids:

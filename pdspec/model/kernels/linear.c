@@ -1,5 +1,5 @@
 /* y = x W^T (+ bias) (+ y): W packed as [ceil(N/16)][K][16] in bf16 or float32, x and y float32.
- * Rows are taken in tiles of up to 6 (both sides in bf16: 12 of two blocks, 24 of one), blocks of 16 outputs one or two at a time; the order of operations for one
+ * Rows are taken in tiles of up to 6 (both sides in bf16: 12 of two blocks, 16 of one), blocks of 16 outputs one or two at a time; the order of operations for one
  * output is the same in every tile shape: k = 0 .. K-1, with float32 weights summed in parts of PART first (half the
  * rounding error of one long sum; weights in bf16 have more of their own). */
 #include "pdk.h"
@@ -25,7 +25,8 @@ void pd_pack(const void *weight, int N, int K, int bf16, void *out) {
 }
 
 #define PART 32
-#define DOT_ROWS 12 /* of two blocks, twice as many of one */
+#define DOT_ROWS 12 /* of two blocks: 24 sums in registers */
+#define DOT_ALONE 16 /* of one block: with more than 17 compilers keep sums in memory, and 24 rows took twice the time of 25 */
 
 INLINE void put(const Linear *t, int r, int b0, const vf *found, const int blocks) {
     float *y = t->y + (size_t)r * t->ldy;
@@ -71,19 +72,19 @@ INLINE void tile(const Linear *t, int r0, int b0, const char *ahead, const int r
 
 #if DOTS
 /* The same with both sides in bf16: pairs of k, in order. */
-INLINE void dot_tile(const Linear *t, int r0, int b0, const char *ahead, const int rows, const int blocks) {
-    __m512 acc[2 * DOT_ROWS][2];
+INLINE void dot_tile(const Linear *t, int r0, int b0, const char *ahead, size_t step, const int rows, const int blocks) {
+    __m512 acc[DOT_ALONE][2];
     for (int r = 0; r < rows; r++)
         for (int b = 0; b < blocks; b++) acc[r][b] = _mm512_setzero_ps();
     const int pairs = t->K / 2;
     const size_t block = (size_t)pairs * 64; /* bytes */
     const char *w = (const char *)t->w + (size_t)b0 * block;
-    const uint32_t *x[2 * DOT_ROWS];
+    const uint32_t *x[DOT_ALONE];
     for (int r = 0; r < rows; r++) x[r] = t->pairs + (size_t)(r0 + r) * (size_t)pairs;
     for (int k = 0; k < pairs; k++) {
         __m512bh weight[2];
         for (int b = 0; b < blocks; b++) {
-            if (ahead) __builtin_prefetch(ahead + b * block + (size_t)k * 64, 0, 2);
+            __builtin_prefetch(ahead + b * block + (size_t)k * step, 0, 2);
             weight[b] = (__m512bh)_mm512_loadu_si512(w + b * block + (size_t)k * 64);
         }
         for (int r = 0; r < rows; r++) {
@@ -107,10 +108,10 @@ static void round_rows(const Linear *t, uint16_t *to) {
 
 #define EARLY 4096 /* bytes */
 #define CASE(rows, blocks) case rows: tile(t, r, b, ahead, rows, blocks, bf16); break
-#define DOT_CASE(rows) case rows: if (wide) dot_tile(t, r, b, ahead, rows, 2); else dot_tile(t, r, b, ahead, rows, 1); break
-#define DOT_MORE(rows) case rows: dot_tile(t, r, b, ahead, rows, 1); break
+#define DOT_CASE(rows) case rows: if (wide) dot_tile(t, r, b, ahead, step, rows, 2); else dot_tile(t, r, b, ahead, step, rows, 1); break
+#define DOT_MORE(rows) case rows: dot_tile(t, r, b, ahead, step, rows, 1); break
 INLINE void column(const Linear *t, int r0, int r1, int b, const int wide, const int bf16) {
-    const int most = DOTS && bf16 ? (wide || r1 - r0 > 2 * DOT_ROWS ? DOT_ROWS : 2 * DOT_ROWS) : 6;
+    const int most = DOTS && bf16 ? (wide || r1 - r0 > DOT_ALONE ? DOT_ROWS : DOT_ALONE) : 6;
     const int tiles = (r1 - r0 + most - 1) / most; /* even: 8 rows are 4 + 4, not 6 + 2 */
     /* The first tile waits for the weights and asks for them early; a last one that finds them in the cache fetches
      * the next block's. */
@@ -118,13 +119,16 @@ INLINE void column(const Linear *t, int r0, int r1, int b, const int wide, const
     for (int i = 0, r = r0; i < tiles; i++) {
         const char *own = (const char *)t->w + (size_t)b * t->K * 16 * (bf16 ? 2 : 4);
         const char *ahead = i == 0 ? own + EARLY : i == tiles - 1 ? (const char *)t->w + next : NULL;
+#if DOTS
+        const size_t step = (size_t)(64 / tiles); /* each tile fetches its part of the next block: memory is never idle */
+        if (bf16 && tiles > 1) ahead = (const char *)t->w + next + (size_t)i * step * (size_t)(t->K / 2);
+#endif
         int rows = (r1 - r + tiles - i - 1) / (tiles - i);
 #if DOTS
         if (bf16) switch (rows) {
             DOT_CASE(1); DOT_CASE(2); DOT_CASE(3); DOT_CASE(4); DOT_CASE(5); DOT_CASE(6);
             DOT_CASE(7); DOT_CASE(8); DOT_CASE(9); DOT_CASE(10); DOT_CASE(11); DOT_CASE(12);
-            DOT_MORE(13); DOT_MORE(14); DOT_MORE(15); DOT_MORE(16); DOT_MORE(17); DOT_MORE(18);
-            DOT_MORE(19); DOT_MORE(20); DOT_MORE(21); DOT_MORE(22); DOT_MORE(23); DOT_MORE(24);
+            DOT_MORE(13); DOT_MORE(14); DOT_MORE(15); DOT_MORE(16);
         } else
 #endif
         if (wide) switch (rows) { CASE(1, 2); CASE(2, 2); CASE(3, 2); CASE(4, 2); CASE(5, 2); CASE(6, 2); }
@@ -139,8 +143,8 @@ INLINE void span(const Linear *t, int chunk, int chunks, const int bf16) {
     int from = (int)((long)blocks * chunk / chunks), to = (int)((long)blocks * (chunk + 1) / chunks);
     for (int r0 = 0; r0 < t->R; r0 += ROW_TILE) {
         int r1 = r0 + ROW_TILE < t->R ? r0 + ROW_TILE : t->R, b = from;
-        /* Three rows of two blocks would not fit the registers of 256 bits; up to 24 rows in bf16 are one tile. */
-        const int both = DOTS && bf16 ? r1 - r0 <= DOT_ROWS || r1 - r0 > 2 * DOT_ROWS : t->R <= 2 || NV == 1;
+        /* Three rows of two blocks would not fit the registers of 256 bits; up to DOT_ALONE rows in bf16 are one tile. */
+        const int both = DOTS && bf16 ? r1 - r0 <= DOT_ROWS || r1 - r0 > DOT_ALONE : t->R <= 2 || NV == 1;
         if (both)
             for (; b + 2 <= to; b += 2) column(t, r0, r1, b, 1, bf16);
         for (; b < to; b++) column(t, r0, r1, b, 0, bf16);
