@@ -189,7 +189,7 @@ class FeatureDrafter(TreeDrafter):
 
     def _find_first(self, batch: Sequence[DraftContext]) -> None:
         """First children of the sequences that have none yet: those that were shipped, the others by one product over
-        all of them and then each for itself."""
+        all of them."""
         missing = []
         for ctx in batch:
             state: FeatureState = ctx.state
@@ -200,8 +200,8 @@ class FeatureDrafter(TreeDrafter):
         if not missing:
             return
         logits = self.model.logits(torch.cat([ctx.state.feature for ctx in missing]))
-        for ctx, row in zip(missing, logits.split(1), strict=True):
-            ctx.state.first = self._rank(ctx, row, 1, self._width(ctx.state.spec))
+        for ctx, first in zip(missing, self._rank_each(missing, [1] * len(missing), logits, 1), strict=True):
+            ctx.state.first = first
 
     def _committed(self, ctx: DraftContext, first: int, count: int) -> DraftRows:
         token = first + 1 - self._padding

@@ -43,9 +43,9 @@ def rank_children(
     logits: torch.Tensor, temperature: float, noise: torch.Tensor | Drawing | None, target_ids: npt.NDArray[np.int64],
     width: int, *, drawn: bool = False,
 ) -> Ranked:
-    """Ranks by log q + g, ties to the lowest draft id. ``logits`` [K, draft vocabulary] are of nodes whose children
-    stand at one absolute position, ``noise`` [draft vocabulary] is that position's (None: 0). Each row's bits are its
-    own. With a ``Drawing`` children are drawn from q, and scored by it. ``drawn``: keep each row's law.
+    """Ranks by log q + g, ties to the lowest draft id. ``logits`` [K, draft vocabulary] are of K nodes, ``noise``
+    [K or 1, draft vocabulary] of the absolute positions of their children (None: 0). Each row's bits are its own. With
+    a ``Drawing`` children are drawn from q, and scored by it. ``drawn``: keep each row's law.
 
     Raises PdspecError for scores that are NaN.
     """
@@ -58,6 +58,8 @@ def rank_children(
         best = np.empty((0, width), np.int64)
     elif isinstance(noise, Drawing):
         best = np.stack([noise.order(target_ids, row, width) for row in log_q.numpy()])
+    elif width == 1:
+        best = score.argmax(1)[:, None]
     else:
         best = np.stack([largest(row, width) for row in score])
     return Ranked(
@@ -65,6 +67,16 @@ def rank_children(
         score=np.take_along_axis(score, best, 1),
         laws=tuple(Law(token_ids=target_ids, log_q=row) for row in log_q.numpy()) if drawn else (),
     )
+
+
+def split_rows(ranked: Ranked, counts: Sequence[int]) -> list[Ranked]:
+    """The rows of several sequences, ``counts`` of each, apart; none may have been drawn."""
+    found, first = [], 0
+    for count in counts:
+        part = slice(first, first + count)
+        found.append(Ranked(token_ids=ranked.token_ids[part], log_q=ranked.log_q[part], score=ranked.score[part]))
+        first += count
+    return found
 
 
 def first_children(
@@ -197,7 +209,8 @@ class Growth:
             token_ids=self._tokens, parents=self._parents, log_q=self._log_q, survival=np.exp(self._scores),
             laws=self._laws,
         )
-        return whole.part(self._chosen(self.budget))
+        kept = self._chosen(self.budget)
+        return whole if len(kept) == whole.num_nodes else whole.part(kept)
 
     def forecast(self, kind: Kind, root: int) -> Forecast | None:
         """All nodes that were made, for the calibration of their ``kind`` to learn from; None without one."""
@@ -207,8 +220,9 @@ class Growth:
 
     def _chosen(self, count: int) -> Ints:
         """Indices of the ``count`` nodes that stay."""
-        if self._drawn:
-            return np.arange(min(count, len(self._tokens)), dtype=np.int32)
+        if self._drawn or count >= len(self._tokens):
+            kept = np.arange(max(0, min(count, len(self._tokens))), dtype=np.int32)
+            return kept if self._drawn else kept[self._scores[kept] >= self._least]
         kept = select_nodes(self._parents, self._scores, count).kept
         return kept[self._scores[kept] >= self._least]
 

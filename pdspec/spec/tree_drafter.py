@@ -6,6 +6,7 @@ at once.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -13,7 +14,7 @@ import torch
 
 from pdspec.errors import InvalidRequest
 from pdspec.spec.draws import Drawing, candidate_noise, cut_law, draws_from_q, position_noise
-from pdspec.spec.growth import NO_CHILDREN, Growth, Ranked, expansions, first_children, rank_children, width
+from pdspec.spec.growth import NO_CHILDREN, Growth, Ranked, expansions, first_children, rank_children, split_rows, width
 from pdspec.spec.protocol import Candidates, Draft, DraftContext
 from pdspec.spec.survival import Calibrated, Forecast, Kind
 from pdspec.spec.tree import TreeSpec, parse_tree
@@ -75,6 +76,36 @@ class TreeDrafter(Calibrated):
             return first_children(candidates)
         return first_children(candidates, noise, cut_law(candidates), width(spec))
 
+    def _rank_each(
+        self, batch: Sequence[DraftContext], counts: Sequence[int], logits: torch.Tensor, depth: int
+    ) -> list[Ranked]:
+        """The children at ``depth`` of each sequence's nodes, ``counts`` of them: those of sequences that rank alike in
+        one go. ``logits`` [nodes of all, draft vocabulary], in that order."""
+        alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
+        for index, ctx in enumerate(batch):
+            spec, sampling = ctx.state.spec, ctx.sampling
+            drawn = draws_from_q(ctx, spec)
+            alike[width(spec), sampling.temperature, sampling.verify, index if drawn else -1].append(index)
+        rows, found = logits.split(list(counts)), dict[int, Ranked]()
+        for group in alike.values():
+            first, wide = batch[group[0]], width(batch[group[0]].state.spec)
+            if len(group) == 1:
+                found[group[0]] = self._rank(first, rows[group[0]], depth, wide)
+                continue
+            whole = logits if len(group) == len(batch) else torch.cat([rows[index] for index in group])
+            ranked = rank_children(whole, first.sampling.temperature, self._noise(batch, counts, group, depth),
+                                   self._ids, min(wide, len(self._ids)))
+            found |= zip(group, split_rows(ranked, [counts[index] for index in group]), strict=True)
+        return [found[index] for index in range(len(batch))]
+
+    def _noise(
+        self, batch: Sequence[DraftContext], counts: Sequence[int], group: Sequence[int], depth: int
+    ) -> torch.Tensor | None:
+        """[nodes of the group, draft vocabulary]; None: nothing is added."""
+        own = [candidate_noise(batch[index], depth, self._target_ids) for index in group]
+        each = [one.expand(counts[index], -1) for index, one in zip(group, own, strict=True) if one is not None]
+        return torch.cat(each) if each else None
+
     def _rank(self, ctx: DraftContext, logits: torch.Tensor, depth: int, count: int) -> Ranked:
         """The best ``count`` children at ``depth`` of each node, by the noise of their position; where they are drawn,
         as many as the tree has."""
@@ -101,10 +132,9 @@ class TreeDrafter(Calibrated):
             frontiers = {i: nodes for i, growth in enumerate(growths) if (nodes := growth.frontier())}
             if not frontiers:
                 break
-            logits, first = expand(level, frontiers), 0
-            for i, nodes in frontiers.items():
-                stop = first + len(nodes)
-                ranked = self._rank(batch[i], logits[first:stop], level + 1, width(batch[i].state.spec))
-                growths[i].add(nodes, ranked)
-                first = stop
+            logits = expand(level, frontiers)
+            counts = [len(nodes) for nodes in frontiers.values()]
+            ranked = self._rank_each([batch[i] for i in frontiers], counts, logits, level + 1)
+            for (i, nodes), children in zip(frontiers.items(), ranked, strict=True):
+                growths[i].add(nodes, children)
         return [self._draft(ctx, growth) for ctx, growth in zip(batch, growths, strict=True)]
