@@ -248,7 +248,7 @@ def _truncated(x: Floats, params: SamplingParams) -> Ids | None:
         ranked = _best(x, params.top_k)
     if params.top_p < 1.0:
         masses = np.exp(x if ranked is None else x[ranked])
-        total = masses.sum(dtype=np.float64)
+        total = np.float64(masses.sum())  # in pairs: twice as fast as in float64, and as good as float32 is
         if ranked is None:
             ranked = _heaviest(x, masses, params.top_p * total)
             masses = masses[ranked]
