@@ -62,9 +62,9 @@ def rank_children(
         best = score.argmax(1)[:, None]
     else:
         best = np.stack([largest(row, width) for row in score])
+    row = np.arange(len(best))[:, None]
     return Ranked(
-        token_ids=target_ids[best].astype(np.int32), log_q=np.take_along_axis(log_q.numpy(), best, 1),
-        score=np.take_along_axis(score, best, 1),
+        token_ids=target_ids[best].astype(np.int32), log_q=log_q.numpy()[row, best], score=score[row, best],
         laws=tuple(Law(token_ids=target_ids, log_q=row) for row in log_q.numpy()) if drawn else (),
     )
 
@@ -158,14 +158,12 @@ class Growth:
         """Hangs children below ``nodes`` (row k of ``children`` below nodes[k]; -1 is the root)."""
         start = len(self._tokens)
         self._laws.update(zip(nodes, children.laws, strict=False))
-        rows, ranks = [], []
-        for row, node in enumerate(nodes):
-            for rank, place in self._places(node, children.score.shape[1]):
-                rows.append(row)
-                ranks.append(rank)
-                self._shape.append(place)
+        places = [(row, *place) for row, node in enumerate(nodes)
+                  for place in self._places(node, children.score.shape[1])]  # fmt: skip
+        self._shape += [place for _, _, place in places]
+        rows, ranks = np.array([entry[:2] for entry in places], np.intp).reshape(-1, 2).T
         parents = np.array(nodes, np.int32)[rows]
-        above = np.where(parents < 0, np.float32(0), self._scores[parents] if start else np.float32(0))
+        above = self._scores[parents] if start else np.float32(0)  # none but the first level hangs below the root
         chances = children.score[rows, ranks]
         if self._calibration is not None:
             features = features_of(children.score, children.log_q, self._level + 1)[rows, ranks]
