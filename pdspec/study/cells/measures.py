@@ -23,8 +23,8 @@ def measures(
     rows: Sequence[Row], spent: Row | None = None, *, ttft_ms: float, tpot_ms: float, price_per_hour: float
 ) -> dict[str, Any]:
     """One row of ``cells.parquet``, without the cell's own values. ``spent`` is what the cell took as a whole, where it
-    is known: seconds of the decode workers' phases (``clocks``), joules by counter (``joules``). ``ttft_ms`` and ``tpot_ms`` are the goals
-    of a good request; a refused request is none, and has no times."""
+    is known: seconds of the decode workers' phases (``clocks``), joules by counter (``joules``). ``ttft_ms`` and
+    ``tpot_ms`` are the goals of a good request; a refused request is none, and has no times."""
     done, spent = [row for row in rows if not row["error"]], spent or {}
     tokens, span = sum(row["output_tokens"] for row in done), span_s(done)
     good = [row for row in done if row["ttft_ms"] <= ttft_ms and tpot(row) <= tpot_ms]

@@ -1,8 +1,8 @@
 """Any server with OpenAI's chat completions as a cell: the same client, requests and moments.
 
 Such a server does not say which tokens a message brings, nor how many it verified: there is no acceptance of it. The
-number of output tokens is what ``usage`` says at the end, or else the number of messages. Its prompt tokens and how many
-of them were cached are known where it says both (``prompt_tokens_details``).
+number of output tokens is what ``usage`` says at the end, or else the number of messages. Prompt tokens and how many of
+them were cached are known where it says both (``prompt_tokens_details``).
 """
 
 from __future__ import annotations

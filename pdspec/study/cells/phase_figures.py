@@ -48,7 +48,8 @@ def turns(series: Series, requests: Sequence[Row]) -> Picture | None:
         own = [one for one in requests if one["cell"] == row["cell"]]
         known = sorted({one["turn"] for one in own})
         times = [at(sorted(one["ttft_ms"] for one in own if one["turn"] == turn), 0.5) for turn in known]
-        axes.plot(known, times, marker=series.marker(row), label=f"{series.label(row)}, {row['load']}", **series.look(row))
+        label = f"{series.label(row)}, {row['load']}"
+        axes.plot(known, times, marker=series.marker(row), label=label, **series.look(row))
     whole_numbers(axes.xaxis)
     axes.set_ylim(bottom=0)
     axes.set(xlabel="turn of the conversation", ylabel="time to first token, P50 (ms)")

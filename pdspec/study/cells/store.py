@@ -70,7 +70,8 @@ class Store:
 
     @contextmanager
     def writing(self, cell: Cell) -> Iterator[Callable[[Row], None]]:
-        """A cell's rows, one call each, and, without ``index``, what it took as a whole. They count when the block ends without an error, all at once."""
+        """A cell's rows, one call each, and, without ``index``, what it took as a whole. They count when the block ends
+        without an error, all at once."""
         partial = self.folder / "cells" / f".{cell.id}.partial"
         with partial.open("w", encoding="utf-8") as file:
 

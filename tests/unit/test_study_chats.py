@@ -17,7 +17,8 @@ from pdspec.study.cells.chats import FOLLOW_UPS, follow_up, long_texts
 from pdspec.study.cells.client import Heard, send
 from pdspec.study.cells.grid import StudyConfig, cells
 from pdspec.study.cells.loads import parse_load
-from pdspec.study.cells.measures import by_turn, energy as joules_of, split
+from pdspec.study.cells.measures import by_turn, split
+from pdspec.study.cells.measures import energy as joules_of
 from pdspec.study.cells.openai_source import content_of, stats_of, text_of
 from pdspec.study.cells.requests import Chats, Requests
 from pdspec.study.cells.run import on_this_machine
@@ -158,7 +159,7 @@ def test_each_conversation_goes_on_with_its_own_answers(load):
 
 def test_a_refused_turn_ends_its_conversation_alone():
     (cell,) = cells(study(requests=6, turns=3))
-    source, heard = answering(refuse=(2,))
+    source, _ = answering(refuse=(2,))
     rows = []
     send(source, Chats(PROMPTS).of(cell), parse_load("closed 1"), seed=0, on_row=rows.append)
     assert [(row["index"], bool(row["error"])) for row in rows] == [
