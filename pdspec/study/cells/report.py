@@ -17,7 +17,7 @@ _HEAD = (
     "cell", "pd", "handoff", "drafter", "tree", "load", "tokens/s", "TTFT P50", "P90", "P99", "per token P50", "P90",
     "P99", "between messages P50", "P90", "P99", "tokens per verification", "not repeated", "repeated 8-grams",
     "good requests", "good tokens/s", "per million tokens", "drafting", "verifying", "other", "decode workers busy",
-    "joules per token", "TTFT of turn 1 P50", "of later turns", "prompt cached", "of later turns",
+    "joules per token", "TTFT of turn 1 P50", "TTFT of later turns P50", "prompt cached", "cached of later turns",
 )  # fmt: skip
 _STYLE = """
 :root { color-scheme: light; }
