@@ -1,7 +1,7 @@
 """Prompt files: JSON Lines in three public forms, told apart by their keys. Standard library only.
 
 {"id": ..., "category": ..., "prompt": ...}            this project's examples
-{"question_id": ..., "category": ..., "turns": [...]}  MT-bench (only the first turn is used)
+{"question_id": ..., "category": ..., "turns": [...]}  MT-bench (most commands use the first turn)
 {"question": ..., "answer": ...}                       GSM8K (the answer is not read)
 {"task_id": ..., "prompt": ...}                        HumanEval
 """
@@ -21,11 +21,13 @@ REMEDY = "give a JSON Lines file with prompt, turns or question in every line"
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One user turn. ``id`` is unique within its file, ``category`` may be empty."""
+    """One user turn, and those that the file has behind it. ``id`` is unique within its file, ``category`` may be
+    empty."""
 
     id: str
     category: str
     text: str
+    later: tuple[str, ...] = ()
 
 
 def load_prompts(path: str | Path) -> list[Prompt]:
@@ -67,13 +69,11 @@ def _read(path: Path) -> list[Prompt]:
 
 
 def _prompt(record: Any, default_id: str, where: str) -> Prompt:
-    text: Any = None
+    turns: Any = None
     if isinstance(record, Mapping):
-        turns = record.get("turns")
-        text = (
-            record.get("prompt") or record.get("question") or (turns[0] if isinstance(turns, list) and turns else None)
-        )
-    if not isinstance(text, str) or not text.strip():
+        first = record.get("prompt") or record.get("question")
+        turns = [first] if first else record.get("turns")
+    if not isinstance(turns, list) or not turns or not all(isinstance(one, str) and one.strip() for one in turns):
         raise ConfigError(f"{where}: no prompt", field="prompts", remedy=REMEDY)
     one = next((record[key] for key in ("id", "question_id", "task_id") if record.get(key) is not None), default_id)
-    return Prompt(id=str(one), category=str(record.get("category", "")), text=text)
+    return Prompt(id=str(one), category=str(record.get("category", "")), text=turns[0], later=tuple(turns[1:]))

@@ -49,6 +49,12 @@ def line(row: dict[str, Any]) -> str:
             parts.append(f"{title} P50 {row[f'{key}_p50']:.0f} ms P90 {row[f'{key}_p90']:.0f} ms")
     if row["acceptance_length"] is not None:
         parts.append(f"{row['acceptance_length']:.2f} tokens per verification")
+    if row["draft_share"] is not None:
+        parts.append(f"drafting {row['draft_share']:.0%} of decode steps")
+    if row["ttft_ms_later_turns_p50"] is not None:
+        parts.append(f"later turns TTFT P50 {row['ttft_ms_later_turns_p50']:.0f} ms")
+    if row["joules_per_output_token"] is not None:
+        parts.append(f"{row['joules_per_output_token']:.3g} J per token")
     return ", ".join(parts)
 
 

@@ -42,6 +42,7 @@ def test_a_router_and_its_http_front_are_cells_of_one_study(tmp_path):
     table = read(tmp_path / "cells.parquet")
     assert [row["output_tokens"] for row in table] == [48, 48, 48]
     assert table[0]["acceptance_length"] == 1.0 and table[2]["acceptance_length"] is None
+    assert table[0]["busy_share"] > 0 and table[2]["busy_share"] is None, "a router tells its workers' clocks"
     assert table[2]["repeated_8gram_share"] is None and table[2]["ttft_ms_p50"] > 0 and table[2]["tpot_ms_p50"] > 0
     rows = read(tmp_path / "requests.parquet")
     assert all(row["finish_reason"] == "length" for row in rows)

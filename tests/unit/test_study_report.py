@@ -12,9 +12,10 @@ pytest.importorskip("matplotlib")
 
 from pdspec.errors import ConfigError
 from pdspec.study.cells import tables
-from pdspec.study.cells.figures import Series, front
+from pdspec.study.cells.drawing import Series
+from pdspec.study.cells.figures import front
 from pdspec.study.cells.grid import StudyConfig, cells
-from pdspec.study.cells.report import report
+from pdspec.study.cells.report import report, values
 from pdspec.study.cells.store import Store
 
 NAME = "What </title><script>alert(1)</script> pays"
@@ -80,6 +81,15 @@ def test_the_page_loads_nothing_and_escapes_what_people_wrote(folder, made):
     assert head is not None
     shown = re.findall(r"<td>(.*?)</td>", head[1])
     assert shown[9] == shown[12] == shown[15] == "–", "no P99 of 3 requests and 60 gaps"
+    assert len(shown) == page.count("<th>") and "not reported" in shown and page.count("<th>joules per token") == 1
+
+
+def test_tables_of_an_older_version_are_still_shown(folder):
+    rows = tables.read(folder / "cells.parquet")
+    since = ("turns", "prompt_tokens", "draft_share", "busy_share", "joules_per_output_token", "cached_share")
+    old = {key: value for key, value in rows[0].items() if not key.startswith((*since, "ttft_ms_", "cached_"))}
+    old |= {key: rows[0][key] for key in ("ttft_ms_p50", "ttft_ms_p90", "ttft_ms_p99")}
+    assert values(old)[:22] == values(rows[0])[:22] and values(old)[26] == "not reported"
 
 
 def test_what_is_equal_in_all_cells_is_not_said(folder):

@@ -1,4 +1,7 @@
-"""The requests of one cell, sent at their moments; each answer becomes one row as soon as it ends."""
+"""The requests of one cell, sent at their moments; each answer becomes one row as soon as it ends.
+
+A conversation's turns follow each other at once. One that is refused ends it.
+"""
 
 from __future__ import annotations
 
@@ -21,23 +24,25 @@ _KEPT = (
     "prompt_tokens", "verifications", "drafted_tokens", "accepted_tokens", "first_draft_accepted",
     "accepted_per_position", "reached_per_position", "kv_bytes", "draft_kv_bytes", "hidden_bytes", "prefill_worker",
     "decode_worker", "queue_ms", "prefill_ms", "transfer_exposed_ms", "decode_ms", "draft_rebuilds",
-    "prefill_retries", "moves",
+    "prefill_retries", "moves", "cached_tokens", "prefill_cached_tokens",
 )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A request and what its row says of it."""
+    """A request and what its row says of it. ``then`` makes the conversation's next turn of the answer's text."""
 
     request: UserRequest
     about: Row
+    then: Callable[[str], Asked] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Heard:
-    """A message of an answer. ``token_ids`` is empty where a server does not say; ``finish_reason``, ``output_tokens``
-    (0: as many as came) and ``stats`` come with the last."""
+    """A message of an answer. ``text`` is what a chat's next turn sends back; ``token_ids`` is empty where a server
+    does not say; ``finish_reason``, ``output_tokens`` (0: as many as came) and ``stats`` come with the last."""
 
+    text: str = ""
     token_ids: tuple[int, ...] = ()
     brings: bool = True  # something of the answer
     finish_reason: str = ""
@@ -78,7 +83,7 @@ class RouterSource:
                     raise PeerLost(f"tokens {count}..{chunk.start} of an answer are missing or repeated")
                 count += len(chunk.token_ids)
                 yield Heard(
-                    token_ids=chunk.token_ids, brings=bool(chunk.token_ids), output_tokens=count,
+                    text=piece.text, token_ids=chunk.token_ids, brings=bool(chunk.token_ids), output_tokens=count,
                     finish_reason=str(chunk.finish_reason) if chunk.finish_reason else "", stats=chunk.stats,
                 )  # fmt: skip
 
@@ -100,7 +105,12 @@ async def _send(
         async def one(item: Asked, due_s: float | None) -> None:
             if due_s is not None:
                 await asyncio.sleep(max(0.0, began + due_s - time.perf_counter()))
-            on_row(await _answer(client, item, began, due_s))
+            row, text = await _answer(client, item, began, due_s)
+            on_row(row)
+            while item.then is not None and not row["error"]:
+                item = await asyncio.to_thread(item.then, text)  # a long chat takes its time to tokenize
+                row, text = await _answer(client, item, began, None)
+                on_row(row)
 
         async def lane(items: list[Asked]) -> None:
             while items:
@@ -124,15 +134,16 @@ def _first(group: BaseExceptionGroup[PdspecError]) -> PdspecError:
     return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
 
 
-async def _answer(client: Source, item: Asked, began: float, due_s: float | None) -> Row:
-    """``due_s``: when an open load wanted it; its delays count from then."""
+async def _answer(client: Source, item: Asked, began: float, due_s: float | None) -> tuple[Row, str]:
+    """Row and text. ``due_s``: when an open load wanted it; its delays count from then."""
     sent = time.perf_counter()
     origin = sent if due_s is None else min(sent, began + due_s)
-    times, counts, ids = list[float](), list[int](), list[int]()
+    times, counts, ids, texts = list[float](), list[int](), list[int](), list[str]()
     last, error = Heard(), ""
     try:
         async with aclosing(client.stream(item.request)) as messages:
             async for last in messages:
+                texts.append(last.text)
                 if last.brings:
                     times.append(1e3 * (time.perf_counter() - origin))
                     counts.append(len(last.token_ids))
@@ -143,8 +154,9 @@ async def _answer(client: Source, item: Asked, began: float, due_s: float | None
     if not error and not (last.finish_reason and times):
         raise PeerLost("an answer ended without its last message")
     kept = {name: value for name, value in asdict(last.stats or GenerationStats()).items() if name in _KEPT}
-    return {
+    row = {
         **item.about, **kept, "asked_s": origin - began, "output_tokens": last.output_tokens or len(times),
         "token_ids": ids, "ttft_ms": times[0] if times else None, "total_ms": times[-1] if times else None,
         "piece_ms": times, "piece_tokens": counts if ids else [], "finish_reason": last.finish_reason, "error": error,
     }  # fmt: skip
+    return row, "".join(texts)

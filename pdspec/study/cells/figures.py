@@ -1,81 +1,16 @@
-"""The pictures of a report, each with the cells and columns that it was made from (matplotlib, the extra ``study``).
-
-Colour says the drafter, line style the topology, in all of them.
-"""
+"""The pictures of a report that every study has, each with the cells and columns that it was made from."""
 
 from __future__ import annotations
 
-import io
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
 
+from pdspec.study.cells.drawing import Picture, Row, Series, panels, picture, whole_numbers
 from pdspec.study.cells.measures import BIN, acceptance, per_position, tpot
-from pdspec.study.cells.tables import needed
+from pdspec.study.cells.phase_figures import split, turns
 from pdspec.study.plan.closed import expected_tokens
 
-Row = Mapping[str, Any]
-_STYLES = ("-", "--", ":", "-.")
 _CHAIN = re.compile(r"chain\((\d+)\)")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """``columns`` of ``table``, rows of ``cells``; ``svg`` is an element, without a prolog."""
-
-    name: str
-    title: str
-    caption: str
-    table: str
-    columns: tuple[str, ...]
-    cells: tuple[str, ...]
-    svg: str
-    png: bytes
-
-
-class Series:
-    """How cells are named and drawn: only what differs within the study is said."""
-
-    def __init__(self, cells: Sequence[Row]) -> None:
-        self.cells = cells
-        self._several = [key for key in ("model", "pd", "handoff") if len({row[key] for row in cells} - {""}) > 1]
-        self._places = list(dict.fromkeys(self.place(row) for row in cells))
-        self._drafters = list(dict.fromkeys(self.drafter(row) for row in cells))
-
-    def place(self, row: Row) -> str:
-        """Model, topology and handoff."""
-        return " ".join(row[key] for key in self._several if row[key]) or row["pd"]
-
-    def drafter(self, row: Row) -> str:
-        """With its tree where the study has the drafter with several."""
-        trees = {other["tree"] for other in self.cells if other["drafter"] == row["drafter"]}
-        return f"{row['drafter']} {row['tree']}" if len(trees) > 1 else row["drafter"]
-
-    def label(self, row: Row) -> str:
-        """Of a line."""
-        return f"{self.place(row)} {self.drafter(row)}"
-
-    def grouped(self, key: Callable[[Row], str]) -> dict[str, list[Row]]:
-        """Cells by ``key``, in order."""
-        found: dict[str, list[Row]] = {}
-        for row in self.cells:
-            found.setdefault(key(row), []).append(row)
-        return found
-
-    def look(self, row: Row) -> dict[str, Any]:
-        """Keywords of a plot."""
-        place = self._places.index(self.place(row))
-        return {"color": self.colour(row), "linestyle": _STYLES[place % len(_STYLES)]}
-
-    def colour(self, row: Row) -> str:
-        """Of its drafter."""
-        return f"C{self._drafters.index(self.drafter(row)) % 10}"
-
-    def marker(self, row: Row) -> str:
-        """Of its topology."""
-        return _MARKERS[self._places.index(self.place(row)) % len(_MARKERS)]
 
 
 def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -98,11 +33,11 @@ def pictures(cells: Sequence[Row], requests: Sequence[Row]) -> list[Picture]:
     found = [_pareto(series), _cdfs(series, answered), _timeline(series, answered), _topologies(series)]
     if any(row["acceptance_per_position"] for row in able):
         found[3:3] = [_along(series, answered), _positions(series, answered)]
-    return found
+    return found + [one for one in (split(series), turns(series, answered)) if one is not None]
 
 
 def _pareto(series: Series) -> Picture:
-    figure, (axes,) = _panels(1)
+    figure, (axes,) = panels(1)
     for label, rows in series.grouped(series.label).items():
         points = [(row["tokens_per_second"], row["tpot_ms_p50"]) for row in rows]
         axes.plot(*zip(*points, strict=True), label=label, marker=series.marker(rows[0]), **series.look(rows[0]))
@@ -113,7 +48,7 @@ def _pareto(series: Series) -> Picture:
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     caption = "Each point is a cell, a line joins the loads of one setting. Down and to the right is better."
-    return _picture(
+    return picture(
         figure, "pareto", "Latency and throughput", caption, "cells.parquet", series.cells,
         ("pd", "handoff", "drafter", "tree", "load", "tokens_per_second", "tpot_ms_p50"),
     )  # fmt: skip
@@ -122,7 +57,7 @@ def _pareto(series: Series) -> Picture:
 def _cdfs(series: Series, requests: Sequence[Row]) -> Picture:
     load = max(series.cells, key=lambda row: row["span_s"] and row["output_tokens"] / row["span_s"])["load"]
     chosen = [row for row in series.cells if row["load"] == load]
-    figure, axes = _panels(2)
+    figure, axes = panels(2)
     for row in chosen:
         own = [one for one in requests if one["cell"] == row["cell"]]
         for panel, values in zip(axes, ([one["ttft_ms"] for one in own], [tpot(one) for one in own]), strict=True):
@@ -131,7 +66,7 @@ def _cdfs(series: Series, requests: Sequence[Row]) -> Picture:
     axes[1].set(xlabel="time per output token (ms)")
     axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     caption = f"Requests of the cells under “{load}”, the load with the highest throughput."
-    return _picture(
+    return picture(
         figure, "cdf", "Distribution of latencies", caption, "requests.parquet", chosen,
         ("cell", "ttft_ms", "total_ms", "output_tokens"),
     )  # fmt: skip
@@ -139,7 +74,7 @@ def _cdfs(series: Series, requests: Sequence[Row]) -> Picture:
 
 def _timeline(series: Series, requests: Sequence[Row]) -> Picture:
     chosen = max(series.cells, key=lambda row: (row["prefill"] > 0, row["tokens_per_second"]))
-    figure, (axes,) = _panels(1)
+    figure, (axes,) = panels(1)
     own = sorted((one for one in requests if one["cell"] == chosen["cell"]), key=lambda one: one["asked_s"])
     for place, one in enumerate(own):
         first, whole = one["ttft_ms"] / 1e3, one["total_ms"] / 1e3
@@ -150,13 +85,13 @@ def _timeline(series: Series, requests: Sequence[Row]) -> Picture:
         axes.plot(moments, [place] * len(moments), "|", color="black", markersize=5, markeredgewidth=0.4,
                   label="" if place else "a verification's tokens arrive")  # fmt: skip
     axes.set(xlabel="seconds since the first request", ylabel="request")
-    _whole(axes.yaxis)
+    whole_numbers(axes.yaxis)
     axes.invert_yaxis()
     axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, 1.1), ncols=3)
     caption = f"One run, {series.label(chosen)}, {chosen['load']}: the disaggregated cell with the highest throughput."
     if not chosen["prefill"]:
         caption = f"One run, {series.label(chosen)}, {chosen['load']}: the cell with the highest throughput."
-    return _picture(
+    return picture(
         figure, "timeline", "Timeline of one run", caption, "requests.parquet", [chosen],
         ("cell", "asked_s", "ttft_ms", "total_ms", "piece_ms"),
     )  # fmt: skip
@@ -164,7 +99,7 @@ def _timeline(series: Series, requests: Sequence[Row]) -> Picture:
 
 def _along(series: Series, requests: Sequence[Row]) -> Picture:
     drafting = [row for row in series.cells if row["acceptance_per_position"]]
-    figure, axes = _panels(2)
+    figure, axes = panels(2)
     for place, (name, rows) in enumerate(Series(drafting).grouped(series.drafter).items()):
         ids = {row["cell"] for row in rows}
         found = acceptance([one for one in requests if one["cell"] in ids])
@@ -185,7 +120,7 @@ def _along(series: Series, requests: Sequence[Row]) -> Picture:
         "Tokens per verification along the answers, all cells of a drafter together; at the right over all answers, "
         "and for the verifications that begin outside 8-grams which the answer had before."
     )
-    return _picture(
+    return picture(
         figure, "acceptance", "Acceptance along the answers", caption, "requests.parquet", drafting,
         ("cell", "token_ids", "piece_tokens", "output_tokens", "verifications"),
     )  # fmt: skip
@@ -193,8 +128,8 @@ def _along(series: Series, requests: Sequence[Row]) -> Picture:
 
 def _positions(series: Series, requests: Sequence[Row]) -> Picture:
     drafting = [row for row in series.cells if row["acceptance_per_position"]]
-    figure, axes = _panels(2)
-    _whole(axes[0].xaxis)
+    figure, axes = panels(2)
+    whole_numbers(axes[0].xaxis)
     largest = 1.0
     for label, rows in Series(drafting).grouped(series.label).items():
         ids = {row["cell"] for row in rows}
@@ -215,14 +150,14 @@ def _positions(series: Series, requests: Sequence[Row]) -> Picture:
         "of K drafts with α of depth 1, against what was measured; below the line, later depths are worth less than "
         "the first, or fewer than K were drafted. Trees that are no chains are not in it."
     )
-    return _picture(
+    return picture(
         figure, "positions", "Acceptance per position, measured and predicted", caption, "requests.parquet", drafting,
         ("cell", "accepted_per_position", "reached_per_position", "output_tokens", "verifications"),
     )  # fmt: skip
 
 
 def _topologies(series: Series) -> Picture:
-    figure, axes = _panels(3)
+    figure, axes = panels(3)
     loads = list(dict.fromkeys(row["load"] for row in series.cells))
     groups = series.grouped(series.label)
     for place, (label, rows) in enumerate(groups.items()):
@@ -238,40 +173,7 @@ def _topologies(series: Series) -> Picture:
         panel.set_title(name, fontsize=9)
     axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     caption = "Every topology beside the others on the same cores; hatched: prefill on workers of its own."
-    return _picture(
+    return picture(
         figure, "topologies", "P:D ratios, colocated and disaggregated", caption, "cells.parquet", series.cells,
         ("pd", "handoff", "drafter", "tree", "load", "tokens_per_second", "tpot_ms_p50", "ttft_ms_p50"),
     )  # fmt: skip
-
-
-def _panels(count: int) -> tuple[Any, Any]:
-    figure = needed("matplotlib.figure").Figure(figsize=(9.5, 4.2), layout="constrained")
-    axes = figure.subplots(1, count, squeeze=False)[0]
-    for panel in axes:
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _whole(axis: Any) -> None:
-    axis.set_major_locator(needed("matplotlib.ticker").MaxNLocator(integer=True, min_n_ticks=1))
-
-
-def _picture(
-    figure: Any, name: str, title: str, caption: str, table: str, cells: Sequence[Row], columns: tuple[str, ...]
-) -> Picture:
-    matplotlib = needed("matplotlib")
-    svg, png = io.StringIO(), io.BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(svg, format="svg", metadata={"Date": None})
-        figure.savefig(png, format="png", dpi=120)
-    return Picture(
-        name=name, title=title, caption=caption, table=table, columns=columns,
-        cells=tuple(row["cell"] for row in cells), svg=_element(svg.getvalue()), png=png.getvalue(),
-    )  # fmt: skip
-
-
-def _element(svg: str) -> str:
-    """Without prolog and metadata, which name other sites, and without group ids, which all pictures share."""
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
-    return re.sub(r'<g id="[^"]*"', "<g", svg)

@@ -23,6 +23,7 @@ from pdspec.config import HANDOFFS
 from pdspec.errors import ConfigError
 from pdspec.settings import Settings, option, unknown_name
 from pdspec.spec.registry import family
+from pdspec.study.cells.chats import FOLLOW_UPS
 from pdspec.study.cells.loads import parse_load
 from pdspec.study.simulator.traces import read_trace
 from pdspec.study.ways import REMEMBERING
@@ -30,6 +31,7 @@ from pdspec.study.workloads import workload
 from pdspec.telemetry import usable_cores
 
 _PD = re.compile(r"(\d+)P(\d+)D")
+_ADDED = {"turns": 1, "prompt_tokens": 0}  # no part of an id at these values: older studies go on
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,8 @@ class WorkloadConfig(Settings):
     prompts: str = option("word_problems", "a set's name, or a JSON Lines file of prompts")
     requests: int = option(16, "of a cell; prompts come again, with other seeds, where the set has fewer", low=1)
     samples: int = option(1, "answers to each prompt, next to each other", low=1)
+    turns: int = option(1, "requests of a conversation; each sends the answers before it back", low=1)
+    prompt_tokens: int = option(0, "of a first turn, by texts of the other prompts before it; 0: as it is", low=0)
     max_tokens: int = option(512, "of an answer", low=2)
     temperature: float = option(0.6, "0: greedy", low=0)
     top_p: float = option(0.95, "1: off", low=0, high=1)
@@ -91,6 +95,8 @@ class Cell:
     input_sha256: str  # of the prompts, and of the trace where there is one
     requests: int
     samples: int
+    turns: int
+    prompt_tokens: int
     max_tokens: int
     temperature: float
     top_p: float
@@ -101,7 +107,8 @@ class Cell:
     @property
     def id(self) -> str:
         """Twelve hex digits of the values' hash."""
-        values = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        known = {name: value for name, value in dataclasses.asdict(self).items() if _ADDED.get(name) != value}
+        values = json.dumps(known, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(values.encode()).hexdigest()[:12]
 
     @property
@@ -123,12 +130,13 @@ class Cell:
 def cells(study: StudyConfig) -> list[Cell]:
     """The grid, each cell once, those of one stack after each other. Raises ConfigError and UnknownName."""
     file = prompts_file(study.workload)
+    _check(study)
     asked = study.workload.to_mapping()
     found = [
         Cell(
             model=model, drafter=drafter, tree=tree, prefill=prefill, decode=decode, handoff=handoff, load=load,
             worker="{}" if endpoint else _worker(study, prefill + decode), endpoint=endpoint,
-            input_sha256=_digest(file, load), **asked,
+            input_sha256=_digest(file, load, study.workload.turns), **asked,
         )
         for model, (endpoint, prefill, decode) in product(study.models, map(_workers, study.pd))
         for load, (drafter, tree), handoff in product(
@@ -143,6 +151,20 @@ def cells(study: StudyConfig) -> list[Cell]:
 def prompts_file(asked: WorkloadConfig) -> Path:
     """Of a set or a file. Raises ConfigError."""
     return Path(asked.prompts) if Path(asked.prompts).is_file() else Path(workload(asked.prompts))
+
+
+def _check(study: StudyConfig) -> None:
+    """Values of a workload that do not go together."""
+    asked = study.workload
+    if left := asked.requests % asked.turns:
+        message = f"{asked.requests} requests are no whole conversations of {asked.turns} turns"
+        remedy = f"give {asked.requests - left + asked.turns}"
+        raise ConfigError(message, field="requests", remedy=remedy)
+    traced = [load for load in study.loads if parse_load(load).kind == "trace"]
+    for name, neutral in _ADDED.items():
+        if traced and getattr(asked, name) != neutral:
+            message = f"{traced[0]!r} has conversations and lengths of its own"
+            raise ConfigError(message, field=name, remedy=f"leave {name} out, or the trace")
 
 
 def _workers(text: str) -> tuple[str, int, int]:
@@ -161,9 +183,11 @@ def _load(text: str) -> str:
     return str(parse_load(text))
 
 
-def _digest(prompts: Path, load: str) -> str:
+def _digest(prompts: Path, load: str, turns: int) -> str:
     """Raises ConfigError for a trace that cannot be read."""
     found = hashlib.sha256(prompts.read_bytes())
+    if turns > 1:
+        found.update("\n".join(FOLLOW_UPS).encode())
     if trace := parse_load(load).file:
         read_trace(trace)
         found.update(Path(trace).read_bytes())

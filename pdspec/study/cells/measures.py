@@ -15,13 +15,17 @@ from pdspec.repetition import repeated_marks, repeated_share
 
 Row = Mapping[str, Any]
 P99_SAMPLES = 100
+PHASES = ("draft", "forward", "verify")  # of a decode step, as workers call their clocks
 BIN = 64  # tokens of an answer that one point of ``along`` stands for
 
 
-def measures(rows: Sequence[Row], *, ttft_ms: float, tpot_ms: float, price_per_hour: float) -> dict[str, Any]:
-    """One row of ``cells.parquet``, without the cell's own values. ``ttft_ms`` and ``tpot_ms`` are the goals of a good
-    request; a refused request is none, and has no times."""
-    done = [row for row in rows if not row["error"]]
+def measures(
+    rows: Sequence[Row], spent: Row | None = None, *, ttft_ms: float, tpot_ms: float, price_per_hour: float
+) -> dict[str, Any]:
+    """One row of ``cells.parquet``, without the cell's own values. ``spent`` is what the cell took as a whole, where it
+    is known: seconds of the decode workers' phases (``clocks``), joules by counter (``joules``). ``ttft_ms`` and
+    ``tpot_ms`` are the goals of a good request; a refused request is none, and has no times."""
+    done, spent = [row for row in rows if not row["error"]], spent or {}
     tokens, span = sum(row["output_tokens"] for row in done), span_s(done)
     good = [row for row in done if row["ttft_ms"] <= ttft_ms and tpot(row) <= tpot_ms]
     return {
@@ -36,8 +40,47 @@ def measures(rows: Sequence[Row], *, ttft_ms: float, tpot_ms: float, price_per_h
         "goodput_tokens_per_second": sum(row["output_tokens"] for row in good) / span if span else 0.0,
         "cost_per_million_tokens": cost(price_per_hour, tokens, span),
         "kv_bytes": sum(row["kv_bytes"] for row in done), "draft_kv_bytes": sum(row["draft_kv_bytes"] for row in done),
-        **acceptance(done),
+        **acceptance(done), **by_turn(done), **split(spent.get("clocks"), span),
+        **energy(spent.get("joules") or {}, tokens),
     }  # fmt: skip
+
+
+def by_turn(rows: Sequence[Row]) -> dict[str, Any]:
+    """Times to the first token of first turns and of later ones, and the share of their prompts that was cached."""
+    first, later = ([row for row in rows if (row.get("turn", 1) > 1) == behind] for behind in (False, True))
+    return {
+        **spread("ttft_ms_turn_1", (row["ttft_ms"] for row in first)),
+        **spread("ttft_ms_later_turns", (row["ttft_ms"] for row in later)),
+        "cached_share": cached_share(rows), "cached_share_later_turns": cached_share(later),
+    }  # fmt: skip
+
+
+def cached_share(rows: Iterable[Row]) -> float | None:
+    """Prompt tokens that whoever prefilled did not compute, of all; None where the rows do not say."""
+    told = [row for row in rows if "cached_tokens" in row and row["prompt_tokens"]]
+    tokens = sum(row["prompt_tokens"] for row in told)
+    apart = ("cached_tokens", "prefill_cached_tokens")
+    cached = sum(row[apart[row["prefill_worker"] != row["decode_worker"]]] for row in told)
+    return cached / tokens if tokens else None
+
+
+def split(clocks: Row | None, span: float) -> dict[str, float | None]:
+    """Shares of the decode steps' time (they add up to 1): drafting, the target's forward, the rest; and the share of
+    ``span`` [s] during which decode workers were in a step, on average. None without ``clocks``."""
+    whole = sum(clocks[phase] for phase in PHASES) if clocks else 0.0
+    if not clocks or not whole or not span:
+        return dict.fromkeys(("draft_share", "verify_share", "other_share", "busy_share"))
+    return {
+        "draft_share": clocks["draft"] / whole, "verify_share": clocks["forward"] / whole,
+        "other_share": clocks["verify"] / whole, "busy_share": whole / (clocks["workers"] * span),
+    }  # fmt: skip
+
+
+def energy(joules: Mapping[str, float], tokens: int) -> dict[str, Any]:
+    """Of all counters, and per output token; None where the machine reports none."""
+    whole = sum(joules.values()) if joules else None
+    each = whole / tokens if whole is not None and tokens else None
+    return {"joules": whole, "joules_per_output_token": each, "energy_counters": ", ".join(joules)}
 
 
 def spread(name: str, values: Iterable[float]) -> dict[str, float | int | None]:

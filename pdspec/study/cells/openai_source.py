@@ -1,7 +1,8 @@
 """Any server with OpenAI's chat completions as a cell: the same client, requests and moments.
 
 Such a server does not say which tokens a message brings, nor how many it verified: there is no acceptance of it. The
-number of output tokens is what ``usage`` says at the end, or else the number of messages.
+number of output tokens is what ``usage`` says at the end, or else the number of messages. Prompt tokens and how many of
+them were cached are known where it says both (``prompt_tokens_details``).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import aiohttp
 
 from pdspec.errors import InvalidRequest, Overloaded, PeerLost
 from pdspec.study.cells.client import Heard
-from pdspec.types import UserRequest
+from pdspec.types import GenerationStats, UserRequest
 
 _BUSY = (429, 503)
 _SILENT_S = 600.0  # without a message
@@ -39,7 +40,7 @@ class OpenAISource:
 
     async def stream(self, request: UserRequest) -> AsyncGenerator[Heard, None]:
         """Raises Overloaded where the server has no room, InvalidRequest where it refuses, PeerLost where it breaks."""
-        finish, tokens = "", 0
+        finish, tokens, stats = "", 0, GenerationStats()
         try:
             async with self._session.post(f"{self.url}/chat/completions", json=body(request)) as answer:
                 if answer.status in _BUSY:
@@ -50,11 +51,12 @@ class OpenAISource:
                 async for line in answer.content:
                     event = _event(line)
                     finish, tokens = finish_of(event) or finish, tokens_of(event) or tokens
+                    stats = stats_of(event) or stats
                     if text_of(event):
-                        yield Heard()
+                        yield Heard(text=content_of(event))
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             raise PeerLost(f"{self.url}: {error!r}", field="pd") from error
-        yield Heard(brings=False, finish_reason=finish, output_tokens=tokens)
+        yield Heard(brings=False, finish_reason=finish, output_tokens=tokens, stats=stats)
 
 
 def body(request: UserRequest) -> dict[str, Any]:
@@ -80,10 +82,19 @@ def _event(line: bytes) -> dict[str, Any]:
     return found
 
 
+def content_of(event: dict[str, Any]) -> str:
+    """What the message adds to the answer: a chat's client sends no thoughts back."""
+    return str(_delta(event).get("content") or "")
+
+
 def text_of(event: dict[str, Any]) -> str:
     """What the message adds, thoughts included."""
-    delta = (event.get("choices") or [{}])[0].get("delta") or {}
+    delta = _delta(event)
     return str(delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning") or "")
+
+
+def _delta(event: dict[str, Any]) -> dict[str, Any]:
+    return (event.get("choices") or [{}])[0].get("delta") or {}
 
 
 def finish_of(event: dict[str, Any]) -> str:
@@ -94,3 +105,12 @@ def finish_of(event: dict[str, Any]) -> str:
 def tokens_of(event: dict[str, Any]) -> int:
     """Output tokens of the usage, where the message has it."""
     return int((event.get("usage") or {}).get("completion_tokens") or 0)
+
+
+def stats_of(event: dict[str, Any]) -> GenerationStats | None:
+    """Prompt tokens and those of them that were cached, of a usage that says both."""
+    usage = event.get("usage") or {}
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+    if cached is None or not usage.get("prompt_tokens"):
+        return None
+    return GenerationStats(prompt_tokens=int(usage["prompt_tokens"]), cached_tokens=int(cached))

@@ -16,7 +16,8 @@ Row = Mapping[str, Any]
 _HEAD = (
     "cell", "pd", "handoff", "drafter", "tree", "load", "tokens/s", "TTFT P50", "P90", "P99", "per token P50", "P90",
     "P99", "between messages P50", "P90", "P99", "tokens per verification", "not repeated", "repeated 8-grams",
-    "good requests", "good tokens/s", "per million tokens",
+    "good requests", "good tokens/s", "per million tokens", "drafting", "verifying", "other", "decode workers busy",
+    "joules per token", "TTFT of turn 1 P50", "TTFT of later turns P50", "prompt cached", "cached of later turns",
 )  # fmt: skip
 _STYLE = """
 :root { color-scheme: light; }
@@ -74,8 +75,10 @@ def html(about: Row, cells: Sequence[Row], drawn: Sequence[Picture]) -> str:
 
 _NOTE = (
     "Times in milliseconds. A percentile that has too few samples is not shown: P99 needs 100. Per token: the mean of "
-    "an answer after its first token. Between messages: a message brings the tokens of one verification. All rows are "
-    "in requests.parquet, all figures of the table in cells.parquet."
+    "an answer after its first token. Between messages: a message brings the tokens of one verification. Drafting, "
+    "verifying (the target's forward) and other are shares of the decode steps' time, busy is their share of the "
+    "cell's. Joules are those of the whole machine, whatever else runs on it. All rows are in requests.parquet, all "
+    "figures of the table in cells.parquet."
 )
 
 
@@ -133,11 +136,19 @@ def values(row: Row) -> tuple[str, ...]:
         _number(row["acceptance_length_not_repeated"], 2), _percent(row["repeated_8gram_share"]),
         _percent(row["good_share"]), _number(row["goodput_tokens_per_second"], 1),
         _number(row["cost_per_million_tokens"], 3),
+        *(_percent(row.get(f"{key}_share")) for key in ("draft", "verify", "other", "busy")),
+        _joules(row.get("joules_per_output_token")), _number(row.get("ttft_ms_turn_1_p50"), 0),
+        _number(row.get("ttft_ms_later_turns_p50"), 0), _percent(row.get("cached_share")),
+        _percent(row.get("cached_share_later_turns")),
     )  # fmt: skip
 
 
 def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _joules(value: float | None) -> str:
+    return "not reported" if value is None else f"{value:.3g}"
 
 
 def _percent(share: float | None) -> str:

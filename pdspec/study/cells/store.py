@@ -1,7 +1,7 @@
 """The folder of a study: what is measured stays, whatever happens to the process that measures.
 
 study.json             cells and their values, versions, hardware
-cells/<id>.jsonl       the requests of a cell that is complete
+cells/<id>.jsonl       the requests of a cell that is complete; lines without an index say what it took as a whole
 cells/.<id>.partial    of one that is being measured; a killed study leaves one, the next run begins that cell anew
 requests.parquet       all rows of the study's cells
 cells.parquet          one row per cell: its values and measures
@@ -58,12 +58,20 @@ class Store:
 
     def rows(self, cell: Cell) -> list[Row]:
         """Of a complete cell, in order of the requests."""
+        return sorted((row for row in self._lines(cell) if "index" in row), key=lambda row: row["index"])
+
+    def spent(self, cell: Cell) -> Row:
+        """What a complete cell took as a whole (``run.measure``); empty where nobody noted it."""
+        return {key: value for row in self._lines(cell) if "index" not in row for key, value in row.items()}
+
+    def _lines(self, cell: Cell) -> list[Row]:
         with self.path(cell).open(encoding="utf-8") as lines:
-            return sorted(map(json.loads, lines), key=lambda row: row["index"])
+            return [json.loads(line) for line in lines]
 
     @contextmanager
     def writing(self, cell: Cell) -> Iterator[Callable[[Row], None]]:
-        """A cell's rows, one call each. They count when the block ends without an error, all at once."""
+        """A cell's rows, one call each, and, without ``index``, what it took as a whole. They count when the block ends
+        without an error, all at once."""
         partial = self.folder / "cells" / f".{cell.id}.partial"
         with partial.open("w", encoding="utf-8") as file:
 

@@ -35,8 +35,9 @@ def write(store: Store, study: StudyConfig, cells: Sequence[Cell]) -> list[dict[
         rows = store.rows(cell)
         requests += rows
         found = measures(
-            rows, ttft_ms=study.slo.ttft_ms, tpot_ms=study.slo.tpot_ms, price_per_hour=study.price_per_hour
-        )
+            rows, store.spent(cell), ttft_ms=study.slo.ttft_ms, tpot_ms=study.slo.tpot_ms,
+            price_per_hour=study.price_per_hour,
+        )  # fmt: skip
         table.append({"cell": cell.id, "pd": cell.pd, **dataclasses.asdict(cell), **found})
     _write(store.folder / "requests.parquet", requests)
     _write(store.folder / "cells.parquet", table)
@@ -57,5 +58,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     arrow, parquet = needed("pyarrow"), needed("pyarrow.parquet")
     fresh = path.with_name(f".{path.name}")
-    parquet.write_table(arrow.Table.from_pylist(rows), fresh)
+    names = list(dict.fromkeys(name for row in rows for name in row))  # rows of older versions have fewer
+    whole = [{name: row.get(name) for name in names} for row in rows]
+    parquet.write_table(arrow.Table.from_pylist(whole), fresh)
     os.replace(fresh, path)
