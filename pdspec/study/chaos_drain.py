@@ -159,6 +159,6 @@ def _judge(
         "clients": plan.clients, "drain_s": plan.drain_s,
         **{name: counts[name] for name in ("completed", "failed_with_status", "mismatched", "hung")},
         "moved": outcomes.moved, "resumed_by_clients": outcomes.resumed, "leaked_pages": held, "steps": rows,
-        "crashes": crashes[:3], "failures": outcomes.failures[:3], "different": outcomes.different[:3],
+        "crashes": crashes[:3], "failures": outcomes.failures, "different": outcomes.different[:3],
         "seconds": round(seconds, 1),
     }  # fmt: skip

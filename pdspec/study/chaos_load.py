@@ -21,6 +21,7 @@ PHASES = ("queued", "first", "middle", "late")  # when a client leaves
 QUEUED_S = 0.03  # then a client that leaves early does, whatever has become of its request
 BATCH = 16
 TREES = {"chain": "chain(3)", "static": "static(2x2)", "dynamic": "dynamic(3,2,5)"}
+EXAMPLES = 3
 TOLERANCE = 1e-4  # of a log probability, which travels as float32
 
 
@@ -125,7 +126,7 @@ class Outcomes:
         self.left: Counter[str] = Counter()  # by phase
         self.statuses: Counter[str] = Counter()
         self.different: list[str] = []
-        self.failures: list[str] = []
+        self.failures: dict[str, list[str]] = {}  # the first of each status
         self.completed: set[str] = set()
         self.resumed = self.moved = 0
 
@@ -142,7 +143,9 @@ class Outcomes:
             elif isinstance(answer, PdspecError):
                 self.counts["failed_with_status"] += 1
                 self.statuses[answer.status] += 1
-                self.failures.append(f"{task.user.request_id}: {answer}"[:300])
+                known = self.failures.setdefault(answer.status, [])
+                if len(known) < EXAMPLES:
+                    known.append(f"{task.user.request_id}: {answer}"[:300])
             else:
                 self.counts["completed"] += 1
                 self.completed.add(task.user.request_id)
