@@ -109,7 +109,7 @@ def test_an_answer_that_nobody_reads_pauses_and_the_others_go_on(roles):
         config = host.resources.config
         host.resources.config = config.replace(stream_buffer=4)
         try:
-            chunks = service._answer(asked, roles.route())
+            chunks = service._chunks(host.new_answer(asked, loop), roles.route())
             tokens = list((await anext(chunks)).token_ids)
         finally:
             host.resources.config = config
