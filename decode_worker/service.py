@@ -149,6 +149,6 @@ def launch(config: WorkerConfig, start: StartRank = RankProcess) -> RunningWorke
         service.address = address
         service.worker_id = config.worker_id or f"decode@{address}"
         rpc.add_DecodeWorkerServicer_to_server(service, server)
-        rpc.add_WorkerServicer_to_server(WorkerService(service.info, service.doors, config.drain_s), server)
+        rpc.add_WorkerServicer_to_server(WorkerService(service.info, service.doors, config), server)
 
     return RunningWorker(config, engine, ("DecodeWorker",), register, service.metrics, service.tracer, service)

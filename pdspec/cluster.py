@@ -32,7 +32,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from pdspec.client import Access, RouterClient
-from pdspec.config import ROLES, ClusterConfig, HttpConfig, RouterConfig, WorkerConfig
+from pdspec.config import ClusterConfig, HttpConfig, RouterConfig, WorkerConfig
 from pdspec.errors import ConfigError, PdspecError, PeerLost
 from pdspec.gateway.actor import HttpActor
 from pdspec.placement import share
@@ -233,15 +233,9 @@ class Cluster:
                 max_restarts=-1,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, index),
             )
-            roles = {config.role: config, **self._other_role(config)}
+            every = self.config.worker_roles(config.role, int(config.worker_id.rpartition("-")[2]))
+            roles = {role: self._reachable(one) for role, one in every.items()}
             self.actors[config.worker_id] = actor.remote(roles, config.role, self._actor_name("router"))
-
-    def _other_role(self, config: WorkerConfig) -> dict[str, WorkerConfig]:
-        """What a worker becomes when its role is switched."""
-        index = int(config.worker_id.rpartition("-")[2])
-        (other,) = (role for role in ROLES if role != config.role)
-        found = self._reachable(self.config.worker_config(config.role, index, now=other))
-        return {other: found} if found.tp == config.tp == 1 else {}  # ranks have their places
 
     def _await_started(self) -> None:
         waiting = {actor.failure.remote(): name for name, actor in self.actors.items()}

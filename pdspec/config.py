@@ -255,6 +255,11 @@ class ClusterConfig(Settings):
         values = {**self.worker.to_mapping(), **self._shared(self.worker), **self._numerics(), **changes}
         return WorkerConfig.from_mapping({**values, "role": serving, "worker_id": f"{role}-{index}"})
 
+    def worker_roles(self, role: str, index: int) -> dict[str, WorkerConfig]:
+        """That worker's config in each role that it may have: ranks have their places, and keep their role."""
+        every = {now: self.worker_config(role, index, now=now) for now in ROLES}
+        return every if all(config.tp == 1 for config in every.values()) else {role: every[role]}
+
     def pinned(self, role: str) -> tuple[dict[str, float], dict[str, str]]:
         """Resources and labels that a node must have for a worker of ``role``."""
         if role == "prefill":

@@ -49,8 +49,8 @@ class WorkerActor(Host):
         port = int(running.address.rpartition(":")[2])
         running.drain(wish.deadline_s, threading.Event())
         running.stop()
-        if not wish.role:
-            log.info("drained; ending the process, for Ray to start it anew")
+        if wish.role not in self._configs:  # none was named, or one that this worker's settings do not have
+            log.info("drained (%r was asked for); ending the process, for Ray to start it anew", wish.role)
             os._exit(EXIT_STATUS)
         del running
         self._running, self._role = None, wish.role

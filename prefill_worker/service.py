@@ -293,6 +293,6 @@ def launch(config: WorkerConfig, start: StartRank = RankProcess) -> RunningWorke
             lanes=service.lanes, pace=Pace(config.link_limit), faults=faults,
         )  # fmt: skip
         server.add_generic_rpc_handlers((handler,))
-        rpc.add_WorkerServicer_to_server(WorkerService(service.info, service.doors, config.drain_s), server)
+        rpc.add_WorkerServicer_to_server(WorkerService(service.info, service.doors, config), server)
 
     return RunningWorker(config, engine, ("PrefillWorker",), register, service.metrics, service.tracer, service)

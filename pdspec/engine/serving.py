@@ -16,6 +16,7 @@ import grpc
 from pdspec.config import WorkerConfig
 from pdspec.engine.resources import Resources
 from pdspec.engine.thread import EngineThread
+from pdspec.errors import InvalidRequest
 from pdspec.metrics import WorkerMetrics, exposed
 from pdspec.tracing import Tracer
 from pdspec.types import WorkerInfo
@@ -35,8 +36,8 @@ Register = Callable[[grpc.aio.Server, str], Any]
 class WorkerService(rpc.WorkerServicer):
     """``Worker/Status``, what the router decides from, and ``Worker/Drain``."""
 
-    def __init__(self, info: Callable[[], WorkerInfo], doors: Doors, drain_s: float) -> None:
-        self._info, self._doors, self._drain_s = info, doors, drain_s
+    def __init__(self, info: Callable[[], WorkerInfo], doors: Doors, config: WorkerConfig) -> None:
+        self._info, self._doors, self._config = info, doors, config
 
     async def Status(self, request: pb.StatusRequest, context: grpc.aio.ServicerContext) -> pb.WorkerStatus:
         """The worker's state now."""
@@ -44,7 +45,10 @@ class WorkerService(rpc.WorkerServicer):
 
     async def Drain(self, request: pb.DrainRequest, context: grpc.aio.ServicerContext) -> pb.WorkerStatus:
         """Take nothing new from now on; the rest is done by whoever runs this process. Raises InvalidRequest."""
-        self._doors.ask(wish_from_pb(request, default_s=self._drain_s))
+        wish = wish_from_pb(request, default_s=self._config.drain_s)
+        if wish.role not in ("", self._config.role) and self._config.tp > 1:
+            raise InvalidRequest("a worker of several ranks keeps its role", field="role", remedy="name no other one")
+        self._doors.ask(wish)
         return await self.Status(pb.StatusRequest(), context)
 
 

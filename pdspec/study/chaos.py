@@ -17,16 +17,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pdspec.client import Answer, RouterClient
+from pdspec.client import RouterClient
 from pdspec.config import WorkerConfig
-from pdspec.errors import PdspecError
 from pdspec.spec.registry import NAMES
-from pdspec.study.chaos_cluster import POLL_S, ChaosCluster
-from pdspec.study.chaos_load import PHASES, Outcomes, Task, ask, make_prompts, make_tasks, references
+from pdspec.study.chaos_cluster import POLL_S, ChaosCluster, settle
+from pdspec.study.chaos_load import PHASES, Outcomes, Task, ask_and_count, make_prompts, make_tasks, references
 from pdspec.transfer.faults import KINDS as FRAME_KINDS
 
 ROLES = ("prefill", "decode", "router")
-SETTLE_S = 5.0  # after the last answer: then nothing may be held any more
 READS_HIDDEN = ("medusa", "eagle1", "eagle2", "eagle3", "mtp", "combined")
 LEAST = {"kill": 20, "other": 10, "moved": 100}  # per 1,000 requests
 LEAST_COMPLETED, LEAST_DETECTED = 0.97, 0.99
@@ -78,7 +76,7 @@ def run(plan: Plan, progress: Callable[[str], object] = lambda text: None) -> di
     with cluster:
         progress(f"{plan.requests} requests, {len(faults)} faults")
         outcomes, done = _under_fire(plan, cluster, tasks, faults, progress)
-        held = _settle(cluster)
+        held = settle(cluster)
         return _judge(plan, cluster, outcomes, done, held, time.monotonic() - began)
 
 
@@ -120,7 +118,7 @@ def _under_fire(
                     return
                 with outcomes.lock:
                     begun[0] += 1
-                _one(client, task, plan, outcomes)
+                ask_and_count(client, task, plan.deadline_s, outcomes)
 
     def fault_loop() -> None:
         dice = random.Random(plan.seed + 1)
@@ -160,37 +158,6 @@ def _under_fire(
     for thread in others:
         thread.join(10.0)
     return outcomes, done
-
-
-def _one(client: RouterClient, task: Task, plan: Plan, outcomes: Outcomes) -> None:
-    before, began = client.reconnects, time.monotonic()
-    answer: Answer | PdspecError | None
-    try:
-        answer = ask(client, task, plan.deadline_s)
-    except PdspecError as error:
-        answer = error
-    outcomes.add(
-        task, answer, resumed=client.reconnects > before, seconds=time.monotonic() - began, limit_s=plan.deadline_s
-    )
-
-
-def _settle(cluster: ChaosCluster) -> dict[str, int]:
-    """What workers still hold ``SETTLE_S`` after everyone has come back; pages that nobody runs are leaked."""
-    workers = (*cluster.names("prefill"), *cluster.names("decode"))
-    deadline = time.monotonic() + 60.0
-    while time.monotonic() < deadline and any(cluster.status(name) is None for name in workers):
-        time.sleep(0.1)
-    deadline, held = time.monotonic() + SETTLE_S, {"orphans": 1, "leaked_pages": 0, "silent": 0}
-    while time.monotonic() < deadline and any(held.values()):
-        states = [cluster.status(name) for name in workers]
-        held = {
-            "orphans": sum(state.running + state.queued for state in states if state),
-            "leaked_pages": sum(state.total_pages - state.free_pages for state in states if state),
-            "silent": sum(state is None for state in states),
-        }
-        time.sleep(0.1)
-    cluster.watch()
-    return held
 
 
 def _judge(

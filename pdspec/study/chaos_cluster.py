@@ -22,6 +22,7 @@ from pdspec.wire.doors import ask_to_drain
 from pdspec.wire.trust import Trust
 
 POLL_S = 0.25
+SETTLE_S = 5.0  # after the last answer: then nothing may be held any more
 _INJECTED = re.compile(r"injected (\w+) into a \w+ frame of epoch=(\d+)")
 _LANDED = re.compile(r"landed whole epoch=(\d+)")
 _DIED_UNDER = re.compile(r"\[([^\]]+)\]: \S+ failed after (\d+) tokens: (.*)")
@@ -164,3 +165,22 @@ class ChaosCluster(Stack):
                 continue
             self.respawn_s.append(time.monotonic() - began)
             self._down.discard(name)
+
+
+def settle(cluster: ChaosCluster) -> dict[str, int]:
+    """What workers still hold ``SETTLE_S`` after everyone has come back; pages that nobody runs are leaked."""
+    workers = (*cluster.names("prefill"), *cluster.names("decode"))
+    deadline = time.monotonic() + 60.0
+    while time.monotonic() < deadline and any(cluster.status(name) is None for name in workers):
+        time.sleep(0.1)
+    deadline, held = time.monotonic() + SETTLE_S, {"orphans": 1, "leaked_pages": 0, "silent": 0}
+    while time.monotonic() < deadline and any(held.values()):
+        states = [cluster.status(name) for name in workers]
+        held = {
+            "orphans": sum(state.running + state.queued for state in states if state),
+            "leaked_pages": sum(state.total_pages - state.free_pages for state in states if state),
+            "silent": sum(state is None for state in states),
+        }
+        time.sleep(0.1)
+    cluster.watch()
+    return held

@@ -19,9 +19,9 @@ from typing import Any
 
 from pdspec.client import RouterClient
 from pdspec.config import WorkerConfig
-from pdspec.errors import PdspecError, PeerLost
-from pdspec.study.chaos_cluster import ChaosCluster
-from pdspec.study.chaos_load import Outcomes, Task, ask, make_prompts, make_tasks, references
+from pdspec.errors import PeerLost
+from pdspec.study.chaos_cluster import ChaosCluster, settle
+from pdspec.study.chaos_load import Outcomes, Task, ask_and_count, make_prompts, make_tasks, references
 
 Progress = Callable[[str], object]
 WAIT_S = 120.0  # for a process to be back
@@ -71,7 +71,7 @@ def run(worker: WorkerConfig, plan: Plan, progress: Progress) -> dict[str, Any]:
             over.set()
             for thread in threads:
                 thread.join(WAIT_S)
-        crashes, held = cluster.crashes, _held(cluster)
+        crashes, held = cluster.crashes, settle(cluster)
     return _judge(worker, plan, outcomes, rows, crashes, held, time.monotonic() - began)
 
 
@@ -84,15 +84,8 @@ def _ask_on(cluster: ChaosCluster, tasks: list[Task], outcomes: Outcomes, over: 
         client.wait_ready(timeout_s=WAIT_S)
         turn = 0
         while not over.is_set():
-            task, began, before = tasks[turn % len(tasks)], time.monotonic(), client.reconnects
+            ask_and_count(client, tasks[turn % len(tasks)], WAIT_S, outcomes)
             turn += 1
-            try:
-                answer = ask(client, task, WAIT_S)
-            except PdspecError as error:
-                outcomes.add(task, error, resumed=False, seconds=time.monotonic() - began, limit_s=WAIT_S)
-                continue
-            outcomes.add(task, answer, resumed=client.reconnects > before, seconds=time.monotonic() - began,
-                         limit_s=WAIT_S)
 
 
 def _restarted(cluster: ChaosCluster, name: str) -> dict[str, Any]:
@@ -133,24 +126,16 @@ def _until(holds: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def _held(cluster: ChaosCluster) -> int:
-    """Pages that nobody runs, a moment after the last answer."""
-    names, deadline, held = (*cluster.names("prefill"), *cluster.names("decode")), time.monotonic() + 5.0, 1
-    while held and time.monotonic() < deadline:
-        states = [cluster.status(name) for name in names]
-        held = sum(one.total_pages - one.free_pages if one else 1 for one in states)
-    return held
-
-
 def _judge(
-    worker: WorkerConfig, plan: Plan, outcomes: Outcomes, rows: list[dict[str, Any]], crashes: list[str], held: int,
-    seconds: float,
+    worker: WorkerConfig, plan: Plan, outcomes: Outcomes, rows: list[dict[str, Any]], crashes: list[str],
+    held: dict[str, int], seconds: float,
 ) -> dict[str, Any]:  # fmt: skip
     counts = outcomes.counts
     checks = {
         "no request was lost": not counts["failed_with_status"] and not counts["hung"],
         "every answer is the undisturbed one": counts["completed"] > 0 and not counts["mismatched"],
-        "answers moved": outcomes.moved > 0, "no process crashed": not crashes, "no page is leaked": not held,
+        "answers moved": outcomes.moved > 0, "no process crashed": not crashes,
+        "nothing is left": not any(held.values()),
         "a switch keeps the process": all(row.get("same_process", True) for row in rows),
     }  # fmt: skip
     reasons = [f"not true: {name}" for name, holds in checks.items() if not holds]
@@ -158,7 +143,7 @@ def _judge(
         "ok": not reasons, "reasons": reasons, "model": worker.model, "drafters": list(worker.drafters),
         "clients": plan.clients, "drain_s": plan.drain_s,
         **{name: counts[name] for name in ("completed", "failed_with_status", "mismatched", "hung")},
-        "moved": outcomes.moved, "resumed_by_clients": outcomes.resumed, "leaked_pages": held, "steps": rows,
+        "moved": outcomes.moved, "resumed_by_clients": outcomes.resumed, **held, "steps": rows,
         "crashes": crashes[:3], "failures": outcomes.failures, "different": outcomes.different[:3],
         "seconds": round(seconds, 1),
     }  # fmt: skip

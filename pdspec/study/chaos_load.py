@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -201,3 +202,16 @@ def ask(client: RouterClient, task: Task, limit_s: float) -> Answer | None:
         timer.cancel()
         pieces.close()  # type: ignore[attr-defined]
     return collect(iter(got)) if got and got[-1].chunk.finish_reason else None
+
+
+def ask_and_count(client: RouterClient, task: Task, limit_s: float, outcomes: Outcomes) -> None:
+    """``ask``, and what became of it."""
+    before, began = client.reconnects, time.monotonic()
+    answer: Answer | PdspecError | None
+    try:
+        answer = ask(client, task, limit_s)
+    except PdspecError as error:
+        answer = error
+    outcomes.add(
+        task, answer, resumed=client.reconnects > before, seconds=time.monotonic() - began, limit_s=limit_s
+    )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 
 import pytest
 
+from pdspec.config import ClusterConfig, WorkerConfig
+from pdspec.engine.serving import WorkerService
 from pdspec.errors import InvalidRequest, PdspecError, PeerLost
 from pdspec.wire import pdspec_pb2 as pb
 from pdspec.wire.doors import Doors, Wish, wish_from_pb
@@ -86,3 +89,21 @@ def test_wishes_that_cannot_be_granted(message, field):
     with pytest.raises(InvalidRequest) as caught:
         wish_from_pb(message, default_s=1.0)
     assert caught.value.field == field
+
+
+def test_ranks_keep_their_role_and_are_told_so_before_anything_is_shut():
+    doors = Doors()
+    service = WorkerService(lambda: None, doors, WorkerConfig(role="decode", tp=2))
+    with pytest.raises(InvalidRequest) as caught:
+        asyncio.run(service.Drain(pb.DrainRequest(role="prefill"), None))
+    assert caught.value.field == "role" and not doors.shut and doors.wish is None
+
+
+@pytest.mark.parametrize("changes, roles", [
+    ({}, {"prefill", "decode"}), ({"prefill_worker": {"tp": 2}}, {"decode"}),
+    ({"worker": WorkerConfig(tp=2)}, {"decode"}),
+])  # fmt: skip
+def test_a_worker_has_both_roles_where_neither_has_ranks(changes, roles):
+    found = ClusterConfig(decode_worker={"chunk": 64}, **changes).worker_roles("decode", 3)
+    assert set(found) == roles and {one.worker_id for one in found.values()} == {"decode-3"}
+    assert all(one.role == role and (one.chunk == 64) == (role == "decode") for role, one in found.items())
